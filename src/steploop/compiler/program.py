@@ -1,0 +1,83 @@
+"""What the front end hands to the compiler: a step as a flat function, and one call of it.
+
+Everything user-facing (pytrees, PackedSequence, batch_first, state dictionaries, names of arguments) is
+gone here. A `Program` is the step itself and lives as long as the module or function it came from; a
+`Call` is one run of it over a sequence. Every backend, the plain loop included, takes exactly these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+StepOutput = tuple[list[Tensor], list[Tensor]]
+
+
+@dataclass(eq=False)
+class Program:
+    """One step as a function of flat lists of tensors.
+
+    run(xs, constants, prevs) -> (outputs, nexts)
+        xs:        one slice per sequence leaf, (B, ...) each (any shape when `batched` is False)
+        constants: the same tensors at every step, (B, ...) where `constant_batched` says so
+        prevs:     the states before the step, (B, ...) each
+        outputs:   leaves of what the step returned, (B, ...) each
+        nexts:     the states after the step, in the order and with the shapes and dtypes of `prevs`
+      It must be callable with fake tensors whose B is symbolic and must not keep anything from a call
+      except `out_spec`.
+
+    root: the module or function where the search for closed-over tensors and Python values begins.
+    key: everything else the function depends on (tree structures, Python leaves), hashable.
+    state_names: the path of every state, for messages and plans.
+    x_names, constant_names: names of the leaves, for messages and plans.
+    batched: True: axis 0 of every x, state and output is B. False: nothing is known of a batch axis.
+    out_spec: the structure of what the step returned, set by every `run`; opaque to the compiler.
+    """
+
+    run: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], StepOutput]
+    root: Any
+    key: Hashable
+    state_names: list[str]
+    x_names: list[str]
+    constant_names: list[str]
+    constant_batched: list[bool]
+    batched: bool = True
+    out_spec: Any = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One run of a Program over a sequence. All sequences are time-major.
+
+    xs: (T, B, ...) each.  constants: as in Program.  initial: the state before the first step, (B, ...) each.
+    reset_to: what a reset returns each state to, (B, ...) each; None exactly when `resets` is None.
+    lengths: (B,) int64 or None.  mask: (T, B) bool, True = valid, or None.  resets: (T, B) bool or None.
+    All three are already checked; they may live on any device.
+    steps: T.  batch: B, None when the program is not batched.
+    reverse: run from each row's last valid step to its first.
+    on_masked: "zero" or "repeat", what outputs are at masked steps.
+    """
+
+    xs: list[Tensor]
+    constants: list[Tensor]
+    initial: list[Tensor]
+    steps: int
+    batch: int | None
+    reset_to: list[Tensor] | None = None
+    lengths: Tensor | None = None
+    mask: Tensor | None = None
+    resets: Tensor | None = None
+    reverse: bool = False
+    on_masked: str = "zero"
+
+
+@dataclass(eq=False)
+class Result:
+    """outputs: (T, B, ...) per output leaf.  states: (B, ...) per state, after each row's last valid step."""
+
+    outputs: list[Tensor]
+    states: list[Tensor]
+    out_spec: Any = field(default=None)
