@@ -1,0 +1,239 @@
+"""A loop run by torch: a Python loop over its small graph.
+
+The graph of a loop is printed as one Python function, so that a step costs its ATen calls and little else.
+This backend takes every loop; its speed is bounded by one dispatch per operation and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor, fx
+
+from ..compiler.graph import LoopProgram, Rows, rows_of
+from ..compiler.printing import Source, call_text, fuse_addmm, last_uses, print_size
+from ..compiler.schedule import Span
+
+name = "eager"
+
+
+def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
+    """Why this backend can't take a loop, as (reason, source line). It takes all."""
+    return []
+
+
+class Runner:
+    """One compiled loop."""
+
+    def __init__(self, loop: LoopProgram):
+        self.loop = loop
+        self._plain = _print_steps(loop, resets=False, after=False)
+        self._resetting: dict[bool, object] = {}
+
+    def __call__(
+        self,
+        inputs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        reset_to: Sequence[Tensor] | None,
+        span: Span,
+        down: bool,
+        sizes: dict[str, int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Runs the steps of a span, upwards or (for gradients) downwards.
+
+        inputs: in the order of `loop.inputs`.  states: (B, ...) before the first step of the run.
+        reset_to: what a reset gives each state. Upwards a reset comes before its step; downwards after it.
+        sizes: values of all symbols but the batch, by name.
+        Returns the states after the run, (B, ...), and the kept values, packed or stacked.
+        """
+        loop = self.loop
+        full = list(states)
+        kept: list[list[Tensor]] = [[] for _ in loop.kept]
+        steps = range(span.start, span.stop)
+        resets = span.schedule.resets is not None and reset_to is not None
+        split = [self._split(value, i.rows, i.kind, span) for value, i in zip(inputs, loop.inputs)]
+        flags = list(span.resets.split(span.sizes)) if resets else None
+        for size, run in groupby(reversed(steps) if down else steps, key=self._group(span)):
+            chosen = [k - span.start for k in run]
+            rows = self._rows(span, chosen[0])
+            part = [_take(s, Rows(0), rows, size) if loop.batch is not None else s for s in full]
+            sequences = [[s[k] for k in chosen] for s, i in zip(split, loop.inputs) if i.kind == "step"]
+            constants = [
+                v if i.rows is None else _take(v, i.rows, rows, size)
+                for v, i in zip(inputs, loop.inputs) if i.kind == "once"
+            ]
+            marks = None
+            if flags is not None:
+                hit = span.schedule.reset_steps
+                marks = [flags[k] if hit[k + span.start] else None for k in chosen]
+                back = [_take(r, Rows(0), rows, size) for r in reset_to]
+            body = self._plain
+            extra = ()
+            if marks is not None and any(m is not None for m in marks):
+                body = self._with_resets(down)
+                extra = (marks, *back)
+            part = body(sizes, size if not isinstance(size, tuple) else size[0], len(chosen),
+                        part, constants, sequences, kept, *extra)
+            full = [_put(f, p, rows, size) if loop.batch is not None else p for f, p in zip(full, part)]
+        return full, [self._join(k, node, span, down) for k, node in zip(kept, loop.kept)]
+
+    def _with_resets(self, down: bool):
+        if down not in self._resetting:
+            self._resetting[down] = _print_steps(self.loop, resets=True, after=down)
+        return self._resetting[down]
+
+    def _group(self, span: Span):
+        """Steps with the same rows run in one go."""
+        if self.loop.batch is None:
+            return lambda k: 1
+        if span.schedule.members is not None:
+            return lambda k: (span.schedule.sizes[k], k)
+        return lambda k: span.schedule.sizes[k]
+
+    def _rows(self, span: Span, k: int) -> Tensor | None:
+        members = span.schedule.members
+        return None if members is None else members[k + span.start]
+
+    def _split(self, value: Tensor, rows: Rows | None, kind: str, span: Span):
+        if kind == "once":
+            return None
+        if rows is None:
+            return value.unbind(0)
+        if rows.outer != 1:
+            wide = value.unflatten(rows.dim, (rows.outer, -1))
+            parts = wide.split([s * rows.inner for s in span.sizes], rows.dim + 1)
+            return [p.flatten(rows.dim, rows.dim + 1) for p in parts]
+        return value.split([s * rows.inner for s in span.sizes], rows.dim)
+
+    def _join(self, values: list[Tensor], node: fx.Node, span: Span, down: bool) -> Tensor:
+        rows = rows_of(node)
+        if down:
+            values = values[::-1]
+        if not values:
+            return _empty(node, span)
+        if rows is None:
+            return torch.stack(values)
+        if rows.outer != 1:
+            wide = [v.unflatten(rows.dim, (rows.outer, -1)) for v in values]
+            return torch.cat(wide, rows.dim + 1).flatten(rows.dim, rows.dim + 1)
+        return torch.cat(values, rows.dim)
+
+
+def compile(loop: LoopProgram) -> Runner:
+    return Runner(loop)
+
+
+def _empty(node: fx.Node, span: Span) -> Tensor:
+    value, rows = node.meta["val"], rows_of(node)
+    shape = [int(s) if not isinstance(s, torch.SymInt) else 1 for s in value.shape]
+    if rows is None:
+        shape = [0, *shape]
+    else:
+        shape[rows.dim] = 0
+    return torch.empty(shape, dtype=value.dtype, device=span.schedule.device)
+
+
+def _take(value: Tensor, rows: Rows, members: Tensor | None, size: int | tuple) -> Tensor:
+    """The rows of a step out of all B rows."""
+    if members is None and value.shape[rows.dim] == size * rows.inner * rows.outer:
+        return value
+    if not rows.plain:
+        wide = value.unflatten(rows.dim, (rows.outer, -1, rows.inner))
+        narrow = _take(wide, Rows(rows.dim + 1), members, size)
+        return narrow.flatten(rows.dim, rows.dim + 2)
+    if members is not None:
+        return value.index_select(rows.dim, members)
+    return value.narrow(rows.dim, 0, size)
+
+
+def _put(full: Tensor, part: Tensor, members: Tensor | None, size: int | tuple) -> Tensor:
+    """All B rows with those of a step replaced."""
+    if members is not None:
+        return full.index_copy(0, members, part)
+    return part if size == full.shape[0] else torch.cat([part, full[size:]])
+
+
+def _print_steps(loop: LoopProgram, resets: bool, after: bool):
+    """def steps(sizes, B, count, states, constants, sequences, kept, [marks, *reset_to]) -> states"""
+    source = Source()
+    add = source.add
+    names: dict[fx.Node, str] = {}
+    for node in loop.graph.nodes:
+        if node.op in ("placeholder", "call_function"):
+            names[node] = node.name
+    back = [f"back{i}" for i in range(len(loop.prevs))]
+    heading = "sizes, rows, count, states, constants, sequences, kept"
+    add(f"def steps({heading}{', marks, ' + ', '.join(back) if resets else ''}):", 0)
+    add(_bind_symbols(loop))
+    _unpack(add, [names[p] for p in loop.prevs], "states")
+    _unpack(add, [names[i.node] for i in loop.inputs if i.kind == "once"], "constants")
+    for i in range(len(loop.kept)):
+        add(f"keep{i} = kept[{i}].append")
+    add("for step in range(count):")
+    for j, i in enumerate([i for i in loop.inputs if i.kind == "step"]):
+        add(f"{names[i.node]} = sequences[{j}][step]", 2)
+    if resets:
+        add("mark = marks[step]", 2)
+        if not after:
+            _print_reset(add, [names[p] for p in loop.prevs], back, loop)
+    _print_body(source, loop, names)
+    for i, node in enumerate(loop.kept):
+        add(f"keep{i}({names[node]})", 2)
+    left = [names[p] for p in loop.prevs]
+    if left:
+        add(f"{', '.join(left)}, = {', '.join(names[n] for n in loop.nexts)},", 2)
+    if resets and after:
+        _print_reset(add, left, back, loop)
+    add(f"return [{', '.join(left)}]")
+    return source.build("steps")
+
+
+def _bind_symbols(loop: LoopProgram) -> str:
+    symbols = set()
+    for node in loop.graph.nodes:
+        val = node.meta.get("val")
+        for tensor in val if isinstance(val, (tuple, list)) else [val]:
+            if isinstance(tensor, Tensor):
+                for size in tensor.shape:
+                    if isinstance(size, torch.SymInt):
+                        symbols |= size.node.expr.free_symbols
+    lines = [f"{s} = rows" if s == loop.batch else f"{s} = sizes.get('{s}')" for s in sorted(symbols, key=str)]
+    return "; ".join(lines) or "pass"
+
+
+def _unpack(add, names: list[str], origin: str) -> None:
+    if names:
+        add(f"{', '.join(names)}, = {origin}")
+
+
+def _print_reset(add, names: list[str], back: list[str], loop: LoopProgram) -> None:
+    add("if mark is not None:", 2)
+    for prev, name, to in zip(loop.prevs, names, back):
+        ones = "".join(", 1" for _ in prev.meta["val"].shape[1:])
+        add(f"{name} = torch.where(mark.view(-1{ones}), {to}, {name})", 3)
+
+
+def _print_body(source: Source, loop: LoopProgram, names: dict[fx.Node, str]) -> None:
+    calls = loop.calls
+    keep = set(loop.kept) | set(loop.nexts)
+    sums = fuse_addmm(calls, keep)
+    skipped = {product for product, _ in sums.values()}
+    dying = last_uses(calls, keep | set(loop.prevs) | {i.node for i in loop.inputs})
+    for node in calls:
+        if node in skipped:
+            continue
+        if node in sums:
+            product, other = sums[node]
+            a, b = product.args
+            text = f"{source.hold(torch.addmm, 'f')}({names[other]}, {names[a]}, {names[b]})"
+        else:
+            text = call_text(source, node, names.__getitem__)
+        source.add(f"{names[node]} = {text}", 2)
+        gone = [names[d] for d in dying.get(node, []) if d not in skipped and d is not node]
+        if gone:
+            source.add(f"del {', '.join(gone)}", 2)
+
+
+__all__ = ["Runner", "compile", "name", "print_size", "reasons_against"]

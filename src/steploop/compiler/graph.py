@@ -1,0 +1,145 @@
+"""The values that the stages of the compiler hand to each other: a step as a graph, and one loop of it.
+
+The intermediate representation is `torch.fx`: straight-line ATen calls, functional, in topological order.
+Every node carries in `node.meta`
+    val    the fake tensor (or tuple of them) with its shape and dtype; the batch size is a symbol
+    line   "file.py:14", the user's source line, or "" where none is known
+    rows   a `Rows` (or a tuple of them, for several results): where the batch axis is; None: no batch axis
+    varies whether the value differs from step to step
+Sizes that depend on symbols stand in node arguments as `Size` (never as nodes), so that a piece of a graph
+can be run for other batch sizes than the one it was captured with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+
+class Size:
+    """A symbolic size in a node's arguments, e.g. `4*B`."""
+
+    __slots__ = ("expr",)
+
+    def __init__(self, expr: sympy.Expr):
+        self.expr = expr
+
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> int:
+        return int(self.expr.xreplace({k: sympy.Integer(v) for k, v in sizes.items()}))
+
+    def __repr__(self) -> str:
+        return f"Size({self.expr})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Size) and self.expr == other.expr
+
+    def __hash__(self) -> int:
+        return hash(self.expr)
+
+
+def expression(size: Any) -> sympy.Expr | int:
+    """The sympy expression of an int, SymInt or Size."""
+    if isinstance(size, Size):
+        return size.expr
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the batch axis is in a tensor: axis `dim` has size outer * B * inner, the batch index in the middle."""
+
+    dim: int
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def plain(self) -> bool:
+        return self.outer == 1 and self.inner == 1
+
+
+@dataclass(eq=False)
+class StepGraph:
+    """One step (forward, or forward and backward together) as a graph with the roles of its inputs and outputs.
+
+    In a joint graph the cotangents are inputs and the gradients outputs; `gradients` and the three lists of
+    cotangents are empty in a forward graph. Entries of `grad_*` are None where no gradient flows.
+    """
+
+    graph: fx.Graph
+    batch: sympy.Symbol | None
+    symbols: dict[sympy.Symbol, tuple[str, int, int]]  # symbol -> (kind of input, index, dim) it is read from
+    xs: list[fx.Node]
+    constants: list[fx.Node]
+    prevs: list[fx.Node]
+    captured: list[fx.Node]
+    outputs: list[fx.Node]
+    nexts: list[fx.Node]
+    ct_outputs: list[fx.Node | None] = field(default_factory=list)
+    ct_nexts: list[fx.Node | None] = field(default_factory=list)
+    grad_xs: list[fx.Node | None] = field(default_factory=list)
+    grad_constants: list[fx.Node | None] = field(default_factory=list)
+    grad_prevs: list[fx.Node | None] = field(default_factory=list)
+    grad_captured: list[fx.Node | None] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class LoopInput:
+    """An input of a loop.
+
+    kind "step": one value per step. With rows at axis d it comes packed, the rows of all steps along d one
+         step after the other; without rows it comes stacked, (T, ...).
+    kind "once": the same at every step. With rows it has all B rows (in the schedule's row order).
+    """
+
+    node: fx.Node
+    kind: str
+    rows: Rows | None
+    name: str
+
+
+@dataclass(eq=False)
+class LoopProgram:
+    """What must run one step after the other: one component of the step graph, as a graph of its own.
+
+    `graph` holds placeholders and ATen calls of one step, in order. `prevs[i]` is the placeholder of state i,
+    `nexts[i]` its new value (a node, possibly a placeholder); axis 0 of a state is the batch unless
+    `batch` is None. `kept` are values wanted from every step: packed along their rows axis, or
+    stacked (T, ...) where they have none. `names` are the users' names of the states.
+    """
+
+    graph: fx.Graph
+    batch: sympy.Symbol | None
+    prevs: list[fx.Node]
+    nexts: list[fx.Node]
+    inputs: list[LoopInput]
+    kept: list[fx.Node]
+    names: list[str]
+    mixes_rows: bool = False
+
+    @property
+    def calls(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "call_function"]
+
+
+def rows_of(node: fx.Node) -> Rows | None:
+    return node.meta.get("rows")
+
+
+def line_of(node: fx.Node) -> str:
+    return node.meta.get("line", "")
+
+
+def op_name(node: fx.Node) -> str:
+    """The ATen packet of a call, e.g. "mm"."""
+    target = node.target
+    packet = getattr(target, "overloadpacket", None)
+    if packet is not None:
+        return packet.__name__
+    return getattr(target, "__name__", str(target))

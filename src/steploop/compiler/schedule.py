@@ -1,0 +1,291 @@
+"""Which rows run at which step: holes, unequal lengths and reversed order become one list of packed rows.
+
+A masked step is as if it were not there, so the valid steps of every row move together (holes become right
+padding), rows are sorted by how many steps they have, and step p runs rows 0 .. sizes[p]-1 of that order.
+Values per step are stored packed: all rows of step 0, then of step 1, and so on; N rows in all. Pieces that
+are batched over time run on these N rows, so no masked step is ever computed or read.
+
+Steps that mix rows can't be moved in time: their schedule keeps the real time and names the valid rows of
+each step (`members`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Schedule:
+    """The packed rows of one call.
+
+    steps, batch: number of running steps P and of rows B (1 where there is no batch axis).
+    sizes: rows that run at each step; offsets: where each step starts among the N packed rows (P + 1 entries).
+    order: (B,) caller's row of each sorted row, None when it is the same.
+    source: (N,) index t * B + b of each packed row in the caller's sequence, None when it is the same.
+    previous: (N,) where the value of the previous step of the row is, in the B initial rows followed by the N
+        packed rows; None when all rows run all steps (then it is a shift by B).
+    last: (B,) where the last value of each sorted row is, in the same numbering; None likewise.
+    resets: (N,) bool or None.
+    members: for steps that mix rows, the sorted rows of each step; None where they are rows 0 .. size-1.
+    time: T of the caller's sequence.
+    """
+
+    steps: int
+    batch: int
+    sizes: list[int]
+    offsets: list[int]
+    time: int
+    device: torch.device
+    order: Tensor | None = None
+    source: Tensor | None = None
+    previous: Tensor | None = None
+    last: Tensor | None = None
+    resets: Tensor | None = None
+    members: list[Tensor] | None = None
+    repeat: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def full(self) -> bool:
+        """Every row runs every step."""
+        return self.previous is None
+
+    @cached_property
+    def row(self) -> Tensor:
+        """(N,) the sorted row of each packed row."""
+        if self.members is not None:
+            return torch.cat(self.members) if self.members else torch.empty(0, dtype=torch.long)
+        sizes = torch.tensor(self.sizes, dtype=torch.long)
+        starts = torch.tensor(self.offsets[:-1], dtype=torch.long)
+        row = torch.arange(self.total) - torch.repeat_interleave(starts, sizes)
+        return row.to(self.device)
+
+    @cached_property
+    def step(self) -> Tensor:
+        """(N,) the running step of each packed row."""
+        sizes = torch.tensor(self.sizes, dtype=torch.long)
+        return torch.repeat_interleave(torch.arange(self.steps), sizes).to(self.device)
+
+    @cached_property
+    def reset_steps(self) -> list[bool]:
+        """Whether any row is reset before each step."""
+        if self.resets is None:
+            return [False] * self.steps
+        hit = torch.zeros(self.steps, dtype=torch.bool, device=self.device)
+        hit[self.step[self.resets]] = True
+        return hit.tolist()
+
+    def sort(self, value: Tensor) -> Tensor:
+        """(B, ...) in the caller's row order -> sorted."""
+        return value if self.order is None else value.index_select(0, self.order)
+
+    def unsort(self, value: Tensor) -> Tensor:
+        if self.order is None:
+            return value
+        return torch.empty_like(value).index_copy_(0, self.order, value)
+
+    def pack(self, sequence: Tensor) -> Tensor:
+        """(T, B, ...) -> (N, ...); only valid steps are read."""
+        flat = sequence.reshape(self.time * self.batch, *sequence.shape[2:])
+        return flat if self.source is None else flat.index_select(0, self.source)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(N, ...) -> (T, B, ...), zero at masked steps, or the last valid value where `repeat` says so."""
+        shape = (self.time, self.batch, *packed.shape[1:])
+        if self.source is None:
+            return packed.reshape(shape)
+        if self.repeat is not None:
+            padded = torch.cat([packed, packed.new_zeros(1, *packed.shape[1:])])
+            return padded.index_select(0, self.repeat).reshape(shape)
+        flat = packed.new_zeros(self.time * self.batch, *packed.shape[1:])
+        return flat.index_copy_(0, self.source, packed).reshape(shape)
+
+    def pack_cotangent(self, sequence: Tensor) -> Tensor:
+        """The transpose of `unpack`."""
+        if self.repeat is None or self.source is None:
+            return self.pack(sequence)
+        flat = sequence.reshape(self.time * self.batch, *sequence.shape[2:])
+        packed = flat.new_zeros(self.total + 1, *flat.shape[1:])
+        return packed.index_add_(0, self.repeat, flat)[: self.total]
+
+    def unpack_cotangent(self, packed: Tensor) -> Tensor:
+        """The transpose of `pack`."""
+        shape = (self.time, self.batch, *packed.shape[1:])
+        if self.source is None:
+            return packed.reshape(shape)
+        flat = packed.new_zeros(self.time * self.batch, *packed.shape[1:])
+        return flat.index_copy_(0, self.source, packed).reshape(shape)
+
+
+def make_schedule(
+    time: int,
+    batch: int,
+    device: torch.device,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+    repeat: bool = False,
+    mixes_rows: bool = False,
+) -> Schedule:
+    """The schedule of a call; see `Call` for the arguments."""
+    valid = valid_steps(time, batch, lengths, mask)
+    if valid is None or bool(valid.all()):
+        schedule = _full(time, batch, device, reverse)
+    elif mixes_rows:
+        schedule = _in_real_time(valid, device, reverse, repeat)
+    else:
+        schedule = _compact(valid, device, reverse, repeat)
+    if resets is not None and bool(resets.any()):
+        schedule.resets = schedule.pack(resets.to(device))
+    return schedule
+
+
+def valid_steps(time: int, batch: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """(T, B) bool on the CPU, or None when every step is valid."""
+    valid = None
+    if lengths is not None:
+        valid = torch.arange(time)[:, None] < lengths.cpu()[None, :]
+    if mask is not None:
+        valid = mask.cpu() if valid is None else valid & mask.cpu()
+    return valid
+
+
+def _offsets(sizes: list[int]) -> list[int]:
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size)
+    return offsets
+
+
+def _full(time: int, batch: int, device: torch.device, reverse: bool) -> Schedule:
+    source = None
+    if reverse:
+        source = torch.arange(time * batch).view(time, batch).flip(0).reshape(-1).to(device)
+    sizes = [batch] * time
+    return Schedule(time, batch, sizes, _offsets(sizes), time, device, source=source)
+
+
+def _compact(valid: Tensor, device: torch.device, reverse: bool, repeat: bool) -> Schedule:
+    time, batch = valid.shape
+    running = valid.flip(0) if reverse else valid
+    counts = running.sum(0)
+    order = torch.argsort(counts, descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(batch)
+    sorted_counts = counts[order]
+    steps = int(sorted_counts[0]) if batch else 0
+    sizes = (sorted_counts[None, :] > torch.arange(steps)[:, None]).sum(1)
+    offsets = torch.zeros(steps + 1, dtype=torch.long)
+    torch.cumsum(sizes, 0, out=offsets[1:])
+    position = running.cumsum(0) - 1  # running step of each valid (t, b); of the last valid one elsewhere
+    step_of, row_of = position[running], rank[None, :].expand(time, batch)[running]
+    packed = offsets[step_of] + row_of
+    caller = torch.arange(time * batch).view(time, batch)
+    caller = (caller.flip(0) if reverse else caller)[running]
+    total = int(offsets[-1])
+    source = torch.empty(total, dtype=torch.long)
+    source[packed] = caller
+    previous = torch.empty(total, dtype=torch.long)
+    previous[packed] = torch.where(step_of == 0, row_of, batch + offsets[(step_of - 1).clamp(min=0)] + row_of)
+    rows = torch.arange(batch)
+    last = torch.where(
+        sorted_counts == 0, rows, batch + offsets[(sorted_counts - 1).clamp(min=0)] + rows
+    )
+    index = None
+    if repeat:
+        held = torch.where(position < 0, total, offsets[position.clamp(min=0)] + rank)
+        index = (held.flip(0) if reverse else held).reshape(-1).to(device)
+    return Schedule(
+        steps, batch, sizes.tolist(), offsets.tolist(), time, device,
+        order=order.to(device), source=source.to(device), previous=previous.to(device),
+        last=last.to(device), repeat=index,
+    )
+
+
+def _in_real_time(valid: Tensor, device: torch.device, reverse: bool, repeat: bool) -> Schedule:
+    time, batch = valid.shape
+    running = valid.flip(0) if reverse else valid
+    sizes = running.sum(1).tolist()
+    offsets = _offsets(sizes)
+    total = offsets[-1]
+    number = torch.full((time, batch), -1, dtype=torch.long)
+    number[running] = torch.arange(total)
+    held = torch.cummax(number, 0).values  # packed row of the last valid step up to and including t
+    before = torch.cat([torch.full((1, batch), -1), held[:-1]]) if time else held
+    rows = torch.arange(batch)
+    previous = torch.where(before < 0, rows, batch + before)[running]
+    final = held[-1] if time else torch.full((batch,), -1)
+    last = torch.where(final < 0, rows, batch + final)
+    caller = torch.arange(time * batch).view(time, batch)
+    source = (caller.flip(0) if reverse else caller)[running]
+    index = None
+    if repeat:
+        index = torch.where(held < 0, total, held)
+        index = (index.flip(0) if reverse else index).reshape(-1).to(device)
+    members = [step.nonzero()[:, 0].to(device) for step in running]
+    return Schedule(
+        time, batch, sizes, offsets, time, device, source=source.to(device),
+        previous=previous.to(device), last=last.to(device), members=members, repeat=index,
+    )
+
+
+@dataclass(eq=False)
+class Span:
+    """Steps start .. stop-1 of a schedule: what a loop runs in one go.
+
+    Values per step given with a span are the packed rows first .. first + total - 1, and `rows` of them.
+    """
+
+    schedule: Schedule
+    start: int
+    stop: int
+
+    @property
+    def first(self) -> int:
+        return self.schedule.offsets[self.start]
+
+    @property
+    def total(self) -> int:
+        return self.schedule.offsets[self.stop] - self.first
+
+    @property
+    def whole(self) -> bool:
+        return self.start == 0 and self.stop == self.schedule.steps
+
+    @property
+    def sizes(self) -> list[int]:
+        return self.schedule.sizes[self.start : self.stop]
+
+    @cached_property
+    def row(self) -> Tensor:
+        return self.schedule.row[self.first : self.first + self.total]
+
+    @cached_property
+    def previous(self) -> Tensor:
+        """(total,) where each row's previous value is, in the B rows before the span followed by its own rows."""
+        batch = self.schedule.batch
+        if self.schedule.full:
+            return torch.arange(self.total, device=self.schedule.device)
+        index = self.schedule.previous[self.first : self.first + self.total]
+        inside = index >= batch + self.first
+        return torch.where(inside, index - self.first, self.row)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """(B,) where each row's value after the span is, in the same numbering."""
+        batch = self.schedule.batch
+        held = torch.arange(batch, device=self.schedule.device)
+        return held.scatter_reduce(0, self.row, torch.arange(self.total, device=held.device) + batch, "amax")
+
+    @cached_property
+    def resets(self) -> Tensor | None:
+        resets = self.schedule.resets
+        return None if resets is None else resets[self.first : self.first + self.total]
