@@ -1,0 +1,12 @@
+"""How a sequence runs. `BACKENDS` names every way; each is one file or folder here, imported when first used."""
+
+from __future__ import annotations
+
+# name -> what it is, in words (messages and `steploop doctor` show them)
+BACKENDS: dict[str, str] = {
+    "auto": "native where a loop can be taken natively, else eager; per loop",
+    "cpu": "native C++ loops",
+    "triton": "Triton kernels",
+    "eager": "batched pieces run by torch, a Python loop over the rest",
+    "reference": "the plain Python loop over the step",
+}

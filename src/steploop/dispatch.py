@@ -1,0 +1,84 @@
+"""From a Program and a Call to the backend that runs them; and what no compiled backend can be run under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .backends import BACKENDS, reference
+from .compiler.program import Call, Program, Result
+from .errors import InputError, UnsupportedError, describe, message
+
+SAVE = ("auto", "states", "all")
+
+
+def run(program: Program, call: Call, backend: str, save: str = "auto") -> Result:
+    """Run one call. Raises UnsupportedError under functorch transforms and forward-mode AD, but for "reference"."""
+    if backend == "reference":
+        return reference.run(program, call)
+    _no_transforms((*call.xs, *call.constants, *call.initial), program)
+    from .compiler import pipeline
+
+    return pipeline.run(program, call, backend=backend, save=save)
+
+
+def plan(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
+    """The Plan by which `run` would run this call."""
+    from .compiler import pipeline
+
+    return pipeline.plan(program, call, backend=backend, save=save)
+
+
+def checked_backend(backend: str) -> str:
+    """InputError unless `backend` is in BACKENDS."""
+    if backend not in BACKENDS:
+        raise InputError(
+            message(
+                "There is no such backend.",
+                expected=", ".join(repr(name) for name in BACKENDS),
+                found=describe(backend),
+                fix='backend="auto"',
+            )
+        )
+    return backend
+
+
+def checked_save(save: str) -> str:
+    """InputError unless `save` is a known choice of what the forward keeps."""
+    if save not in SAVE:
+        raise InputError(
+            message(
+                "`save` says what the forward keeps for the backward.",
+                expected=", ".join(repr(name) for name in SAVE),
+                found=describe(save),
+                fix='save="auto"',
+            )
+        )
+    return save
+
+
+def _no_transforms(tensors: Iterable[Tensor], program: Program) -> None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            message(
+                "A loop was called under a torch.func transform (vmap, grad, jvp, ...).",
+                expected="plain calls and torch.autograd, which loops support",
+                fix='backend="reference" runs under any transform; for gradients use torch.autograd.grad',
+            )
+        )
+    if forward_ad._current_level < 0:
+        return
+    parameters = program.root.parameters() if isinstance(program.root, torch.nn.Module) else ()
+    for tensor in (*tensors, *parameters):
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise UnsupportedError(
+                message(
+                    "A loop was given a dual tensor: forward-mode differentiation is not supported.",
+                    expected="tensors without a tangent",
+                    fix='backend="reference" supports it',
+                )
+            )

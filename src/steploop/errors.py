@@ -1,0 +1,125 @@
+"""Every error this library raises on purpose, and how its message is put together.
+
+    SteploopError(Exception)
+    ├── StepError(TypeError)                  a step written or called wrongly
+    ├── StateError(ValueError)                a State read, written or given wrongly
+    ├── CarryError(TypeError)                 a scan's carry that changes type
+    ├── InputError(ValueError)                xs, lengths, mask, resets, constants
+    ├── UnsupportedError(NotImplementedError) right, but not by this backend or under this transform
+    ├── MismatchError(AssertionError)         verify found a difference
+    ├── DataError(ValueError)                 recipes: a data file
+    └── BuildError(RuntimeError)              the native compiler failed
+
+A message says what was expected, what was found, the user's own file and line, and what to type next.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+
+
+class SteploopError(Exception):
+    """The base of every error below."""
+
+
+class StepError(SteploopError, TypeError):
+    """A step is written or called in a way that has no meaning as one step of a sequence."""
+
+
+class StateError(SteploopError, ValueError):
+    """A State is read, written or given in a way that does not fit."""
+
+
+class CarryError(SteploopError, TypeError):
+    """The carry that a scan's function returns is not of the type of the carry it took."""
+
+
+class InputError(SteploopError, ValueError):
+    """Sequences, lengths, masks, resets or constants that do not fit together."""
+
+
+class UnsupportedError(SteploopError, NotImplementedError):
+    """Meaningful, but not supported: by the backend asked for, or under the transform that is active."""
+
+
+class MismatchError(SteploopError, AssertionError):
+    """Two ways of computing the same thing disagree."""
+
+
+class DataError(SteploopError, ValueError):
+    """A data file does not say what its reader expects."""
+
+
+class BuildError(SteploopError, RuntimeError):
+    """The native compiler failed."""
+
+
+def message(
+    what: str,
+    *,
+    expected: Any = None,
+    found: Any = None,
+    at: str | None = None,
+    fix: str | None = None,
+) -> str:
+    """One message of the common form. `at` defaults to the user's line that is running now."""
+    lines = [what]
+    if expected is not None:
+        lines.append(f"  expected: {expected}")
+    if found is not None:
+        lines.append(f"  found:    {found}")
+    at = user_line() if at is None else at
+    if at:
+        lines.append(f"  at:       {at}")
+    if fix is not None:
+        lines.append(f"  fix:      {fix}")
+    return "\n".join(lines)
+
+
+_NOT_THE_USERS = (
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(torch.__file__)) + os.sep,
+    os.path.dirname(os.path.abspath(os.__file__)) + os.sep + "contextlib.py",
+    os.path.dirname(os.path.abspath(os.__file__)) + os.sep + "functools.py",
+    "<frozen",
+    "<string>",
+)
+
+
+def user_line() -> str:
+    """'file.py:14' of the innermost running frame that is neither steploop's nor torch's ('' if there is none)."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_NOT_THE_USERS):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def defined_at(function: Any) -> str:
+    """'file.py:14' where a Python function begins ('' for what has no Python source)."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+
+
+def describe(value: Any) -> str:
+    """A value's type as messages name it: '(4, 8) float32', 'float 0.5', 'None'."""
+    if isinstance(value, torch.Tensor):
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{describe_type(value.shape, value.dtype)}{where}"
+    if value is None:
+        return "None"
+    if isinstance(value, (bool, int, float, complex, str)):
+        return f"{type(value).__name__} {value!r}"
+    return f"a {type(value).__name__}"
+
+
+def describe_type(shape: Any, dtype: torch.dtype) -> str:
+    """'(4, 8) float32'."""
+    inside = ", ".join(str(n) for n in shape)
+    return f"({inside}{',' if len(shape) == 1 else ''}) {str(dtype).removeprefix('torch.')}"

@@ -1,0 +1,342 @@
+"""Loop: a Step run over whole sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import dispatch
+from .compiler.program import Call, Program, Result
+from .errors import InputError, StepError, defined_at, describe, message
+from .initial import own_values, require
+from .inputs import (
+    check_constants,
+    checked_lengths,
+    checked_mask,
+    constant_leaves,
+    sequences,
+    time_and_batch,
+)
+from .packed import pack, unpack
+from .states import States, given_states
+from .step import RESERVED, Step, Survey, signature_of, survey
+from .step_program import Arguments, program_of
+from .stream import Stream
+from .tree import flatten, unflatten
+
+
+class Loop(nn.Module):
+    """A Step over whole sequences; an nn.Module whose parameters are the Step's, under "step.".
+
+    outputs, state = loop(xs, ..., state=None, lengths=None, mask=None, resets=None, steps=None,
+                          batch_size=None, on_masked="zero", **constants)
+
+    step:        the Step. Any number of Loops may be made of one.
+    batch_first: xs, mask, resets and outputs are (B, T, ...) instead of (T, B, ...).
+    reverse:     run from each row's last valid step to its first; outputs[t] still belongs to xs[t].
+    backend:     "auto", "cpu", "triton", "eager" or "reference" (the plain Python loop).
+    save:        what the forward keeps for the backward: "states", "all" or "auto".
+
+    Raises StepError for something that is not a well-formed Step, InputError for an unknown choice.
+    """
+
+    _holds_own_states = True  # a Loop inside a Step is an inner sequence: its States are not the outer loop's
+
+    def __init__(
+        self,
+        step: Step,
+        batch_first: bool = False,
+        reverse: bool = False,
+        backend: str = "auto",
+        save: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_step(step)
+        self.step = step
+        self.batch_first = batch_first
+        self.reverse = reverse
+        self.backend = dispatch.checked_backend(backend)
+        self.save = dispatch.checked_save(save)
+
+    def forward(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
+        """Run the step over every step of `xs`.
+
+        xs:        tensors or pytrees of tensors, (T, B, ...), or PackedSequences; one per positional argument of
+                   the step. With none, `steps=` gives T (and `batch_size=` gives B where nothing else does).
+        state:     an sl.States from an earlier call, or a dict from path to tensor (B, ...).
+        lengths:   (B,) integers, right padding.  mask: (T, B) bool, True = valid.  Both: AND.
+        resets:    (T, B) bool, True = back to the States' own initial values before this step.
+        on_masked: outputs at masked steps: "zero", or "repeat" for the last valid output.
+        constants: the step's keyword arguments, (B, ...) unless wrapped in `sl.unbatched`.
+
+        Returns (outputs, state): what the step returned, stacked over time; the States after the last valid step.
+        Raises InputError, StateError, StepError, UnsupportedError.
+        """
+        prepared = self.prepare(*xs, **arguments)
+        result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)
+        return prepared.finish(result)
+
+    def plan(self, *xs: Any, **arguments: Any) -> Any:
+        """The Plan by which a call with these arguments runs; `print(loop.plan(xs))` is a table."""
+        prepared = self.prepare(*xs, **arguments)
+        return dispatch.plan(prepared.program, prepared.call, self.backend, self.save)
+
+    def stream(
+        self,
+        batch_size: int,
+        state: Any = None,
+        *,
+        on_masked: str = "zero",
+        **constants: Any,
+    ) -> Stream:
+        """One step at a time: `s = loop.stream(8)`, then `y = s(x)` with x (8, ...). See `sl.Stream`."""
+        return Stream(self, batch_size, state, on_masked, constants)
+
+    def prepare(
+        self,
+        *xs: Any,
+        state: Any = None,
+        lengths: Any = None,
+        mask: Any = None,
+        resets: Any = None,
+        steps: Any = None,
+        batch_size: Any = None,
+        on_masked: str = "zero",
+        **constants: Any,
+    ) -> Prepared:
+        """Everything checked and flat: what a backend runs, and how its result goes back to the caller."""
+        _check_on_masked(on_masked)
+        packed = None
+        if any(isinstance(x, PackedSequence) for x in xs):
+            xs = self._time_major(xs)
+            xs, lengths, packed = unpack(xs, lengths)
+        elif self.batch_first:
+            xs = self._time_major(xs)
+        tree = survey(self.step)
+        arguments, named = take_apart(self.step, tree, xs, constants)
+        program = program_of(self.step, tree, arguments)
+        rows = arguments.xs, program.x_names
+        time, batch = time_and_batch(*rows, self.batch_first)
+        sizes = _Sizes(mask, resets, lengths, state, arguments, self.batch_first)
+        time = sizes.time(time, steps)
+        batch = sizes.batch(batch, batch_size)
+        if arguments.constants:
+            check_constants(
+                arguments.constants, arguments.constant_batched, arguments.constant_structure, batch
+            )
+        if lengths is not None:
+            lengths = checked_lengths(lengths, time, batch)
+        if mask is not None:
+            mask = checked_mask(mask, "mask", time, batch, self.batch_first)
+        if resets is not None:
+            resets = checked_mask(resets, "resets", time, batch, self.batch_first)
+        own = own_values(tree, batch, arguments.xs, arguments.constants, named)
+        if state is None:
+            initial = require(own, tree.names)
+        else:
+            initial = given_states(state, tree.names, own, batch)
+        call = Call(
+            xs=arguments.xs,
+            constants=arguments.constants,
+            initial=initial,
+            steps=time,
+            batch=batch,
+            reset_to=None if resets is None else require(own, tree.names),
+            lengths=lengths,
+            mask=mask,
+            resets=resets,
+            reverse=self.reverse,
+            on_masked=on_masked,
+        )
+        return Prepared(program, call, tree.names, own, self.batch_first, packed)
+
+    def _time_major(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(_turned(x) if not isinstance(x, PackedSequence) else x for x in xs) if self.batch_first else xs
+
+    def extra_repr(self) -> str:
+        shown = [f"{name}=True" for name in ("batch_first", "reverse") if getattr(self, name)]
+        shown += [f"{name}={getattr(self, name)!r}" for name in ("backend", "save") if getattr(self, name) != "auto"]
+        return ", ".join(shown)
+
+
+Step._loop_class = Loop
+
+
+@dataclass(eq=False)
+class Prepared:
+    """A checked call, and what is needed to give its result back in the caller's form."""
+
+    program: Program
+    call: Call
+    names: list[str]
+    own: list[Tensor | None]
+    batch_first: bool
+    packed: PackedSequence | None
+
+    def finish(self, result: Result) -> tuple[Any, States]:
+        """(outputs, States) as the caller sees them."""
+        outputs: list[Any] = result.outputs
+        if self.packed is not None:
+            outputs = [pack(output, self.packed, self.call.lengths.cpu()) for output in outputs]
+        elif self.batch_first:
+            outputs = [output.transpose(0, 1) for output in outputs]
+        structure = result.out_spec if result.out_spec is not None else self.program.out_spec
+        return unflatten(outputs, structure), self.states(result.states)
+
+    def states(self, values: list[Tensor]) -> States:
+        """States of these values that remember their own initial values."""
+        own = {name: value for name, value in zip(self.names, self.own, strict=True) if value is not None}
+        return States(zip(self.names, values, strict=True), own)
+
+
+def take_apart(
+    step: Step, tree: Survey, xs: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Arguments, dict[str, Any]]:
+    """(the step's arguments, flat; all constants by name, for `begin`). Raises StepError, InputError."""
+    tensors, structure = sequences(xs)
+    signature = signature_of(step)
+    wanted = constants
+    if constants:
+        if any(name in RESERVED for name in constants):
+            raise InputError(_reserved_constant(constants))
+        begins = [signature_of(child, "begin") for child in tree.begins]
+        only_begin = {
+            name
+            for name in constants
+            if not signature.takes(name) and any(begin.takes(name) for begin in begins)
+        }
+        wanted = {name: value for name, value in constants.items() if name not in only_begin}
+    signature.check(step, len(xs), wanted, inside=False)
+    constant_tensors, constant_structure, batched, plain = constant_leaves(wanted)
+    if len(wanted) < len(constants):
+        rest = {name: value for name, value in constants.items() if name not in wanted}
+        plain = {**plain, **constant_leaves(rest)[3]}
+    return Arguments(tensors, structure, constant_tensors, constant_structure, batched), plain
+
+
+def _reserved_constant(constants: dict[str, Any]) -> str:
+    name = next(name for name in constants if name in RESERVED)
+    return message(
+        f"`{name}=` is not an argument of a call.",
+        expected="constants of the step",
+        fix=f"sl.Loop(step, {name}=...) where the Loop is made",
+    )
+
+
+@dataclass
+class _Sizes:
+    """T and B, from whatever tells them."""
+
+    mask: Any
+    resets: Any
+    lengths: Any
+    state: Any
+    arguments: Arguments
+    batch_first: bool
+
+    def time(self, of_xs: Any, steps: Any) -> Any:
+        if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0):
+            raise InputError(
+                message("`steps` is a number of steps.", expected="an int >= 0", found=describe(steps))
+            )
+        if of_xs is not None:
+            if steps is not None and steps != of_xs:
+                raise InputError(
+                    message(
+                        "`steps=` differs from the sequences' T.",
+                        expected=f"T={of_xs}",
+                        found=f"steps={steps}",
+                        fix="leave out steps=; it is for calls without sequences",
+                    )
+                )
+            return of_xs
+        if steps is not None:
+            return steps
+        for given in (self.mask, self.resets):
+            if isinstance(given, Tensor) and given.dim() == 2:
+                return given.shape[1 if self.batch_first else 0]
+        raise InputError(
+            message("Nothing tells how many steps to run.", expected="a sequence, or steps=", fix="loop(steps=10)")
+        )
+
+    def batch(self, of_xs: Any, batch_size: Any) -> Any:
+        if of_xs is not None:
+            if batch_size is not None and batch_size != of_xs:
+                raise InputError(
+                    message(
+                        "`batch_size=` differs from the sequences' B.",
+                        expected=f"B={of_xs}",
+                        found=f"batch_size={batch_size}",
+                        fix="leave out batch_size=, or check batch_first",
+                    )
+                )
+            return of_xs
+        if batch_size is not None:
+            return batch_size
+        for tensor, axis in self._others():
+            if isinstance(tensor, Tensor) and tensor.dim() > axis:
+                return tensor.shape[axis]
+        raise InputError(
+            message(
+                "Nothing tells how many rows the batch has.",
+                expected="a sequence, a state, a constant (B, ...), lengths, mask, resets or batch_size=",
+                fix="loop(steps=10, batch_size=4)",
+            )
+        )
+
+    def _others(self) -> Any:
+        yield self.lengths, 0
+        yield self.mask, 0 if self.batch_first else 1
+        yield self.resets, 0 if self.batch_first else 1
+        if isinstance(self.state, dict):
+            yield from ((value, 0) for value in self.state.values())
+        pairs = zip(self.arguments.constants, self.arguments.constant_batched, strict=True)
+        yield from ((constant, 0) for constant, batched in pairs if batched)
+
+
+def _turned(x: Any) -> Any:
+    """Batch-major to time-major, in every tensor of a pytree."""
+    tensors, structure = flatten(x)
+    return unflatten([t.transpose(0, 1) if t.dim() > 1 else t for t in tensors], structure)
+
+
+def _check_on_masked(on_masked: str) -> None:
+    if on_masked not in ("zero", "repeat"):
+        raise InputError(
+            message(
+                "`on_masked` says what outputs are at masked steps.",
+                expected='"zero" or "repeat"',
+                found=describe(on_masked),
+                fix='on_masked="zero"',
+            )
+        )
+
+
+def _check_step(step: Any) -> None:
+    if not isinstance(step, Step):
+        raise StepError(
+            message(
+                "sl.Loop takes a Step.",
+                expected="an instance of a subclass of sl.Step",
+                found=describe(step),
+                fix="class Cell(sl.Step): ...  or sl.scan(fn, init, xs) for a function",
+            )
+        )
+    kind = type(step)
+    if kind.forward is not Step.forward:
+        raise StepError(
+            message(
+                f"{kind.__name__} defines forward, which a Step uses itself.",
+                expected="a method named step",
+                at=defined_at(kind.forward),
+                fix="def step(self, x): ...",
+            )
+        )
+    if kind.step is Step.step:
+        step.step()
+    signature_of(step)
+    for child in survey(step).begins:
+        signature_of(child, "begin")

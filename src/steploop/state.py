@@ -1,0 +1,292 @@
+"""State: a named slot that a Step reads before, and writes after, each step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import StateError, describe, describe_type, message
+from .frame import Frame, running
+
+
+class State(nn.Module):
+    """One value per batch row that goes from each step to the next.
+
+    Assigned as an attribute of a Step (or of any module below one); its name is the dotted path to it.
+
+    shape: the shape of one row's value; the value is (B, *shape).
+    init:  the value before the first step: a number, a tensor of `shape` (kept as a buffer, not in the
+           state_dict), "learned" (a parameter named `init`, of `shape`, zeros at first), or None: the
+           step's `begin` must assign `.prev`, of any shape (B, ...).
+    dtype: None: that of the first floating parameter of the Loop's step, else of the first floating
+           input, else torch's default (a tensor `init` that is not floating keeps its own dtype).
+
+    `.prev`   the value after the previous step; may be read any number of times; assigned in `begin` only.
+    `.next`   the value after this step; written at most once a step, readable once written; a State whose
+              `.next` is not written keeps its value. Under autocast a floating value is cast to the
+              State's dtype; otherwise another shape or dtype is a StateError.
+
+    Values live in the running loop, never in this module, so one module can serve many streams at once.
+
+    For steps that wrap other steps (Zoneout and the like), after the child was called:
+    `.latest`         what the next step would see: `.next` if it was written, else `.prev`.
+    `.rewrite(value)` puts another value in the place of `.next`, written before or not; same checks.
+    `steploop.step.states_below(child)` lists the child's States.
+
+    Raises StateError with what was expected, what was found and the line.
+    """
+
+    def __init__(
+        self,
+        *shape: int,
+        init: float | Tensor | str | None = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
+            shape = tuple(shape[0])
+        self.shape = _checked_shape(shape)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise StateError(message("A State's dtype is a torch.dtype or None.", found=describe(dtype)))
+        self.dtype = dtype
+        if isinstance(init, str):
+            self._learn(init)
+        elif isinstance(init, Tensor):
+            self._keep(init)
+        elif init is None or isinstance(init, (bool, int, float, complex)):
+            self.init = init
+        else:
+            raise StateError(_bad_init(describe(init)))
+
+    def _learn(self, init: str) -> None:
+        if init != "learned":
+            raise StateError(_bad_init(describe(init)))
+        self.init = nn.Parameter(torch.zeros(self.shape, dtype=self.dtype))
+
+    def _keep(self, init: Tensor) -> None:
+        if tuple(init.shape) != self.shape:
+            raise StateError(
+                message(
+                    "A State's tensor `init` has the shape of one row's value.",
+                    expected=f"a tensor of shape {self.shape}",
+                    found=describe(init),
+                    fix="leave out the batch axis; the same value starts every row",
+                )
+            )
+        if isinstance(init, nn.Parameter):
+            self.init = init
+        else:
+            self.register_buffer("init", init, persistent=False)
+
+    def start(self, batch: Any, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The value before the first step, (B, *shape), as `init` says; None where `begin` must say."""
+        init = self.init
+        if init is None:
+            return None
+        if isinstance(init, Tensor):
+            return init.to(device=device, dtype=dtype).expand(batch, *self.shape)
+        return torch.full((batch, *self.shape), init, dtype=dtype, device=device)
+
+    def own_dtype(self) -> torch.dtype | None:
+        """The dtype that this State itself asks for; None where the loop decides."""
+        if self.dtype is None and isinstance(self.init, Tensor) and not self.init.is_floating_point():
+            return self.init.dtype
+        return self.dtype
+
+    @property
+    def prev(self) -> Tensor:
+        frame = self._frame("read")
+        value = frame.prev[self]
+        if value is None:
+            raise StateError(
+                message(
+                    f"State '{frame.names[self]}' has no value yet: it was made with init=None.",
+                    expected="begin assigns .prev before anything reads it",
+                    fix="self.<name>.prev = ...  in begin(self, ...)",
+                )
+            )
+        return value
+
+    @prev.setter
+    def prev(self, value: Tensor) -> None:
+        frame = self._frame("assigned")
+        name = frame.names[self]
+        if frame.phase != "begin":
+            raise StateError(
+                message(
+                    f"State '{name}'.prev was assigned inside step.",
+                    expected=".prev is read in step, and assigned only in begin",
+                    fix="self.<name>.next = value  (what the next step will read as .prev)",
+                )
+            )
+        frame.prev[self] = self._checked_start(value, frame, name)
+
+    @property
+    def next(self) -> Tensor:
+        frame = self._frame("read")
+        if self not in frame.next:
+            raise StateError(
+                message(
+                    f"State '{frame.names[self]}'.next was read before it was written in this step.",
+                    expected="assign .next first",
+                    fix="read .prev for the value after the previous step",
+                )
+            )
+        return frame.next[self]
+
+    @next.setter
+    def next(self, value: Tensor) -> None:
+        frame = self._step_frame()
+        if self in frame.next:
+            raise StateError(
+                message(
+                    f"State '{frame.names[self]}'.next was written twice in one step.",
+                    expected="one assignment per step",
+                    fix="compute the final value first, then assign .next once",
+                )
+            )
+        frame.next[self] = self._checked_next(value, frame)
+
+    @property
+    def latest(self) -> Tensor:
+        """`.next` if it has been written in this step, else `.prev`."""
+        frame = self._frame("read")
+        return frame.next[self] if self in frame.next else self.prev
+
+    def rewrite(self, value: Tensor) -> None:
+        """Put `value` in the place of `.next`, whether or not it has been written (for wrappers)."""
+        frame = self._step_frame()
+        frame.next[self] = self._checked_next(value, frame)
+
+    def _frame(self, verb: str) -> Frame:
+        frame = running()
+        if frame is None:
+            raise StateError(
+                message(
+                    f"A State was {verb} outside a running loop, where it has no value.",
+                    expected=".prev and .next are used inside step (or .prev in begin)",
+                    fix="outputs, state = loop(xs); state['<path>'] is the final value, "
+                    "loop(xs, state=...) gives the first one",
+                )
+            )
+        if self not in frame.names:
+            raise StateError(
+                message(
+                    f"A State was {verb} that is not part of the step that is running.",
+                    expected="a State below the Loop's step: " + (", ".join(frame.names.values()) or "it has none"),
+                    fix="make it, or the module that holds it, an attribute of the step: self.cell = cell",
+                )
+            )
+        return frame
+
+    def _step_frame(self) -> Frame:
+        frame = self._frame("written")
+        if frame.phase != "step":
+            raise StateError(
+                message(
+                    f"State '{frame.names[self]}'.next was written inside begin, before the first step.",
+                    expected="begin assigns .prev",
+                    fix="self.<name>.prev = value",
+                )
+            )
+        return frame
+
+    def _checked_next(self, value: Any, frame: Frame) -> Tensor:
+        prev = self.prev
+        if isinstance(value, Tensor):
+            value = _autocast_to(value, prev.dtype)
+            if value.dtype == prev.dtype and value.shape == prev.shape:
+                return value
+        raise StateError(
+            message(
+                f"State '{frame.names[self]}'.next was given another type than the State has.",
+                expected=describe_type(prev.shape, prev.dtype),
+                found=describe(value),
+                fix=_fix_type(value, prev.shape, prev.dtype),
+            )
+        )
+
+    def _checked_start(self, value: Any, frame: Frame, name: str) -> Tensor:
+        old = frame.prev[self]
+        if self.init is None:
+            dtype = self.dtype if self.dtype is not None or not isinstance(value, Tensor) else value.dtype
+            shape = (frame.batch, *value.shape[1:]) if isinstance(value, Tensor) else (frame.batch, "...")
+        else:
+            dtype, shape = old.dtype, tuple(old.shape)
+        if isinstance(value, Tensor):
+            value = _autocast_to(value, dtype)
+            if value.dtype == dtype and value.dim() > 0 and tuple(value.shape) == tuple(shape):
+                return value
+        wanted = describe_type(shape, dtype) if dtype is not None else "a tensor (B, ...)"
+        raise StateError(
+            message(
+                f"State '{name}'.prev was given a value in begin that does not fit.",
+                expected=wanted,
+                found=describe(value),
+                fix=_fix_type(value, shape, dtype),
+            )
+        )
+
+    def extra_repr(self) -> str:
+        init = self.init
+        shown = "learned" if isinstance(init, nn.Parameter) else "tensor" if isinstance(init, Tensor) else init
+        sizes = "".join(f"{n}, " for n in self.shape)
+        return f"{sizes}init={shown!r}" + (f", dtype={self.dtype}" if self.dtype is not None else "")
+
+    def forward(self, *_: Any) -> None:
+        raise StateError(
+            message("A State is not called.", expected="self.h.prev is its value", fix="read .prev or .next")
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module would take a Parameter assigned to .next for a new parameter
+        if name in ("prev", "next"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def _checked_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
+    for size in shape:
+        if isinstance(size, bool) or not hasattr(size, "__index__") or size.__index__() < 0:
+            raise StateError(
+                message(
+                    "A State's shape is given as integers, without the batch axis.",
+                    expected="sl.State(64) or sl.State(8, 16)",
+                    found=describe(size),
+                    fix="sl.State(*shape, init=..., dtype=...)",
+                )
+            )
+    return tuple(size.__index__() for size in shape)
+
+
+def _bad_init(found: str) -> str:
+    return message(
+        "A State's `init` is not one of the known kinds.",
+        expected='a number, a tensor of the State\'s shape, "learned", or None (begin sets it)',
+        found=found,
+        fix='sl.State(64, init="learned")',
+    )
+
+
+def _autocast_to(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Under autocast the dtype of what a step computes is torch's choice, so it is cast back to the State's."""
+    if dtype is None or value.dtype == dtype or not (value.is_floating_point() and dtype.is_floating_point):
+        return value
+    return value.to(dtype) if torch.is_autocast_enabled(value.device.type) else value
+
+
+def _fix_type(value: Any, shape: Any, dtype: torch.dtype | None) -> str:
+    if not isinstance(value, Tensor):
+        return "assign a tensor (torch.full_like(self.<name>.prev, number) for a number)"
+    if dtype is not None and value.dtype != dtype:
+        name = str(dtype)
+        own = str(value.dtype)
+        return f"value.to({name}), or declare the State with dtype={own}"
+    if value.dim() == len(shape) - 1 or math.prod(value.shape[1:]) != math.prod(shape[1:]):
+        sizes = ", ".join(str(n) for n in value.shape[1:])
+        return f"declare it as sl.State({sizes}) if that is the value's shape; the batch axis comes first"
+    return "reshape the value to the State's shape; the batch axis comes first"

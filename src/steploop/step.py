@@ -1,0 +1,283 @@
+"""Step: one step of a sequence, written as an nn.Module. Also `unbatched`, and the survey of a Step's tree."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from .errors import InputError, StepError, defined_at, describe, message, user_line
+from .frame import Frame, running
+from .state import State
+
+RESERVED = ("state", "lengths", "mask", "resets", "steps", "on_masked", "batch_size", "backend")
+
+# Kept on a Step between calls but never part of a copy of it or of a pickle.
+_KEPT = ("_steploop_loop", "_steploop_programs")
+
+
+class Step(nn.Module):
+    """One step of a sequence. Subclasses define `step`, and `begin` if a State needs it.
+
+        class Cell(sl.Step):
+            def __init__(self, input_size, hidden_size):
+                super().__init__()
+                self.linear = nn.Linear(input_size + hidden_size, hidden_size)
+                self.h = sl.State(hidden_size)
+
+            def step(self, x):                                # (B, input_size)
+                self.h.next = torch.tanh(self.linear(torch.cat([x, self.h.prev], -1)))
+                return self.h.next
+
+    Inside another Step's `step`, calling a Step does one step of it. Anywhere else, calling it runs the
+    whole sequence: `cell(xs, ...)` is `sl.Loop(cell)(xs, ...)`, xs (T, B, ...).
+    """
+
+    _loop_class: ClassVar[Callable[[Step], Any] | None] = None  # set by loop.py, which may not be imported here
+
+    def step(self, *per_step: Any, **constants: Any) -> Any:
+        """One step: positional arguments are this step's slices (B, ...), keyword arguments the constants."""
+        raise StepError(
+            message(
+                f"{type(self).__name__} does not define step.",
+                expected="a method step(self, x): one step, x is (B, ...) without a time axis",
+                at=defined_at(type(self).__init__),
+                fix="def step(self, x): ...",
+            )
+        )
+
+    def begin(self, **constants: Any) -> None:
+        """Runs once per call before the first step, and may assign `self.h.prev`. Does nothing by default."""
+
+    def forward(self, *xs: Any, **arguments: Any) -> Any:
+        frame = running()
+        if frame is None:
+            return self.whole_sequence()(*xs, **arguments)
+        return _one_step(self, frame, xs, arguments)
+
+    def whole_sequence(self) -> Any:
+        """The Loop that calling this Step outside a loop goes through; made once."""
+        loop = self.__dict__.get("_steploop_loop")
+        # a module whose __dict__ was copied (DataParallel does) must not run the original's loop
+        if loop is None or loop.step is not self:
+            loop = self.__dict__["_steploop_loop"] = Step._loop_class(self)
+        return loop
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _KEPT}
+
+
+def _one_step(child: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+    if frame.phase != "step":
+        raise StepError(
+            message(
+                f"{type(child).__name__} was called inside begin, where no step runs yet.",
+                expected="begin only assigns .prev",
+                fix="for a whole inner sequence, keep sl.Loop(cell) as an attribute and call that",
+            )
+        )
+    if id(child) in frame.called:
+        raise StepError(
+            message(
+                f"{type(child).__name__} was called twice in one step.",
+                expected="one call per step: the second would overwrite the states of the first",
+                found=f"first called at {frame.called[id(child)]}",
+                fix="self.cell2 = sl.share(self.cell1)  has the same parameters and its own states",
+            )
+        )
+    signature_of(child).check(child, len(xs), arguments, inside=True)
+    frame.called[id(child)] = user_line()
+    return child.step(*xs, **arguments)
+
+
+@dataclass
+class Signature:
+    """What a `step` or `begin` takes, and whether it may be called so."""
+
+    owner: str
+    at: str
+    positional: tuple[str, ...]
+    names: frozenset[str]
+    required: frozenset[str]
+    any_positional: bool
+    any_keyword: bool
+    seen: set[Any] = field(default_factory=set)
+
+    def takes(self, name: str) -> bool:
+        """Whether a keyword argument of this name is wanted."""
+        return self.any_keyword or name in self.names
+
+    def check(self, module: nn.Module, count: int, arguments: dict[str, Any], *, inside: bool) -> None:
+        """Raise StepError / InputError unless `count` positional and the keyword `arguments` fit."""
+        key = (count, *arguments, inside)
+        if key in self.seen:
+            return
+        if inside:
+            self._no_reserved(arguments)
+        if count > len(self.positional) and not self.any_positional:
+            raise StepError(self._too_many(count))
+        given = set(self.positional[:count])
+        error = StepError if inside else InputError
+        for name in arguments:
+            if name in given or not self.takes(name):
+                raise error(self._unexpected(name, name in given))
+        missing = self.required - given - set(arguments)
+        if missing:
+            raise error(self._missing(missing, inside))
+        self.seen.add(key)
+
+    def _no_reserved(self, arguments: dict[str, Any]) -> None:
+        for name in arguments:
+            if name in RESERVED:
+                raise StepError(
+                    message(
+                        f"`{name}=` was passed to {self.owner} inside a step, where one step of it runs.",
+                        expected="the slices of this step and constants; the loop threads the states by itself",
+                        fix="self.cell(x); its states are self.cell.<name>.prev and .next",
+                    )
+                )
+
+    def _too_many(self, count: int) -> str:
+        return message(
+            f"{self.owner}.step takes {len(self.positional)} positional argument(s) "
+            f"({', '.join(self.positional) or 'none'}), and {count} were given.",
+            expected="one positional argument for each per-step input",
+            fix="if the extra one is a state: states are not passed by hand. In a step call self.cell(x), the loop "
+            "threads its states; for a whole sequence pass state=..., an sl.States from an earlier call. "
+            "Constants are keyword arguments",
+        )
+
+    def _unexpected(self, name: str, twice: bool) -> str:
+        takes = ", ".join(sorted(self.names)) or "none"
+        return message(
+            f"{self.owner} got {'two values for' if twice else 'a constant that no step or begin names:'} `{name}`.",
+            expected=f"arguments named {takes}",
+            found=f"`{name}=`",
+            fix=f"add {name} to the arguments of step (defined at {self.at}) or leave it out",
+        )
+
+    def _missing(self, missing: set[str] | frozenset[str], inside: bool) -> str:
+        sequences = [n for n in self.positional if n in missing]
+        names = ", ".join([*sequences, *sorted(missing - set(sequences))])
+        call = "self.cell" if inside else "loop"
+        return message(
+            f"{self.owner} needs {names}.",
+            expected=f"step is defined at {self.at}; positional arguments are per-step, keyword arguments constants",
+            fix=f"{call}({', '.join([*self.positional[:1], *(f'{n}={n}' for n in sorted(missing))])})",
+        )
+
+
+_signatures: WeakKeyDictionary[Any, Signature] = WeakKeyDictionary()
+
+
+def signature_of(module: nn.Module, method: str = "step") -> Signature:
+    """The Signature of a Step's `step` or `begin`. StepError where an argument's name is reserved."""
+    function = getattr(type(module), method)
+    found = _signatures.get(function)
+    if found is None:
+        found = _signatures[function] = _read_signature(type(module).__name__, function)
+    return found
+
+
+def _read_signature(owner: str, function: Any) -> Signature:
+    kinds = inspect.Parameter
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    for parameter in parameters:
+        if parameter.name in RESERVED and parameter.kind is not kinds.POSITIONAL_ONLY:
+            raise StepError(
+                message(
+                    f"{owner}.{function.__name__} has an argument named `{parameter.name}`, "
+                    "which is an argument of the loop itself.",
+                    expected="any name but " + ", ".join(RESERVED),
+                    found=f"`{parameter.name}`",
+                    at=defined_at(function),
+                    fix=f"rename it, for example to `{parameter.name}_`",
+                )
+            )
+    ordinary = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    by_name = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    variable = (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    return Signature(
+        owner=owner,
+        at=defined_at(function),
+        positional=tuple(p.name for p in parameters if p.kind in ordinary),
+        names=frozenset(p.name for p in parameters if p.kind in by_name),
+        required=frozenset(p.name for p in parameters if p.kind not in variable and p.default is kinds.empty),
+        any_positional=any(p.kind is kinds.VAR_POSITIONAL for p in parameters),
+        any_keyword=any(p.kind is kinds.VAR_KEYWORD for p in parameters),
+    )
+
+
+@dataclass
+class Survey:
+    """What a Loop needs to know of its step's tree.
+
+    names, states: every State with its path.  begins: every Step that defines `begin`, parents first.
+    parameter: the first floating parameter, or None.
+    """
+
+    names: list[str]
+    states: list[State]
+    begins: list[Step]
+    parameter: Tensor | None
+
+
+def survey(root: nn.Module) -> Survey:
+    """Walk a Step's tree. A Loop inside it has states of its own, which are left out."""
+    found = Survey([], [], [], None)
+    _visit(root, "", found, set(), True)
+    return found
+
+
+def _visit(module: nn.Module, path: str, found: Survey, seen: set[int], ours: bool) -> None:
+    seen.add(id(module))
+    if found.parameter is None:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                found.parameter = parameter
+                break
+    if isinstance(module, State):
+        if ours:
+            found.names.append(path)
+            found.states.append(module)
+        return
+    if ours and isinstance(module, Step) and type(module).begin is not Step.begin:
+        found.begins.append(module)
+    inside = ours and not getattr(type(module), "_holds_own_states", False)
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in seen:
+            _visit(child, f"{path}.{name}" if path else name, found, seen, inside)
+
+
+def states_below(module: nn.Module) -> Iterator[tuple[str, State]]:
+    """(path, State) of every State that one step of `module` threads; for steps that wrap other steps."""
+    found = survey(module)
+    return iter(zip(found.names, found.states, strict=True))
+
+
+class Unbatched:
+    """A constant without a batch axis. Made by `unbatched`."""
+
+    __slots__ = ("tree",)
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+
+def unbatched(tensor: Any) -> Unbatched:
+    """Mark a constant (a tensor or a pytree of tensors) as having no batch axis: every row sees all of it.
+
+        loop(xs, table=sl.unbatched(table))
+
+    Raises InputError for a module.
+    """
+    if isinstance(tensor, Unbatched):
+        return tensor
+    if isinstance(tensor, nn.Module):
+        raise InputError(message("sl.unbatched takes a tensor.", found=describe(tensor), fix="pass a tensor"))
+    return Unbatched(tensor)
+

@@ -1,0 +1,121 @@
+"""A Step as a Program: the flat function that the compiler and every backend run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .compiler.program import Program, StepOutput
+from .errors import StepError, describe, message
+from .frame import Frame, run_in
+from .step import Step, Survey, signature_of
+from .tree import Structure, flatten, unflatten
+
+# Programs kept per Step. A step seen with more structures than this forgets the oldest.
+_KEPT_PROGRAMS = 32
+
+
+@dataclass(eq=False)
+class Arguments:
+    """One call's sequences and constants, taken apart.
+
+    xs, constants: tensors.  x_structure: of the tuple of positional arguments.  constant_structure: of the dict.
+    constant_batched: per constant tensor.
+    """
+
+    xs: list[Tensor]
+    x_structure: Structure
+    constants: list[Tensor]
+    constant_structure: Structure
+    constant_batched: list[bool]
+
+
+def program_of(step: Step, tree: Survey, arguments: Arguments) -> Program:
+    """The Program of a Step for arguments of this structure; the same object at every call."""
+    kept = step.__dict__.setdefault("_steploop_programs", {})
+    key = (
+        arguments.x_structure,
+        arguments.constant_structure,
+        tuple(arguments.constant_batched),
+        tuple(tree.names),
+    )
+    found = kept.get(key)
+    if found is None or found.run.step is not step or found.run.states != tree.states:
+        if len(kept) >= _KEPT_PROGRAMS:
+            kept.pop(next(iter(kept)))
+        found = kept[key] = _make(step, tree, arguments, key)
+    return found
+
+
+def _make(step: Step, tree: Survey, arguments: Arguments, key: Any) -> Program:
+    x_names, constant_names = _names(step, arguments)
+    run = StepFunction(step, tree, arguments.x_structure, arguments.constant_structure)
+    program = Program(
+        run=run,
+        root=step,
+        key=key,
+        state_names=list(tree.names),
+        x_names=x_names,
+        constant_names=constant_names,
+        constant_batched=list(arguments.constant_batched),
+    )
+    run.program = program
+    return program
+
+
+def _names(step: Step, arguments: Arguments) -> tuple[list[str], list[str]]:
+    """Readable names: an argument's own name, with [0] or ['key'] where it is a pytree."""
+    given = signature_of(step).positional
+    names = []
+    for name in arguments.x_structure.names(""):
+        number, _, rest = name[1:].partition("]")
+        position = int(number)
+        names.append((given[position] if position < len(given) else f"x{position}") + rest)
+    constants = []
+    for name in arguments.constant_structure.names(""):
+        key, _, rest = name[2:].partition("']")
+        constants.append(key + rest)
+    return names, constants
+
+
+class StepFunction:
+    """run(xs, constants, prevs) -> (outputs, nexts): one call of a Step inside a Frame of its own."""
+
+    def __init__(self, step: Step, tree: Survey, x_structure: Structure, constant_structure: Structure) -> None:
+        self.step = step
+        self.states = list(tree.states)
+        self.names = dict(zip(tree.states, tree.names, strict=True))
+        self.x_structure = x_structure
+        self.constant_structure = constant_structure
+        self.program: Program | None = None
+
+    def __call__(
+        self, xs: Sequence[Tensor], constants: Sequence[Tensor], prevs: Sequence[Tensor]
+    ) -> StepOutput:
+        frame = Frame(self.names, dict(zip(self.states, prevs, strict=True)), "step")
+        with run_in(frame):
+            returned = self.step(
+                *unflatten(xs, self.x_structure), **unflatten(constants, self.constant_structure)
+            )
+        outputs, self.program.out_spec = flatten(returned)
+        self._check_rows(outputs, [*xs, *prevs])
+        return outputs, frame.nexts(self.states)
+
+    def _check_rows(self, outputs: list[Tensor], batched: list[Tensor]) -> None:
+        if not batched:
+            return
+        batch = batched[0].shape[0]
+        for i, output in enumerate(outputs):
+            if output.dim() == 0 or output.shape[0] != batch:
+                name = self.program.out_spec.names("output")[i]
+                raise StepError(
+                    message(
+                        f"{type(self.step).__name__}.step returned a tensor without the batch axis first: {name}.",
+                        expected=f"({batch}, ...)",
+                        found=describe(output),
+                        fix="return (B, ...) tensors: keep dim 0, and reduce over the batch after the loop",
+                    )
+                )

@@ -1,0 +1,157 @@
+"""Stream: a Step run one step at a time, for data that arrives one step at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .compiler.program import Call
+from .errors import InputError, UnsupportedError, describe, message
+from .initial import own_values, require
+from .inputs import check_constants, checked_mask, constant_leaves, sequences
+from .states import States, given_states
+from .step import signature_of, survey
+from .step_program import Arguments, program_of
+from .tree import unflatten
+
+if TYPE_CHECKING:
+    from .loop import Loop
+
+
+class Stream:
+    """One step at a time over `batch_size` independent rows. Made by `loop.stream(batch_size, ...)`.
+
+        stream = loop.stream(8)
+        y = stream(x)                        # x (8, ...), y (8, ...): one step
+        y = stream(x, mask=m, resets=r)      # m, r (8,) bool: rows that take part, rows that start anew
+
+    A masked row keeps its state; its output is zero, or with on_masked="repeat" its last valid one. Streams run
+    under the caller's grad mode: use `torch.no_grad()` (or `stream.state = stream.state.detach()`) where the
+    graph is not to grow. `begin` runs once, when the stream is made or at its first step.
+    """
+
+    def __init__(self, loop: Loop, batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
+        if loop.reverse:
+            raise UnsupportedError(
+                message(
+                    "A loop with reverse=True cannot stream: its first step needs the end of the sequence.",
+                    fix="sl.Loop(step).stream(...)",
+                )
+            )
+        if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 0:
+            raise InputError(
+                message("A stream's batch_size is a number of rows.", expected="an int", found=describe(batch_size))
+            )
+        from .loop import _check_on_masked
+
+        _check_on_masked(on_masked)
+        self.loop = loop
+        self.batch_size = batch_size
+        self.on_masked = on_masked
+        self.constants = constants
+        self._given = state
+        self._tree = survey(loop.step)
+        self._own: list[Tensor | None] | None = None
+        self._values: list[Tensor] = []
+        self._last: list[Tensor] | None = None
+        self._program: Any = None
+        self._structure: Any = None
+        self._arguments: Arguments | None = None
+        if self._tree.parameter is not None:
+            self._start([])
+
+    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None) -> Any:
+        """One step. xs (B, ...) each; mask, resets (B,) bool. Returns what the step returns, (B, ...)."""
+        tensors, structure = sequences(xs)
+        if self._own is None:
+            self._start(tensors)
+        if structure != self._structure:
+            self._set_up(xs, tensors, structure)
+        for x, name in zip(tensors, self._program.x_names, strict=True):
+            if x.dim() == 0 or x.shape[0] != self.batch_size:
+                raise InputError(_wrong_rows(x, name, self.batch_size))
+        call = Call(
+            xs=[x.unsqueeze(0) for x in tensors],
+            constants=self._arguments.constants,
+            initial=self._values,
+            steps=1,
+            batch=self.batch_size,
+        )
+        if mask is not None:
+            mask = call.mask = self._flags(mask, "mask")
+        if resets is not None:
+            call.resets = self._flags(resets, "resets")
+            call.reset_to = require(self._own, self._tree.names)
+        result = dispatch.run(self._program, call, self.loop.backend, self.loop.save)
+        self._values = result.states
+        outputs = [output[0] for output in result.outputs]
+        if self.on_masked == "repeat":
+            outputs = self._last = self._repeated(outputs, mask)
+        return unflatten(outputs, result.out_spec if result.out_spec is not None else self._program.out_spec)
+
+    @property
+    def state(self) -> States:
+        """The States after the last step; assign an sl.States (or a dict of path to tensor) to go on from there."""
+        if self._own is None:
+            self._start([])
+        names = self._tree.names
+        own = {name: value for name, value in zip(names, self._own, strict=True) if value is not None}
+        return States(zip(names, self._values, strict=True), own)
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._own is None:
+            self._start([])
+        self._values = given_states(state, self._tree.names, self._own, self.batch_size)
+
+    def _start(self, xs: list[Tensor]) -> None:
+        tensors, structure, batched, named = constant_leaves(self.constants)
+        check_constants(tensors, batched, structure, self.batch_size)
+        own = own_values(self._tree, self.batch_size, xs, tensors, named)
+        if self._given is None:
+            self._values = require(own, self._tree.names)
+        else:
+            self._values = given_states(self._given, self._tree.names, own, self.batch_size)
+        self._own = own
+
+    def _set_up(self, xs: tuple[Any, ...], tensors: list[Tensor], structure: Any) -> None:
+        from .loop import take_apart
+
+        arguments, _ = take_apart(self.loop.step, self._tree, xs, self.constants)
+        signature_of(self.loop.step)
+        self._arguments = arguments
+        self._program = program_of(self.loop.step, self._tree, arguments)
+        self._structure = structure
+
+    def _flags(self, flags: Any, name: str) -> Tensor:
+        flags = flags if isinstance(flags, Tensor) else torch.as_tensor(flags)
+        if flags.dim() != 1:
+            raise InputError(
+                message(
+                    f"A stream's `{name}` has one entry per row.",
+                    expected=f"({self.batch_size},) bool",
+                    found=describe(flags),
+                    fix=f"{name}[t] of a (T, B) {name}",
+                )
+            )
+        return checked_mask(flags.unsqueeze(0), name, 1, self.batch_size, False)
+
+    def _repeated(self, outputs: list[Tensor], mask: Tensor | None) -> list[Tensor]:
+        if mask is None or self._last is None:
+            return outputs
+        return [
+            torch.where(mask[0].to(o.device).reshape(-1, *[1] * (o.dim() - 1)), o, last)
+            for o, last in zip(outputs, self._last, strict=True)
+        ]
+
+
+def _wrong_rows(x: Tensor, name: str, batch: Any) -> str:
+    return message(
+        f"A stream takes one step: {name} has no time axis.",
+        expected=f"({batch}, ...)",
+        found=describe(x),
+        fix=f"stream({name}[t]) for each t, or loop({name}) for the whole sequence",
+    )

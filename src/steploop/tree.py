@@ -1,0 +1,120 @@
+"""Pytrees as a flat list of tensors plus a hashable Structure that holds everything else.
+
+`torch.utils._pytree` makes a leaf of whatever it does not know, None and numbers too. Here only tensors
+are leaves: the rest (None, numbers, strings, any other object) is part of the structure, so that it can
+be part of what a capture depends on, and comes back unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class _TensorHere:
+    """Marks a tensor's place among a Structure's leaves."""
+
+    def __repr__(self) -> str:
+        return "*"
+
+
+_TENSOR = _TensorHere()
+
+
+class Structure:
+    """Everything of a pytree but its tensors. Equal and hashable by content; 1, 1.0 and True differ."""
+
+    __slots__ = ("spec", "leaves", "key", "count", "_hash")
+
+    def __init__(self, spec: pytree.TreeSpec, leaves: tuple[Any, ...]) -> None:
+        self.spec = spec
+        self.leaves = leaves
+        self.key = tuple(_static_key(leaf) for leaf in leaves)
+        self.count = sum(leaf is _TENSOR for leaf in leaves)
+        self._hash = hash((self.key, spec))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Structure) and self.key == other.key and self.spec == other.spec
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return repr(pytree.tree_unflatten(list(self.leaves), self.spec))
+
+    def names(self, root: str) -> list[str]:
+        """A name for every tensor: root, root[0], root['key'], root.field."""
+        tree = pytree.tree_unflatten(list(self.leaves), self.spec)
+        pairs, _ = pytree.tree_flatten_with_path(tree)
+        return [root + pytree.keystr(path) for path, leaf in pairs if leaf is _TENSOR]
+
+    def leaf_names(self, root: str) -> list[str]:
+        """A name for every leaf, tensor or not."""
+        tree = pytree.tree_unflatten(list(self.leaves), self.spec)
+        pairs, _ = pytree.tree_flatten_with_path(tree)
+        return [root + pytree.keystr(path) for path, _ in pairs]
+
+    def is_tensor(self, index: int) -> bool:
+        """Whether leaf number `index` is a tensor."""
+        return self.leaves[index] is _TENSOR
+
+
+def _static_key(leaf: Any) -> Any:
+    if leaf is _TENSOR:
+        return _TENSOR
+    if isinstance(leaf, float):
+        return (float, leaf.hex())  # -0.0 and 0.0 differ, nan equals nan
+    try:
+        hash(leaf)
+    except TypeError:
+        return (type(leaf), id(leaf))  # the Structure keeps the leaf alive, so the id stays its own
+    return (type(leaf), leaf)
+
+
+_LEAF = Structure(pytree.tree_flatten(0)[1], (_TENSOR,))
+_PLAIN: dict[int, Structure] = {}
+
+
+def flatten(tree: Any) -> tuple[list[Tensor], Structure]:
+    """The tensors of a pytree in order, and the rest of it."""
+    if isinstance(tree, Tensor):
+        return [tree], _LEAF
+    leaves, spec = pytree.tree_flatten(tree)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    marked = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return tensors, Structure(spec, marked)
+
+
+def flatten_arguments(arguments: tuple[Any, ...]) -> tuple[list[Tensor], Structure]:
+    """As `flatten` of a tuple; fast where all of its entries are tensors."""
+    for argument in arguments:
+        if not isinstance(argument, Tensor):
+            return flatten(arguments)
+    count = len(arguments)
+    structure = _PLAIN.get(count)
+    if structure is None:
+        structure = _PLAIN[count] = flatten(arguments)[1]
+    return list(arguments), structure
+
+
+def unflatten(tensors: Iterable[Tensor], structure: Structure) -> Any:
+    """The pytree again, with new containers and other tensors."""
+    if structure is _LEAF:
+        (tensor,) = tensors
+        return tensor
+    values: Iterator[Tensor] = iter(tensors)
+    leaves = [next(values) if leaf is _TENSOR else leaf for leaf in structure.leaves]
+    return pytree.tree_unflatten(leaves, structure.spec)
+
+
+def flatten_like(tree: Any, structure: Structure) -> list[Any]:
+    """All leaves of `tree` (not only tensors), in the order of `structure`, whatever the order of dict keys.
+
+    Raises ValueError where the containers differ. A container where `structure` has a leaf is returned as is.
+    """
+    return structure.spec.flatten_up_to(tree)
