@@ -1,0 +1,31 @@
+"""Cells and layers. Each is an ordinary Step (or is run by one): nothing here has a fast path of its own.
+
+Cells, one file each: RNNCell, LSTMCell, GRUCell, LayerNormLSTMCell.  Around cells: Stack, Residual, Dropout,
+Zoneout, Bidirectional.  Drop-ins for torch.nn's layers: RNN, LSTM, GRU.
+"""
+
+from .bidirectional import Bidirectional
+from .dropout import Dropout
+from .gru import GRUCell
+from .layer_norm_lstm import LayerNormLSTMCell
+from .lstm import LSTMCell
+from .residual import Residual
+from .rnn import RNNCell
+from .stack import Stack
+from .torch_layers import GRU, LSTM, RNN
+from .zoneout import Zoneout
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Bidirectional",
+    "Dropout",
+    "GRUCell",
+    "LSTMCell",
+    "LayerNormLSTMCell",
+    "RNNCell",
+    "Residual",
+    "Stack",
+    "Zoneout",
+]

@@ -1,0 +1,100 @@
+"""Two cells over the same sequence, one in each direction (Schuster & Paliwal 1997)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError, StateError, describe, message
+from ..loop import Loop
+from ..states import States
+from ..step import Step
+
+
+class Bidirectional(nn.Module):
+    """A layer over whole sequences: one Loop forwards, one in reverse, their features concatenated.
+
+    outputs, state = layer(xs, ..., state=None, lengths=None, mask=None, resets=None, ...): the arguments and
+    results of `sl.Loop`. outputs[t] = cat([forward output at t, backward output at t], -1), leaf by leaf;
+    a PackedSequence gives PackedSequences. The backward cell starts at each row's last valid step.
+    state: an sl.States with both cells' states, "forward.h" and "backward.h".
+
+    It is not a Step: the backward cell has to see the end of a sequence first. Inside a step it is an inner
+    sequence.
+    The loops are the children "forward_loop" and "backward_loop". batch_first, backend, save: as for sl.Loop.
+
+    Raises InputError where the two cells' outputs cannot be joined; StateError for a wrong state.
+    """
+
+    def __init__(
+        self, forward_cell: Step, backward_cell: Step, batch_first=False, backend="auto", save="auto"
+    ):
+        super().__init__()
+        options = {"batch_first": batch_first, "backend": backend, "save": save}
+        self.forward_loop = Loop(forward_cell, **options)
+        self.backward_loop = Loop(backward_cell, reverse=True, **options)
+
+    def forward(self, *xs: Any, state: States | None = None, **arguments: Any) -> tuple[Any, States]:
+        given = self._split(state)
+        left, left_state = self.forward_loop(*xs, state=given["forward"], **arguments)
+        right, right_state = self.backward_loop(*xs, state=given["backward"], **arguments)
+        both = {f"forward.{name}": value for name, value in left_state.items()}
+        both |= {f"backward.{name}": value for name, value in right_state.items()}
+        return _concatenate(left, right), States(both)
+
+    def _split(self, state: Any) -> dict[str, States | None]:
+        """The states of each direction, under their names in its own Loop."""
+        if state is None:
+            return {"forward": None, "backward": None}
+        parts: dict[str, dict[str, Tensor]] = {"forward": {}, "backward": {}}
+        for name, value in state.items():
+            direction, dot, path = name.partition(".")
+            if direction not in parts or not dot:
+                raise StateError(
+                    message(
+                        "Bidirectional: a given state belongs to neither direction.",
+                        expected="names forward.<state> and backward.<state>",
+                        found=repr(name),
+                        fix="pass the state that an earlier call of this layer returned",
+                    )
+                )
+            parts[direction][path] = value
+        return {direction: States(part) for direction, part in parts.items()}
+
+
+def _concatenate(left: Any, right: Any) -> Any:
+    def is_packed(value: Any) -> bool:
+        return isinstance(value, PackedSequence)
+
+    lefts, structure = pytree.tree_flatten(left, is_leaf=is_packed)
+    rights, other = pytree.tree_flatten(right, is_leaf=is_packed)
+    if structure != other:
+        raise InputError(
+            message(
+                "Bidirectional: the outputs of the two cells are not alike.",
+                expected=f"forward cell: {structure}",
+                found=f"backward cell: {other}",
+            )
+        )
+    return pytree.tree_unflatten([_join(a, b) for a, b in zip(lefts, rights, strict=True)], structure)
+
+
+def _join(a: Any, b: Any, leading: int = 2) -> Any:
+    if isinstance(a, PackedSequence):
+        return a._replace(data=_join(a.data, b.data, leading=1))
+    if not isinstance(a, Tensor):
+        return a
+    if a.dim() <= leading or a.shape[:-1] != b.shape[:-1]:
+        raise InputError(
+            message(
+                "Bidirectional: the outputs of the two cells cannot be joined on their last axis.",
+                expected=f"forward cell: {describe(a)}",
+                found=f"backward cell: {describe(b)}",
+                fix="both must be (T, B, ..., features), equal but for the features",
+            )
+        )
+    return torch.cat([a, b], dim=-1)

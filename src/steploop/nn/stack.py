@@ -1,0 +1,57 @@
+"""Several layers, one above the other, as one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..errors import StepError, message
+from ..step import Step
+from ._constants import check_constants_used, constants_for
+
+
+class Stack(Step):
+    """Cells one above the other: the input goes through each in turn; the last one's output is returned.
+
+    The children are named "0", "1", ...: states are "0.h", "1.h", ..., parameters "0.weight_ih", ...  Every
+    cell keeps its own states.  A layer may be any Step, or any nn.Module without memory (nn.Linear,
+    nn.LayerNorm).
+    The first layer takes all per-step inputs, each later one the output of the layer below.  A constant
+    (keyword argument) goes to every layer whose `step` or `forward` names it.
+    `stack[k]`, `len(stack)` and iteration give the layers.
+
+    Raises StepError for no cells, for something that is no module, and for a constant that no layer takes.
+    """
+
+    def __init__(self, *cells: nn.Module):
+        super().__init__()
+        if not cells:
+            raise StepError(message("Stack has no cells.", fix="Stack(GRUCell(8, 16), GRUCell(16, 16))"))
+        for k, cell in enumerate(cells):
+            if not isinstance(cell, nn.Module):
+                raise StepError(
+                    message(
+                        f"Stack: layer {k} is not a module.",
+                        expected="Steps or nn.Modules",
+                        found=type(cell).__name__,
+                        fix="Stack(*cells)" if isinstance(cell, (list, tuple)) else None,
+                    )
+                )
+            self.add_module(str(k), cell)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._modules.values())
+
+    def __getitem__(self, k: int) -> nn.Module:
+        return list(self)[k]
+
+    def step(self, *xs: Any, **constants: Any) -> Any:
+        check_constants_used(self, self, constants)
+        for cell in self:
+            xs = (cell(*xs, **constants_for(cell, constants)),)
+        return xs[0]
