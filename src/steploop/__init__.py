@@ -1,5 +1,6 @@
 """steploop: write one time step in plain PyTorch; run the whole sequence at once."""
 
+from . import memory, nn
 from .errors import (
     BuildError,
     CarryError,
@@ -12,6 +13,7 @@ from .errors import (
     UnsupportedError,
 )
 from .loop import Loop
+from .scan import plan, scan
 from .share import share
 from .state import State
 from .states import States

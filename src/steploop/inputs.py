@@ -20,15 +20,17 @@ from .tree import Structure, flatten, flatten_arguments
 def sequences(xs: tuple[Any, ...]) -> tuple[list[Tensor], Structure]:
     """The tensors of the positional arguments. InputError for an array, or a PackedSequence inside a pytree."""
     tensors, structure = flatten_arguments(xs)
-    if structure.count != len(structure.leaves):
-        _only_plain(structure.leaves, "a sequence")
+    check_plain(structure, "a sequence")
     if len(tensors) > len(xs):
         _no_nested_packed(xs)
     return tensors, structure
 
 
-def _only_plain(leaves: tuple[Any, ...], what: str) -> None:
-    for leaf in leaves:
+def check_plain(structure: Structure, what: str) -> None:
+    """InputError if there is a NumPy array where a tensor should be; it would be taken for a fixed value."""
+    if structure.count == len(structure.leaves):
+        return
+    for leaf in structure.leaves:
         if hasattr(leaf, "__array__") and not isinstance(leaf, (Tensor, bool, int, float)):
             raise InputError(
                 message(
@@ -64,8 +66,7 @@ def constant_leaves(constants: dict[str, Any]) -> tuple[list[Tensor], Structure,
     for name in sorted(constants):
         plain[name] = _without_marks(constants[name], name, batched)
     tensors, structure = flatten(plain)
-    if structure.count != len(structure.leaves):
-        _only_plain(structure.leaves, "a constant")
+    check_plain(structure, "a constant")
     return tensors, structure, batched, plain
 
 

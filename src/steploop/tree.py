@@ -63,6 +63,10 @@ class Structure:
         """Whether leaf number `index` is a tensor."""
         return self.leaves[index] is _TENSOR
 
+    def same_static(self, index: int, leaf: Any) -> bool:
+        """Whether `leaf` is what this structure holds, not a tensor, as leaf number `index`."""
+        return not isinstance(leaf, Tensor) and self.key[index] == _static_key(leaf)
+
 
 def _static_key(leaf: Any) -> Any:
     if leaf is _TENSOR:
