@@ -1,0 +1,5 @@
+"""`python -m steploop` is the program `steploop`."""
+
+from .cli import main
+
+main()
