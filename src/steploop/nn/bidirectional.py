@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,14 +43,18 @@ class Bidirectional(nn.Module):
         given = self._split(state)
         left, left_state = self.forward_loop(*xs, state=given["forward"], **arguments)
         right, right_state = self.backward_loop(*xs, state=given["backward"], **arguments)
-        both = {f"forward.{name}": value for name, value in left_state.items()}
-        both |= {f"backward.{name}": value for name, value in right_state.items()}
-        return _concatenate(left, right), States(both)
+        values = _prefixed("forward.", left_state) | _prefixed("backward.", right_state)
+        own = _prefixed("forward.", left_state._own) | _prefixed("backward.", right_state._own)
+        return _concatenate(left, right), States(values, own)
 
     def _split(self, state: Any) -> dict[str, States | None]:
         """The states of each direction, under their names in its own Loop."""
         if state is None:
             return {"forward": None, "backward": None}
+        if not isinstance(state, Mapping):
+            raise StateError(
+                message("Bidirectional: `state` is not a dictionary of states.", found=describe(state))
+            )
         parts: dict[str, dict[str, Tensor]] = {"forward": {}, "backward": {}}
         for name, value in state.items():
             direction, dot, path = name.partition(".")
@@ -64,6 +69,10 @@ class Bidirectional(nn.Module):
                 )
             parts[direction][path] = value
         return {direction: States(part) for direction, part in parts.items()}
+
+
+def _prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in values.items()}
 
 
 def _concatenate(left: Any, right: Any) -> Any:

@@ -57,16 +57,12 @@ class Dropout(Step):
 
 
 def hashed_mask(seed: Tensor, shape: tuple[int, ...], keep: float) -> Tensor:
-    """(B, *shape) bool, each True with probability `keep` (to 2**-32), a function of seed (B, 1) int64 and
-    position."""
+    """(B, *shape) bool, True with probability `keep` (to 2**-32): a hash of seed (B, 1) int64 and position."""
     position = torch.arange(math.prod(shape), device=seed.device)
     low, high = seed & 0x7FFFFFFF, seed >> 31
-    bits = _hash32(_hash32(position + low) ^ high)
-    return (
-        (bits < round(keep * 2**32)).unflatten(-1, shape)
-        if shape
-        else (bits < round(keep * 2**32)).squeeze(-1)
-    )
+    bits = _hash32(_hash32(_hash32(position) ^ low) ^ high)
+    kept = bits < round(keep * 2**32)
+    return kept.unflatten(-1, shape) if shape else kept.squeeze(-1)
 
 
 def _hash32(n: Tensor) -> Tensor:

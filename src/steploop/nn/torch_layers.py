@@ -93,9 +93,9 @@ class _TorchLayer:
         super().__init__(*args, **kwargs)
         self.backend = backend
         self.save = save
+        _ = self._loop_of_direction  # a wrong backend or save is an error here
 
-    # -- torch keeps a list of the weights beside the parameters, for cuDNN; here the parameters are the only
-    # truth
+    # -- torch keeps a second list of the weights, for cuDNN; here the parameters are the only truth
 
     @property
     def _flat_weights(self) -> list[Tensor]:
@@ -125,8 +125,7 @@ class _TorchLayer:
 
     @property
     def _loop_of_direction(self) -> tuple[Loop, ...]:
-        """One loop over all layers; or, bidirectional, one over one layer for each direction, used by all
-        layers."""
+        """One loop over all layers; bidirectional: one for each direction, which every layer uses in turn."""
         if "_loops" not in self.__dict__:
             # Held in a tuple: the loops are not children, as torch's layers have none.
             self._loops = tuple(self._make_loop(reverse) for reverse in ((False, True)[: self._directions]))
@@ -162,12 +161,14 @@ class _TorchLayer:
         Raises InputError for a wrong input, StateError for a wrong hx.
         """
         axes = _Axes(self, input)
-        self._check_input(axes)
+        # Once per call: a parametrization (spectral_norm) computes, and may change itself, at every reading.
+        weights = dict(zip(self._flat_weights_names, self._flat_weights, strict=True))
+        self._check_input(axes, next(iter(weights.values())))
         hx = self._check_state(hx, axes)
         masks = {"lengths": axes.add_batch(lengths, 0)}
         masks |= {"mask": axes.time_major(mask), "resets": axes.time_major(resets)}
         run = self._run_both if self.bidirectional else self._run_one
-        outputs, finals = run(axes.sequence, hx, masks)
+        outputs, finals = run(axes.sequence, hx, weights, masks)
         finals = tuple(torch.stack(axis) if axes.batched else torch.cat(axis) for axis in finals)
         return axes.restore(outputs), finals if self._returns_tuple else finals[0]
 
@@ -175,39 +176,42 @@ class _TorchLayer:
     def _returns_tuple(self) -> bool:
         return len(self._states) > 1
 
-    def _run_one(self, xs: Any, hx: Any, masks: dict[str, Any]) -> tuple[Any, list[list[Tensor]]]:
-        return self._run_loop(self._loop_of_direction[0], xs, hx, list(range(self.num_layers)), 0, masks)
+    def _run_one(self, xs, hx, weights, masks) -> tuple[Any, list[list[Tensor]]]:
+        """The outputs, and for each kind of state a list of its values by layer."""
+        return self._run_loop(0, list(range(self.num_layers)), xs, hx, weights, masks)
 
-    def _run_both(self, xs: Any, hx: Any, masks: dict[str, Any]) -> tuple[Any, list[list[Tensor]]]:
+    def _run_both(self, xs, hx, weights, masks) -> tuple[Any, list[list[Tensor]]]:
+        """The outputs, and for each kind of state a list of its values by layer and direction."""
         finals: list[list[Tensor]] = [[] for _ in self._states]
         for k in range(self.num_layers):
             if k:
                 xs = _map_sequence(lambda t: F.dropout(t, self.dropout, self.training), xs)
             both = []
-            for direction, loop in enumerate(self._loop_of_direction):
-                outputs, last = self._run_loop(loop, xs, hx, [k], direction, masks)
+            for direction in range(2):
+                outputs, last = self._run_loop(direction, [k], xs, hx, weights, masks)
                 both.append(outputs)
                 for axis, values in zip(finals, last, strict=True):
                     axis.extend(values)
             xs = _map_sequence(lambda a, b: torch.cat([a, b], dim=-1), *both)
         return xs, finals
 
-    def _run_loop(self, loop, xs, hx, layers, direction, masks):
+    def _run_loop(self, direction, layers, xs, hx, weights, masks) -> tuple[Any, list[list[Tensor]]]:
+        """`layers` of one direction as one loop."""
+        loop = self._loop_of_direction[direction]
         self._bring_up_to_date(loop)
-        weights, state = {}, {}
+        constants, state = {}, {}
         for place, k in enumerate(layers):
             row = k * self._directions + direction
             for name in self._weight_names(k, direction):
                 # In its loop a layer is called by its place there: 0 for every layer of a bidirectional one.
-                weights[f"{name.split('_l')[0]}_l{place}"] = unbatched(getattr(self, name))
+                constants[f"{name.split('_l')[0]}_l{place}"] = unbatched(weights[name])
             for name, value in zip(self._states, hx or (), strict=False):
                 state[f"{place}.{name}"] = value[row]
-        outputs, final = loop(xs, state=state or None, **masks, **weights)
+        outputs, final = loop(xs, state=state or None, **masks, **constants)
         return outputs, [[final[f"{place}.{name}"] for place in range(len(layers))] for name in self._states]
 
     def _bring_up_to_date(self, loop: Loop) -> None:
-        """The loop is no child, so train() and eval() do not reach it; nor does a later `layer.dropout =
-        0.1`."""
+        """The loop is no child: train() and eval() do not reach it, nor does `layer.dropout = 0.1`."""
         if loop.training != self.training:
             loop.train(self.training)
         loop.step.dropout = self.dropout
@@ -219,9 +223,8 @@ class _TorchLayer:
 
     # -- checks
 
-    def _check_input(self, axes: _Axes) -> None:
-        leaf, weight = axes.leaf, getattr(self, self._flat_weights_names[0])
-        who = type(self).__name__
+    def _check_input(self, axes: _Axes, weight: Tensor) -> None:
+        leaf, who = axes.leaf, type(self).__name__
         if leaf.shape[-1] != self.input_size:
             raise InputError(
                 message(
