@@ -19,5 +19,31 @@ from .state import State
 from .states import States
 from .step import Step, unbatched
 from .stream import Stream
+from .verify import Report, verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BuildError",
+    "CarryError",
+    "DataError",
+    "InputError",
+    "Loop",
+    "MismatchError",
+    "Report",
+    "State",
+    "StateError",
+    "States",
+    "Step",
+    "StepError",
+    "SteploopError",
+    "Stream",
+    "UnsupportedError",
+    "memory",
+    "nn",
+    "plan",
+    "scan",
+    "share",
+    "unbatched",
+    "verify",
+]
