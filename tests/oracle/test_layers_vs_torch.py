@@ -177,13 +177,14 @@ def test_same_constructor(options):
     assert [[w.shape for w in layer] for layer in ours.all_weights] == shapes
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_dropout_acts_between_layers(bidirectional):
+def test_dropout_acts_between_layers(bidirectional, backend):
     """p = 1: the upper layers see zeros in training, as torch's do; in eval mode nothing is dropped."""
     options = Options("GRU", 3, True, False, bidirectional)
     torch.manual_seed(5)
     theirs = options.make(torch.nn, dropout=1.0, dtype=torch.float64)
-    ours = options.make(sl.nn, dropout=1.0, dtype=torch.float64)
+    ours = options.make(sl.nn, dropout=1.0, dtype=torch.float64, backend=backend)
     ours.load_state_dict(theirs.state_dict())
     x = dense(options)
     for layer in (theirs, ours):
@@ -196,10 +197,11 @@ def test_dropout_acts_between_layers(bidirectional):
     assert not torch.allclose(ours(x)[0], in_training[0])
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_dropout_drops_the_right_share(bidirectional):
+def test_dropout_drops_the_right_share(bidirectional, backend):
     """Layer 1 of an identity RNN sees ones times a dropout mask: its outputs are the mask."""
-    layer = sl.nn.RNN(8, 8, 2, "relu", False, dropout=0.3, bidirectional=bidirectional)
+    layer = sl.nn.RNN(8, 8, 2, "relu", False, dropout=0.3, bidirectional=bidirectional, backend=backend)
     with torch.no_grad():
         for name, weight in layer.named_parameters():
             weight.zero_()

@@ -1,4 +1,4 @@
-"""The drop-in layers beyond equality with torch.nn: lengths, masks, resets, copies, parametrizations, errors."""
+"""The drop-in layers beyond equality with torch: lengths, masks, resets, copies, parametrizations, errors."""
 
 import copy
 import io
@@ -201,8 +201,10 @@ def test_repr_shows_the_backend_only_where_it_was_chosen():
 def test_under_autocast_the_states_stay_float32():
     for kind in KINDS:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            result = make(kind)(inputs())
-        assert all(value.dtype == torch.float32 for value in finals(result))
+            layer = make(kind)
+            result = layer(inputs())
+            again = layer(inputs().bfloat16(), result[1])
+        assert all(value.dtype == torch.float32 for value in (*finals(result), *finals(again)))
 
 
 def test_constructors_check_as_torchs_do():

@@ -36,10 +36,10 @@ class Dropout(Step):
             self.seed = State(1, init=0, dtype=torch.int64)
 
     def step(self, x: Tensor) -> Tensor:
-        if not self.same_mask_every_step:
-            return F.dropout(x, self.p, self.training)
         if not self.training or self.p == 0.0:
             return x
+        if not self.same_mask_every_step:
+            return F.dropout(x, self.p)
         seed = self._sequence_seed()
         keep = hashed_mask(seed, x.shape[1:], 1.0 - self.p)
         scale = 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
@@ -57,7 +57,7 @@ class Dropout(Step):
 
 
 def hashed_mask(seed: Tensor, shape: tuple[int, ...], keep: float) -> Tensor:
-    """(B, *shape) bool, True with probability `keep` (to 2**-32): a hash of seed (B, 1) int64 and position."""
+    """(B, *shape) bool, True with probability `keep` (to 2**-32): a hash of seed (B, 1) and position."""
     position = torch.arange(math.prod(shape), device=seed.device)
     low, high = seed & 0x7FFFFFFF, seed >> 31
     bits = _hash32(_hash32(_hash32(position) ^ low) ^ high)

@@ -73,7 +73,7 @@ class _Layers(Step):
 
     def step(self, x: Tensor, **weights: Tensor) -> Tensor:
         for k, layer in enumerate(self.children()):
-            if k:
+            if k and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
             suffix = f"_l{k}"
             x = layer(x, **{n.removesuffix(suffix): w for n, w in weights.items() if n.endswith(suffix)})
@@ -151,7 +151,7 @@ class _TorchLayer:
         mask: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Any]:
-        """torch.nn's forward. input: (T, B, I), (B, T, I) with batch_first, (T, I), or a PackedSequence.
+        """As torch.nn's. input: (T, B, I), (B, T, I) with batch_first, (T, I), or a PackedSequence.
 
         hx: h_0, for LSTM (h_0, c_0), of shape (num_layers * directions, B, H), without B for (T, I) input; or
         None. lengths (B,), mask and resets (T, B) ((B, T) with batch_first, (T,) for (T, I) input) as for
@@ -184,7 +184,7 @@ class _TorchLayer:
         """The outputs, and for each kind of state a list of its values by layer and direction."""
         finals: list[list[Tensor]] = [[] for _ in self._states]
         for k in range(self.num_layers):
-            if k:
+            if k and self.dropout:
                 xs = _map_sequence(lambda t: F.dropout(t, self.dropout, self.training), xs)
             both = []
             for direction in range(2):
@@ -233,7 +233,9 @@ class _TorchLayer:
                     found=describe(leaf),
                 )
             )
-        if leaf.dtype != weight.dtype and not torch.is_autocast_enabled(leaf.device.type):
+        if leaf.dtype == weight.dtype:
+            return
+        if not torch.is_autocast_enabled(leaf.device.type):
             raise InputError(
                 message(
                     f"{who}: the input and the weights differ in dtype.",
@@ -242,6 +244,8 @@ class _TorchLayer:
                     fix=f"input.to({weight.dtype}) or layer.to({leaf.dtype})",
                 )
             )
+        # The states take the input's dtype; they must not be of half precision.
+        axes.sequence = _map_sequence(lambda t: t.to(weight.dtype), axes.sequence)
 
     def _check_state(self, hx: Any, axes: _Axes) -> tuple[Tensor, ...] | None:
         """hx as a tuple of (num_layers * directions, B, features) tensors."""
@@ -291,7 +295,8 @@ class RNN(_TorchLayer, torch_nn.RNN):
     added.
 
     backend, save: as for sl.Loop.  Deviations from torch: T and lengths may be 0; errors are InputError and
-    StateError (both ValueError); dropout draws other random numbers.
+    StateError (both ValueError); dropout draws other random numbers; under autocast outputs and states have
+    the weights' dtype.
     """
 
     _make_step = _RNNLayer
@@ -333,7 +338,8 @@ class LSTM(_TorchLayer, torch_nn.LSTM):
     is added.
 
     backend, save: as for sl.Loop.  Deviations from torch: T and lengths may be 0; errors are InputError and
-    StateError (both ValueError); dropout draws other random numbers.
+    StateError (both ValueError); dropout draws other random numbers; under autocast outputs and states have
+    the weights' dtype.
     """
 
     _make_step = _LSTMLayer
@@ -376,7 +382,8 @@ class GRU(_TorchLayer, torch_nn.GRU):
     added.
 
     backend, save: as for sl.Loop.  Deviations from torch: T and lengths may be 0; errors are InputError and
-    StateError (both ValueError); dropout draws other random numbers.
+    StateError (both ValueError); dropout draws other random numbers; under autocast outputs and states have
+    the weights' dtype.
     """
 
     _make_step = _GRULayer

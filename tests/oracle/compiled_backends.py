@@ -1,0 +1,27 @@
+"""The backends that tests compare with the reference, and when a test of one may be skipped."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import steploop as sl
+from steploop.backends import BACKENDS
+
+# "auto" is one of the others.
+COMPILED = [name for name in BACKENDS if name not in ("reference", "auto")]
+
+
+@contextmanager
+def may_decline(backend):
+    """Skip the test where a native backend says that it cannot take this step. "eager" takes every step."""
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    try:
+        yield
+    except sl.UnsupportedError as error:
+        if backend in ("eager", "auto", "reference"):
+            raise
+        pytest.skip(str(error).splitlines()[0])
