@@ -1,0 +1,29 @@
+"""The public names, pinned."""
+
+import steploop as sl
+
+NAMES = """
+BuildError CarryError DataError InputError Loop MismatchError Report State StateError States Step StepError
+SteploopError Stream UnsupportedError memory nn plan scan share unbatched verify
+""".split()
+
+
+def test_the_public_names_are_these():
+    assert sorted(sl.__all__) == sorted(NAMES)
+    for name in NAMES:
+        assert getattr(sl, name) is not None
+
+
+def test_every_error_is_a_steploop_error_and_a_builtin_one():
+    kinds = {
+        sl.StepError: TypeError,
+        sl.StateError: ValueError,
+        sl.CarryError: TypeError,
+        sl.InputError: ValueError,
+        sl.UnsupportedError: NotImplementedError,
+        sl.MismatchError: AssertionError,
+        sl.DataError: ValueError,
+        sl.BuildError: RuntimeError,
+    }
+    for error, builtin in kinds.items():
+        assert issubclass(error, sl.SteploopError) and issubclass(error, builtin)

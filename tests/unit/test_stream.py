@@ -1,0 +1,70 @@
+"""Stream: the same as the Loop, one step at a time."""
+
+import torch
+from torch import nn
+
+import steploop as sl
+
+
+class Cell(sl.Step):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(5, 3)
+        self.h = sl.State(3)
+
+    def step(self, x, *, bias=0.0):
+        self.h.next = torch.tanh(self.a(torch.cat([x, self.h.prev], -1))) + bias
+        return {"h": self.h.next}
+
+
+def test_a_stream_gives_what_the_loop_gives():
+    loop = sl.Loop(Cell(), backend="reference")
+    xs, mask, resets = torch.randn(6, 4, 2), torch.rand(6, 4) < 0.6, torch.rand(6, 4) < 0.3
+    bias = torch.randn(4, 3)
+    for on_masked in ("zero", "repeat"):
+        wanted, final = loop(xs, mask=mask, resets=resets, bias=bias, on_masked=on_masked)
+        stream = loop.stream(4, bias=bias, on_masked=on_masked)
+        ys = [stream(x, mask=m, resets=r)["h"] for x, m, r in zip(xs, mask, resets, strict=True)]
+        torch.testing.assert_close(torch.stack(ys), wanted["h"])
+        torch.testing.assert_close(stream.state["h"], final["h"])
+
+
+def test_the_state_can_be_read_and_set():
+    loop = sl.Loop(Cell(), backend="reference")
+    stream = loop.stream(2, state={"h": torch.ones(2, 3)})
+    assert torch.equal(stream.state["h"], torch.ones(2, 3))
+    x = torch.randn(2, 2)
+    first = stream(x)
+    stream.state = {"h": torch.ones(2, 3)}
+    torch.testing.assert_close(stream(x), first)
+    stream.state = stream.state.reset_([1])
+    assert (stream.state["h"][1] == 0).all() and (stream.state["h"][0] != 0).any()
+
+
+def test_a_stream_runs_under_the_callers_grad_mode():
+    stream = sl.Loop(Cell(), backend="reference").stream(2)
+    assert stream(torch.randn(2, 2))["h"].requires_grad
+    stream.state = stream.state.detach()
+    with torch.no_grad():
+        assert not stream(torch.randn(2, 2))["h"].requires_grad
+
+
+def test_without_parameters_the_first_input_tells_the_dtype():
+    class Sum(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.h = sl.State(2)
+
+        def step(self, x):
+            self.h.next = self.h.prev + x
+            return self.h.next
+
+    stream = sl.Loop(Sum(), backend="reference").stream(1)
+    assert stream(torch.ones(1, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_two_streams_of_one_module_are_independent():
+    loop = sl.Loop(Cell(), backend="reference")
+    a, b = loop.stream(1), loop.stream(1)
+    a(torch.randn(1, 2))
+    assert (b.state["h"] == 0).all() and (a.state["h"] != 0).any()
