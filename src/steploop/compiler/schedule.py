@@ -286,6 +286,71 @@ class Span:
         return held.scatter_reduce(0, self.row, torch.arange(self.total, device=held.device) + batch, "amax")
 
     @cached_property
+    def dense(self) -> Tensor:
+        """(total,) where each row stands in (steps of the span, B)."""
+        step = self.schedule.step[self.first : self.first + self.total] - self.start
+        return step * self.schedule.batch + self.row
+
+    @cached_property
+    def following(self) -> Tensor:
+        """(total,) where each row's next value is, in the B rows after the span followed by its own rows."""
+        batch = self.schedule.batch
+        index = self.row.clone()
+        inside = self.previous >= batch
+        own = torch.arange(self.total, device=index.device)[inside] + batch
+        return index.index_copy_(0, self.previous[inside] - batch, own)
+
+    def delay(self, values: Tensor, edge: Tensor, reset_to: Tensor | None, down: bool) -> Tensor:
+        """The value of a state at the neighbouring step of each packed row, earlier or (down) later.
+
+        values: packed, after each step in running direction.  edge: (B, ...) before the first of them.
+        Upwards a row that is reset reads reset_to; downwards a row that was reset passes reset_to on.
+        """
+        if self.total == 0:
+            return values
+        resets = self.resets if reset_to is not None else None
+        if down:
+            if resets is not None:
+                values = torch.where(_like(resets, values), reset_to.index_select(0, self.row), values)
+            if self.schedule.full:
+                return torch.cat([values[self.schedule.batch :], edge])
+            return torch.cat([edge, values]).index_select(0, self.following)
+        if self.schedule.full:
+            values = torch.cat([edge, values[: self.total - self.schedule.batch]])
+        else:
+            values = torch.cat([edge, values]).index_select(0, self.previous)
+        if resets is not None:
+            values = torch.where(_like(resets, values), reset_to.index_select(0, self.row), values)
+        return values
+
+    def finish(self, values: Tensor, edge: Tensor, reset_to: Tensor | None, down: bool) -> Tensor:
+        """(B, ...): a state after the span, from its packed values and its value before."""
+        if self.total == 0:
+            return edge
+        batch = self.schedule.batch
+        if not down:
+            if self.schedule.full:
+                return values[self.total - batch :]
+            return torch.cat([edge, values]).index_select(0, self.last)
+        if self.resets is not None and reset_to is not None:
+            values = torch.where(_like(self.resets, values), reset_to.index_select(0, self.row), values)
+        if self.schedule.full:
+            return values[:batch]
+        return torch.cat([edge, values]).index_select(0, self.first_of_row)
+
+    @cached_property
+    def first_of_row(self) -> Tensor:
+        """(B,) where the first value of each row is, in the B rows beside the span followed by its own rows."""
+        rows = torch.arange(self.schedule.batch, device=self.schedule.device)
+        own = torch.arange(self.total, device=rows.device) + self.schedule.batch
+        return rows.scatter_reduce(0, self.row, own, "amin", include_self=False)
+
+    @cached_property
     def resets(self) -> Tensor | None:
         resets = self.schedule.resets
         return None if resets is None else resets[self.first : self.first + self.total]
+
+
+def _like(mark: Tensor, value: Tensor) -> Tensor:
+    """(N,) -> (N, 1, ..., 1) with as many axes as a value."""
+    return mark.view(-1, *([1] * (value.dim() - 1)))

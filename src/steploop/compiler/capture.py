@@ -1,0 +1,485 @@
+"""Runs a step once on fake tensors and records it, alone or together with its gradient.
+
+The gradient is asked for inside the trace, of the user's own function, so that no_grad regions, detach,
+custom autograd.Functions and surrogate gradients keep their meaning. Parameters and closed-over tensors are
+not swapped for anything: the trace meets the real ones, and they become inputs of the graph afterwards.
+The batch size is a symbol from the start, with a size nothing else has.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.printers import PythonPrinter
+
+from ..errors import SteploopError, StepError
+from .graph import Size, StepGraph, expression
+from .program import Program
+
+BATCH_HINT = 1031  # a prime that no feature size is likely to have
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_USER_PARTS = tuple(os.path.join(_HERE, part) for part in ("nn", "memory", "seq2seq", "search", "recipes"))
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What is known of an input before it is captured. shape: of one step, the batch included."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    batched: bool
+
+    @staticmethod
+    def of(tensor: Tensor, batched: bool, per_step: bool = False) -> Leaf:
+        shape = tuple(int(s) for s in (tensor.shape[1:] if per_step else tensor.shape))
+        return Leaf(shape, tensor.dtype, tensor.device, batched)
+
+
+@dataclass(eq=False)
+class Signature:
+    """The leaves that a capture is made for, and which of their axes besides the batch are symbols.
+
+    dynamic: (kind, index, dim) of axes that were seen with several sizes; kind "x", "constant" or "state".
+    batch: the B of the call, used where a symbolic batch is impossible; None: no batch axis is known.
+    """
+
+    xs: list[Leaf]
+    constants: list[Leaf]
+    states: list[Leaf]
+    batch: int | None
+    dynamic: frozenset[tuple[str, int, int]] = frozenset()
+
+
+@dataclass(eq=False)
+class Trace:
+    """A captured graph, the real tensors it met (in the order of `graph.captured`), and its conditions on sizes."""
+
+    graph: StepGraph
+    tensors: list[Tensor]
+    holds_for: Callable[[dict[str, int]], bool]
+    out_spec: Any
+    keep_alive: list[Any] = field(default_factory=list)
+
+
+def trace_forward(program: Program, signature: Signature, symbolic: bool) -> Trace:
+    return _trace(program, signature, symbolic, None)
+
+
+def trace_joint(program: Program, signature: Signature, symbolic: bool, tensors: Sequence[Tensor]) -> Trace:
+    """Forward and gradient in one graph. `tensors`: what the forward trace met; gradients are asked for those
+    that require them."""
+    return _trace(program, signature, symbolic, [t for t in tensors if t.requires_grad])
+
+
+def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[Tensor] | None) -> Trace:
+    # Under another trace (a loop inside a step) this one must see none of the outer modes.
+    with _disable_current_modes(), torch._C._DisableFuncTorch():
+        return _Tracer(program, signature, symbolic, wanted).run()
+
+
+class _Tracer:
+    def __init__(self, program: Program, signature: Signature, symbolic: bool, wanted: list[Tensor] | None):
+        self.program, self.signature, self.wanted = program, signature, wanted
+        self.env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.symbols: dict[sympy.Symbol, tuple[str, int, int]] = {}
+        self.batch: Any = None
+        if signature.batch is not None:
+            self.batch = self._symbol(BATCH_HINT, ("batch", 0, 0)) if symbolic else signature.batch
+        self.symbolic = symbolic and signature.batch is not None
+        self.counts = (len(signature.xs), len(signature.constants), len(signature.states))
+        self.shape_of_result: dict[str, Any] = {}
+
+    def run(self) -> Trace:
+        leaves = self._fakes()
+        lines = _Lines()
+        function = self._forward if self.wanted is None else self._joint
+        self.lines = lines
+
+        def traced(*arguments: Tensor) -> list[Tensor]:
+            with lines:
+                return function(*arguments)
+
+        try:
+            with enable_python_dispatcher(), self.mode:
+                functional = dispatch_functionalize(traced, FunctionalTensorMode())
+                module = make_fx(functional, tracing_mode="real", _error_on_data_dependent_ops=True)(*leaves)
+        except SteploopError:
+            raise
+        except (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:
+            raise _value_error(error) from error
+        lines.settle(module.graph)
+        return self._finish(module)
+
+    # -- the function that is traced -----------------------------------------------------------------------
+
+    def _forward(self, *leaves: Tensor) -> list[Tensor]:
+        outputs, nexts = self._step([leaf.clone() for leaf in leaves])
+        self.shape_of_result = {"outputs": len(outputs), "nexts": len(nexts)}
+        return [_own(v) for v in (*outputs, *nexts)]
+
+    def _step(self, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        x, c, _ = self.counts
+        outputs, nexts = self.program.run(leaves[:x], leaves[x : x + c], leaves[x + c :])
+        self.out_spec = self.program.out_spec
+        return list(outputs), list(nexts)
+
+    def _joint(self, *leaves: Tensor) -> list[Tensor]:
+        total = sum(self.counts)
+        with torch.enable_grad():
+            inputs = [leaf.detach() for leaf in leaves[:total]]
+            for leaf in inputs:
+                if leaf.is_floating_point() or leaf.is_complex():
+                    leaf.requires_grad_()
+            # The step gets copies: it may write into what it is given, and a leaf can't be written.
+            outputs, nexts = self._step([leaf.clone() for leaf in inputs])
+            results = [*outputs, *nexts]
+            tracked = [i for i, r in enumerate(results) if r.requires_grad]
+            cotangents = self._cotangents(results, leaves[total:])
+            targets = [leaf for leaf in inputs if leaf.requires_grad] + self.wanted
+            gradients: list[Tensor | None] = [None] * len(targets)
+            if tracked and targets:
+                self.lines.follow([results[i] for i in tracked])
+                gradients = list(
+                    torch.autograd.grad(
+                        [results[i] for i in tracked], targets, [cotangents[i] for i in tracked],
+                        allow_unused=True,
+                    )
+                )
+        self._remember_gradients(inputs, gradients)
+        self.shape_of_result["outputs"], self.shape_of_result["nexts"] = len(outputs), len(nexts)
+        return [_own(r) for r in results] + [_own(g) for g in gradients if g is not None]
+
+    def _cotangents(self, results: list[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+        if len(given) != len(results):
+            raise StepError("the step returned another number of values the second time it was run")
+        return list(given)
+
+    def _remember_gradients(self, inputs: list[Tensor], gradients: list[Tensor | None]) -> None:
+        present, found = iter(gradients), []
+        for leaf in inputs:
+            found.append(leaf.requires_grad and next(present) is not None)
+        x, c, _ = self.counts
+        self.shape_of_result.update(
+            grad_xs=found[:x], grad_constants=found[x : x + c], grad_prevs=found[x + c :],
+            grad_captured=[g is not None for g in present],
+        )
+
+    # -- fake inputs ---------------------------------------------------------------------------------------
+
+    def _symbol(self, hint: int, origin: tuple[str, int, int]) -> torch.SymInt:
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        with torch.no_grad():
+            fake = self.mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context)
+        size = fake.shape[0]
+        self.symbols[size.node.expr] = origin
+        return size
+
+    def _fakes(self) -> list[Tensor]:
+        leaves = []
+        s = self.signature
+        for kind, group in (("x", s.xs), ("constant", s.constants), ("state", s.states)):
+            for index, leaf in enumerate(group):
+                leaves.append(self._fake(leaf, kind, index))
+        if self.wanted is not None:
+            with self.mode:
+                self.results = _result_shapes(self, leaves)
+                leaves += [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in self.results]
+        return leaves
+
+    def _fake(self, leaf: Leaf, kind: str, index: int) -> Tensor:
+        shape: list[Any] = list(leaf.shape)
+        for dim in range(len(shape)):
+            if dim == 0 and leaf.batched and self.batch is not None:
+                shape[dim] = self.batch
+            elif (kind, index, dim) in self.signature.dynamic and shape[dim] > 1:
+                shape[dim] = self._symbol(shape[dim], (kind, index, dim))
+        with self.mode:
+            return torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+
+    # -- from the traced module to a StepGraph -------------------------------------------------------------
+
+    def _finish(self, module: fx.GraphModule) -> Trace:
+        batch = None
+        if self.symbolic:
+            batch = self.batch.node.expr
+            if batch not in self.symbols:
+                raise FixedBatch("the step fixes the batch size")
+        captured = _Captured(module)
+        graph = _rebuild(module.graph, captured, self.env)
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        real = placeholders[: len(captured.tensors)]
+        inputs = placeholders[len(captured.tensors) :]
+        x, c, s = self.counts
+        results = list(next(n for n in graph.nodes if n.op == "output").args[0])
+        step = StepGraph(
+            graph=graph, batch=batch, symbols=self.symbols,
+            xs=inputs[:x], constants=inputs[x : x + c], prevs=inputs[x + c : x + c + s], captured=real,
+            outputs=results[: self.shape_of_result["outputs"]],
+            nexts=results[self.shape_of_result["outputs"] :][:s],
+        )  # fmt: skip
+        if self.wanted is not None:
+            self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured)
+        guards = [g.expr for g in self.env.guards]
+        return Trace(step, captured.tensors, _condition(guards, self.symbols), self.out_spec)
+
+    def _add_gradients(self, step: StepGraph, cts: list, gradients: list, captured: _Captured) -> None:
+        step.ct_outputs, step.ct_nexts = cts[: len(step.outputs)], cts[len(step.outputs) :]
+        left = iter(gradients)
+        marks = self.shape_of_result
+        step.grad_xs = [next(left) if m else None for m in marks["grad_xs"]]
+        step.grad_constants = [next(left) if m else None for m in marks["grad_constants"]]
+        step.grad_prevs = [next(left) if m else None for m in marks["grad_prevs"]]
+        by_tensor = {id(t): next(left) for t, m in zip(self.wanted, marks["grad_captured"]) if m}
+        step.grad_captured = [by_tensor.get(id(t)) for t in captured.tensors]
+
+
+class FixedBatch(Exception):
+    """The captured function only holds for one batch size."""
+
+
+
+
+def _own(value: Tensor) -> Tensor:
+    # A result that is an input, or a closed-over tensor, must still be a node of the graph.
+    return value.detach().clone() if not value.requires_grad else value.clone()
+
+
+def _result_shapes(tracer: _Tracer, leaves: list[Tensor]) -> list[Tensor]:
+    """The results of one step on fake tensors: their shapes are those of the cotangents."""
+    with torch.no_grad(), enable_python_dispatcher():
+        outputs, nexts = tracer._step([leaf.clone() for leaf in leaves])
+    return [*outputs, *nexts]
+
+
+def _condition(guards: list[Any], symbols: dict[sympy.Symbol, Any]) -> Callable[[dict[str, int]], bool]:
+    """The conditions on sizes that the trace relied on, as one function of {symbol name: size}."""
+    known = set(symbols)
+    texts = [PythonPrinter().doprint(g) for g in guards if g not in (True, sympy.true) and g.free_symbols <= known]
+    if not texts:
+        return lambda sizes: True
+    code = compile(" and ".join(f"({t})" for t in texts), "<conditions>", "eval")
+    return lambda sizes: bool(eval(code, {"__builtins__": {"min": min, "max": max, "int": int}}, dict(sizes)))
+
+
+class _Captured:
+    """The real tensors of a traced module, each once, in the order they were met."""
+
+    def __init__(self, module: fx.GraphModule):
+        self.tensors: list[Tensor] = []
+        self.index: dict[str, int] = {}
+        numbers: dict[int, int] = {}
+        for node in module.graph.nodes:
+            if node.op != "get_attr" or node.target in self.index:
+                continue
+            tensor = operator.attrgetter(node.target)(module)
+            if isinstance(tensor, FakeTensor):
+                tensor = tensor.constant if tensor.constant is not None else tensor
+            if id(tensor) not in numbers:
+                numbers[id(tensor)] = len(self.tensors)
+                self.tensors.append(tensor)
+            self.index[node.target] = numbers[id(tensor)]
+
+
+def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
+    """The traced graph with real tensors as inputs, sizes as `Size`, and without copies of whole values."""
+    aten = torch.ops.aten
+    new = fx.Graph()
+    made: dict[fx.Node, Any] = {}
+    real = []
+    for i, tensor in enumerate(captured.tensors):
+        node = new.placeholder(f"captured_{i}")
+        real.append(node)
+    copies = {
+        aten.clone.default, aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default,
+        aten.lift_fresh.default, aten.lift.default, aten.view_as.default if hasattr(aten, "view_as") else None,
+        aten.contiguous.default,
+    }  # fmt: skip
+
+    def convert(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return made[argument]
+        if isinstance(argument, torch.SymInt):
+            return _size(env, argument)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(convert(a) for a in argument) if type(argument) in (list, tuple) else [
+                convert(a) for a in argument
+            ]
+        if isinstance(argument, dict):
+            return {k: convert(v) for k, v in argument.items()}
+        return argument
+
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "get_attr":
+            made[node] = real[captured.index[node.target]]
+            made[node].meta.setdefault("val", captured_value(captured, node, value))
+            made[node].meta.setdefault("line", "")
+        elif node.op == "placeholder":
+            made[node] = new.placeholder(node.name)
+            made[node].meta.update(val=value, line="")
+        elif node.op == "output":
+            new.output([convert(a) for a in node.args[0]])
+        elif isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+            made[node] = _size(env, value)
+        elif isinstance(value, (torch.SymFloat, torch.SymBool, float, bool)) and not _has_tensor(node):
+            made[node] = _plain(value)
+        elif node.target in copies:
+            made[node] = made[node.args[0]]
+        else:
+            call = new.call_function(node.target, convert(node.args), convert(dict(node.kwargs)))
+            call.meta.update(val=value, line=node.meta.get("line", ""))
+            made[node] = call
+    return new
+
+
+def _has_tensor(node: fx.Node) -> bool:
+    return any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    return bool(value) if isinstance(value, torch.SymBool) else value
+
+
+def captured_value(captured: _Captured, node: fx.Node, value: Any) -> Any:
+    if value is not None:
+        return value
+    tensor = captured.tensors[captured.index[node.target]]
+    return torch.empty_like(tensor, device="meta", requires_grad=False)
+
+
+def _size(env: ShapeEnv, value: Any) -> Any:
+    expr = env.simplify(expression(value)) if isinstance(value, torch.SymInt) else value
+    return int(expr) if isinstance(expr, int) or expr.is_number else Size(expr)
+
+
+# -- source lines --------------------------------------------------------------------------------------------
+
+
+def is_user_file(filename: str) -> bool:
+    if filename.startswith(_TORCH) or "<frozen" in filename or filename.startswith("<steploop"):
+        return False
+    return filename.startswith(_USER_PARTS) or not filename.startswith(_HERE)
+
+
+def _user_line() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if is_user_file(name):
+            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+class _Lines(TorchFunctionMode):
+    """Writes the user's source line on every node that is traced, those of the backward pass included.
+
+    A torch call tags the nodes that it made. For the backward pass every autograd node remembers the line of
+    the call that made it, and tags the nodes that are traced while it runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tail: fx.Node | None = None
+        self._line = ""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        line = _user_line()
+        self._tag(self._line)
+        result = function(*args, **(kwargs or {}))
+        self._tag(line)
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                tensor.grad_fn.metadata.setdefault("line", line)
+        return result
+
+    def _tag(self, line: str, graph: fx.Graph | None = None) -> None:
+        """Gives every node made since the last call its line."""
+        if graph is None:
+            mode = get_proxy_mode()
+            if mode is None:
+                return
+            graph = mode.tracer.graph
+        node = graph._root.prev
+        newest = node
+        while node is not self._tail and node is not graph._root:
+            node.meta.setdefault("line", line)
+            node = node.prev
+        self._tail = newest
+
+    def follow(self, results: list[Tensor]) -> None:
+        """Prepares for the backward pass of these results."""
+        seen: set[Any] = set()
+        stack = [(r.grad_fn, "") for r in results if r.grad_fn is not None]
+        while stack:
+            function, inherited = stack.pop()
+            if function in seen:
+                continue
+            seen.add(function)
+            line = function.metadata.setdefault("line", inherited)
+            function.register_prehook(lambda _, line=line: self._enter(line))
+            stack.extend((f, line) for f, _ in function.next_functions if f is not None)
+
+    def _enter(self, line: str) -> None:
+        self._tag(self._line)
+        self._line = line
+
+    def settle(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            node.meta.setdefault("line", self._line)
+
+
+def _value_error(error: Exception) -> StepError:
+    where, text = _innermost_user_frame(error)
+    return StepError(
+        f"the step uses the value of a tensor in Python{where}:\n    {text}\n"
+        "A step is captured once for all steps and rows, so it can't branch on, print or convert what a tensor "
+        "holds. Write torch.where(condition, a, b) instead of `if`, keep counts in an sl.State instead of "
+        ".item(), and use sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. "
+        'backend="reference" runs it as it stands.'
+    )
+
+
+def _innermost_user_frame(error: BaseException) -> tuple[str, str]:
+    chosen = None
+    while error is not None:
+        for frame in traceback.extract_tb(error.__traceback__):
+            if is_user_file(frame.filename):
+                chosen = frame
+        error = error.__cause__ or error.__context__
+        if chosen is not None:
+            break
+    if chosen is None:
+        return "", "(line not known)"
+    return f" ({chosen.filename}:{chosen.lineno})", (chosen.line or "").strip()

@@ -1,0 +1,326 @@
+"""Captures that are kept, and when one may be used again.
+
+A capture belongs to a step (or a function's code), to what the step depended on, to the settings of torch,
+and to the shapes of its inputs. The batch size is free; another axis becomes free when a second size of it
+is seen, so a new size captures anew at most once per axis.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..errors import SteploopError, StepError
+from .capture import BATCH_HINT, FixedBatch, Leaf, Signature, Trace, trace_forward, trace_joint
+from .dependencies import Dependencies, ambient
+from .program import Call, Program
+from .simplify import simplify
+
+
+def hint(size: Any) -> int:
+    """The size of an axis; under another trace the size it was seen with, without fixing it."""
+    node = getattr(size, "node", None)
+    return int(size) if node is None else int(node.hint)
+
+
+@dataclass(eq=False)
+class Capture:
+    """A captured step. `joint` is made when a gradient is first asked for.
+
+    slots: for every captured tensor its number in the walk, or the tensor itself where the walk has not met
+    it (a constant that the step makes).
+    batch: the only B it holds for, or None.
+    """
+
+    program: Program
+    signature: Signature
+    symbolic: bool
+    forward: Trace
+    slots: list[int | Tensor]
+    dependencies: Dependencies
+    batch: int | None
+    joint: Trace | None = None
+    joint_slots: list[int | Tensor] = field(default_factory=list)
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+    one_row: bool | None = None
+
+    @property
+    def out_spec(self) -> Any:
+        return self.forward.out_spec
+
+    def tensors(self, dependencies: Dependencies, joint: bool = False) -> list[Tensor]:
+        """The captured tensors, as they are now."""
+        slots = self.joint_slots if joint else self.slots
+        return [dependencies.tensors[s] if isinstance(s, int) else s for s in slots]
+
+    def sizes(self, call: Call) -> dict[str, int]:
+        return sizes_of(self.forward, call)
+
+    def require_joint(self, dependencies: Dependencies) -> Trace:
+        if self.joint is None:
+            tensors = self.tensors(dependencies)
+            with _Unchanged(self.program, dependencies):
+                self.joint = trace_joint(self.program, self.signature, self.symbolic, tensors)
+            _check_same(self.forward, self.joint)
+            simplify(self.joint.graph)
+            self.joint_slots = _slots(self.joint.tensors, dependencies)
+        return self.joint
+
+
+def sizes_of(trace: Trace, call: Call) -> dict[str, Any]:
+    """The values of the symbols of a trace in a call, by name."""
+    found = {}
+    for symbol, (kind, index, dim) in trace.graph.symbols.items():
+        if kind == "batch":
+            found[str(symbol)] = call.batch
+        elif kind == "x":
+            found[str(symbol)] = call.xs[index].shape[dim + 1]
+        elif kind == "constant":
+            found[str(symbol)] = call.constants[index].shape[dim]
+        else:
+            found[str(symbol)] = call.initial[index].shape[dim]
+    return found
+
+
+_BY_ROOT: weakref.WeakKeyDictionary[Any, dict[Hashable, list[Capture]]] = weakref.WeakKeyDictionary()
+_WALKS: weakref.WeakKeyDictionary[Program, Dependencies] = weakref.WeakKeyDictionary()
+_QUICK: weakref.WeakKeyDictionary[Program, tuple] = weakref.WeakKeyDictionary()
+_OTHERS: dict[Hashable, list[Capture]] = {}
+count = itertools.count()
+captured = 0  # how many captures were made in this process; tests look at it
+
+
+def dependencies_of(program: Program) -> Dependencies:
+    walk = _WALKS.get(program)
+    if walk is None or not walk.unchanged():
+        walk = _WALKS[program] = Dependencies(program.root)
+    return walk
+
+
+def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
+    """The capture for a call, made now if there is none."""
+    dependencies = dependencies_of(program)
+    settings = ambient()
+    shapes = _quick_key(call)
+    quick = _QUICK.get(program)
+    if quick is not None and quick[0] is dependencies and quick[1] == (settings, shapes):
+        return quick[2], dependencies
+    capture = _find(program, call, dependencies, settings)
+    _QUICK[program] = (dependencies, (settings, shapes), capture)
+    return capture, dependencies
+
+
+def _quick_key(call: Call) -> Hashable:
+    """Everything of a call's shapes; None where sizes are symbolic (they may not be compared)."""
+    def key(t: Tensor) -> tuple:
+        return (tuple(map(hint, t.shape)), t.dtype, t.device)
+
+    return (
+        tuple((k[0][1:], *k[1:]) for k in map(key, call.xs)), tuple(map(key, call.constants)),
+        tuple(map(key, call.initial)),
+        None if call.batch is None else hint(call.batch),
+    )  # fmt: skip
+
+
+def _find(program: Program, call: Call, dependencies: Dependencies, settings: Hashable) -> Capture:
+    signature = signature_of(program, call)
+    family = (dependencies.key, program.key, program.batched, settings, _kinds(signature))
+    store = _store(program)
+    known = store.setdefault(family, [])
+    for capture in known:
+        if _fits(capture, signature, call):
+            return capture
+    capture = _make(program, signature, known, dependencies, call)
+    known.append(capture)
+    return capture
+
+
+def _store(program: Program) -> dict[Hashable, list[Capture]]:
+    root = program.root
+    if isinstance(root, types.FunctionType):
+        return _BY_ROOT.setdefault(root.__code__, {})
+    if isinstance(root, nn.Module):
+        return _BY_ROOT.setdefault(root, {})
+    while len(_OTHERS) > 256:
+        _OTHERS.pop(next(iter(_OTHERS)))
+    return _OTHERS
+
+
+def signature_of(program: Program, call: Call) -> Signature:
+    def leaf(tensor: Tensor, batched: bool, per_step: bool) -> Leaf:
+        shape = tuple(map(hint, tensor.shape[1:] if per_step else tensor.shape))
+        return Leaf(shape, tensor.dtype, tensor.device, batched)
+
+    batched = program.batched
+    return Signature(
+        [leaf(t, batched, True) for t in call.xs],
+        [leaf(t, batched and b, False) for t, b in zip(call.constants, program.constant_batched)],
+        [leaf(t, batched, False) for t in call.initial],
+        hint(call.batch) if batched else None,
+    )
+
+
+def _groups(signature: Signature) -> list[tuple[str, int, Leaf]]:
+    groups = (("x", signature.xs), ("constant", signature.constants), ("state", signature.states))
+    return [(kind, i, leaf) for kind, group in groups for i, leaf in enumerate(group)]
+
+
+def _kinds(signature: Signature) -> Hashable:
+    return tuple((k, len(leaf.shape), leaf.dtype, leaf.device, leaf.batched) for k, _, leaf in _groups(signature))
+
+
+def _differences(a: Signature, b: Signature) -> set[tuple[str, int, int]]:
+    found = set()
+    for (kind, i, one), (_, _, two) in zip(_groups(a), _groups(b)):
+        for dim, (m, n) in enumerate(zip(one.shape, two.shape)):
+            if m != n and not (dim == 0 and one.batched):
+                found.add((kind, i, dim))
+    return found
+
+
+def _fits(capture: Capture, signature: Signature, call: Call) -> bool:
+    if capture.batch is not None and capture.batch != signature.batch:
+        return False
+    differing = _differences(capture.signature, signature)
+    if not differing <= capture.signature.dynamic:
+        return False
+    sizes = {k: hint(v) for k, v in sizes_of(capture.forward, call).items()}
+    if any(size < 2 for name, size in sizes.items() if not _is_batch(capture, name)):
+        return False
+    if signature.batch == 1 and capture.batch is None and not _same_for_one_row(capture):
+        return False
+    if signature.batch in (0, 1) and capture.batch is None:
+        sizes = {name: BATCH_HINT if _is_batch(capture, name) else size for name, size in sizes.items()}
+    return capture.forward.holds_for(sizes)
+
+
+def _is_batch(capture: Capture, name: str) -> bool:
+    return capture.forward.graph.batch is not None and str(capture.forward.graph.batch) == name
+
+
+def _same_for_one_row(capture: Capture) -> bool:
+    """Whether the step does the same with one row as with several (it may look at the batch size)."""
+    if capture.one_row is None:
+        single = Signature(
+            *([_one(leaf) for leaf in group] for group in
+              (capture.signature.xs, capture.signature.constants, capture.signature.states)),
+            1, capture.signature.dynamic,
+        )  # fmt: skip
+        try:
+            trace = trace_forward(capture.program, single, symbolic=False)
+        except Exception:
+            capture.one_row = False
+        else:
+            simplify(trace.graph)
+            capture.one_row = _essence(trace.graph.graph) == _essence(capture.forward.graph.graph)
+    return capture.one_row
+
+
+def _one(leaf: Leaf) -> Leaf:
+    shape = (1, *leaf.shape[1:]) if leaf.batched else leaf.shape
+    return Leaf(shape, leaf.dtype, leaf.device, leaf.batched)
+
+
+_SHAPING = {"view", "expand", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "clone", "contiguous"}
+
+
+def _essence(graph: fx.Graph) -> list[str]:
+    return [str(n.target) for n in graph.nodes
+            if n.op == "call_function" and getattr(getattr(n.target, "overloadpacket", None), "__name__", "")
+            not in _SHAPING]  # fmt: skip
+
+
+def _make(
+    program: Program, signature: Signature, known: list[Capture], dependencies: Dependencies, call: Call
+) -> Capture:
+    global captured
+    captured += 1
+    if known:
+        signature.dynamic = known[-1].signature.dynamic | frozenset(_differences(known[-1].signature, signature))
+    trace, symbolic = _first_trace(program, signature, dependencies)
+    if signature.batch == 1 and symbolic:
+        # The step may look at the batch size: what it does with one row is what counts here.
+        probe = Capture(program, signature, True, trace, [], dependencies, None)
+        simplify(trace.graph)
+        if not _same_for_one_row(probe):
+            trace, symbolic = trace_forward(program, signature, symbolic=False), False
+    sizes = {k: hint(v) for k, v in sizes_of(trace, call).items()}
+    if symbolic and signature.batch not in (0, 1) and not trace.holds_for(sizes):
+        trace, symbolic = trace_forward(program, signature, symbolic=False), False
+    simplify(trace.graph)
+    slots = _slots(trace.tensors, dependencies)
+    fixed = None if symbolic or signature.batch is None else signature.batch
+    return Capture(program, signature, symbolic, trace, slots, dependencies, fixed)
+
+
+def _first_trace(program: Program, signature: Signature, dependencies: Dependencies) -> tuple[Trace, bool]:
+    """A trace with a symbolic batch, or with the real one where the step fixes it."""
+    if signature.batch is not None:
+        try:
+            with _Unchanged(program, dependencies):
+                return trace_forward(program, signature, symbolic=True), True
+        except FixedBatch:
+            pass
+        except SideEffect:
+            raise
+        except Exception:
+            # A closed-over tensor with a batch axis, say. If it is a real mistake, the message about real
+            # sizes is the better one.
+            dependencies.changes()
+    with _Unchanged(program, dependencies):
+        return trace_forward(program, signature, symbolic=False), False
+
+
+def _slots(tensors: list[Tensor], dependencies: Dependencies) -> list[int | Tensor]:
+    number = {id(t): i for i, t in enumerate(dependencies.tensors)}
+    return [number.get(id(t), t) for t in tensors]
+
+
+class SideEffect(StepError):
+    """The step changed something in Python."""
+
+
+class _Unchanged:
+    """Checks that a capture left the user's objects as they were, and puts back what it changed."""
+
+    def __init__(self, program: Program, dependencies: Dependencies):
+        self.program, self.dependencies = program, dependencies
+        self.versions = [t._version for t in dependencies.tensors if not t.is_inference()]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        changed = self.dependencies.changes()
+        if changed and (error is None or isinstance(error, SteploopError)):
+            names = ", ".join(dict.fromkeys(changed))
+            raise SideEffect(
+                f"the step changes a Python value: {names}. A step is captured once and not run again, so the "
+                "change would happen once instead of at every step. Keep what changes from step to step in an "
+                'sl.State (self.count = sl.State(init=0)), or use backend="reference".'
+            )
+
+
+def _check_same(forward: Trace, joint: Trace) -> None:
+    """A second run of the step must do what the first did; otherwise Python decided differently."""
+    first = [n for n in forward.graph.graph.nodes if n.op == "call_function"]
+    second = [n for n in joint.graph.graph.nodes if n.op == "call_function"][: len(first)]
+    if [n.target for n in first] != [n.target for n in second]:
+        return  # with gradients some operations take another form; nothing can be said
+    for a, b in zip(first, second):
+        if _numbers(a) != _numbers(b):
+            raise SideEffect(
+                f"two runs of the step computed with different numbers ({a.meta.get('line', '')}): {_numbers(a)} "
+                f"and {_numbers(b)}. A number from Python's or numpy's random generator, or from the clock, is drawn "
+                "once when the step is captured. Draw it with torch (torch.rand) inside the step, or pass it in."
+            )
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    return [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]

@@ -1,0 +1,290 @@
+"""What a captured step depended on, and whether that has changed.
+
+A capture bakes in everything Python: numbers and strings that the step reads, which modules and functions it
+calls, train or eval mode, autocast. The walk below starts at the step and follows attributes, closures and
+the globals that functions name, and describes all of it as one hashable key. Tensors are described by their
+metadata and found again by their place in the walk, so a parameter that was replaced, or another closure of
+the same code, uses the same capture with its own tensors.
+
+A walk takes some tens of microseconds per module; `unchanged` looks only at whether the same objects still
+stand where the walk found them.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import sys
+import sysconfig
+import types
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_VALUES = (
+    type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device,
+    torch.Size, torch.layout, torch.memory_format, range, slice,
+)  # fmt: skip
+_LIBRARY = tuple(
+    path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_paths().get(name))
+)
+_SKIPPED_ATTRIBUTES = {
+    "_non_persistent_buffers_set", "_is_full_backward_hook", "_backward_pre_hooks", "_backward_hooks",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+}  # fmt: skip
+_MISSING = object()
+
+
+def ambient() -> Hashable:
+    """Settings of torch that change what a step computes."""
+    device = "cuda" if torch.cuda.is_initialized() else "cpu"
+    return (
+        torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
+        torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+
+
+class Dependencies:
+    """One walk from a root: its key, and the tensors it met, each once, in order.
+
+    places: (where, key, value, path) of everything found in a dictionary, for `unchanged` and `changes`.
+    """
+
+    def __init__(self, root: Any):
+        self.tensors: list[Tensor] = []
+        self.paths: list[str] = []
+        self.places: list[tuple[dict, Any, Any, str]] = []
+        self._lists: list[tuple[list, tuple]] = []
+        self._cells: list[tuple[types.CellType, Any]] = []
+        self._lengths: list[tuple[dict, int]] = []
+        self._arrays: list[np.ndarray] = []
+        self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []
+        self.key: Hashable = self._walk(root, "")
+        self._metadata = [_metadata(t) for t in self.tensors]
+        self._seen.clear()
+
+    def unchanged(self) -> bool:
+        """Whether a new walk would give the same key and the same tensors."""
+        for where, key, value, _ in self.places:
+            if where.get(key, _MISSING) is not value:
+                return False
+        for where, length in self._lengths:
+            if len(where) != length:
+                return False
+        for cell, value in self._cells:
+            if _contents(cell) is not value:
+                return False
+        for found, copy in self._lists:
+            if len(found) != len(copy) or any(a is not b for a, b in zip(found, copy)):
+                return False
+        if self._arrays:
+            return False
+        for tensor, metadata in zip(self.tensors, self._metadata):
+            if _metadata(tensor) != metadata:
+                return False
+        return True
+
+    def changes(self) -> list[str]:
+        """The paths of Python values that are not what the walk found; puts them back."""
+        found = []
+        for where, key, value, path in self.places:
+            now = where.get(key, _MISSING)
+            if now is not value and not (type(now) is type(value) and _equal(now, value)):
+                found.append(path)
+                where[key] = value
+        for held, copy in self._lists:
+            if len(held) != len(copy) or any(a is not b for a, b in zip(held, copy)):
+                found.append("a list that the step reads")
+                held[:] = copy
+        for where, length in self._lengths:
+            if len(where) != length:
+                known = {key for place, key, _, _ in self.places if place is where}
+                new = [k for k in where if k not in known and k not in _SKIPPED_ATTRIBUTES]
+                found.extend(str(k) for k in new)
+                for key in new:
+                    del where[key]
+        for cell, value in self._cells:
+            if _contents(cell) is not value and not _equal(_contents(cell), value):
+                found.append("a variable of an enclosing function")
+                cell.cell_contents = value
+        return found
+
+    # -- the walk ------------------------------------------------------------------------------------------
+
+    def _walk(self, value: Any, path: str) -> Hashable:
+        if isinstance(value, _VALUES):
+            return (type(value), repr(value) if isinstance(value, (float, complex, slice)) else value)
+        number = self._seen.get(id(value))
+        if number is not None:
+            return ("seen", number)
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            self.paths.append(path)
+            return ("tensor", _metadata(value))
+        if isinstance(value, nn.Module):
+            return self._module(value, path)
+        if isinstance(value, dict):
+            return self._dict(value, path)
+        if isinstance(value, list):
+            self._lists.append((value, tuple(value)))
+            return ("list", *(self._walk(v, f"{path}[{i}]") for i, v in enumerate(value)))
+        if isinstance(value, tuple):
+            return (type(value), *(self._walk(v, f"{path}[{i}]") for i, v in enumerate(value)))
+        if isinstance(value, (set, frozenset)):
+            return (type(value), frozenset(value) if all(isinstance(v, _VALUES) for v in value) else id(value))
+        if isinstance(value, types.FunctionType):
+            return self._function(value, path)
+        if isinstance(value, types.MethodType):
+            return ("method", self._walk(value.__self__, path), self._walk(value.__func__, path))
+        if isinstance(value, functools.partial):
+            parts = (value.func, value.args, value.keywords)
+            return ("partial", *(self._walk(p, path) for p in parts))
+        if isinstance(value, type):
+            return self._class(value, path)
+        if isinstance(value, enum.Enum):
+            return (type(value), value.name)
+        if isinstance(value, np.ndarray):
+            self._arrays.append(value)
+            return ("array", value.dtype.str, value.shape, value.tobytes())
+        if isinstance(value, (types.ModuleType, types.BuiltinFunctionType)):
+            return ("object", id(value))
+        return self._object(value, path)
+
+    def _dict(self, value: dict, path: str, skip: set[str] = frozenset()) -> Hashable:
+        self._lengths.append((value, len(value)))
+        found = []
+        for key, item in list(value.items()):
+            if key in skip:
+                continue
+            where = f"{path}.{key}" if path else str(key)
+            self.places.append((value, key, item, where))
+            label = key if isinstance(key, _VALUES) else id(key)
+            found.append((label, self._walk(item, where)))
+        return ("dict", *found)
+
+    def _module(self, module: nn.Module, path: str) -> Hashable:
+        skip = _SKIPPED_ATTRIBUTES | getattr(type(module), "_capture_ignores", frozenset())
+        return ("module", self._walk(type(module), path), self._dict(module.__dict__, path, skip))
+
+    def _class(self, cls: type, path: str) -> Hashable:
+        if _is_library(getattr(sys.modules.get(cls.__module__), "__file__", None)):
+            return ("class", cls)
+        parts: list[Hashable] = ["class", cls]
+        for base in cls.__mro__:
+            if _is_library(getattr(sys.modules.get(base.__module__), "__file__", None)) or base is object:
+                continue
+            for name, item in vars(base).items():
+                if isinstance(item, (staticmethod, classmethod)):
+                    item = item.__func__
+                elif isinstance(item, property):
+                    item = item.fget
+                if isinstance(item, types.FunctionType):
+                    parts.append((name, self._function(item, f"{cls.__name__}.{name}")))
+                elif isinstance(item, (*_VALUES, list, dict, tuple, Tensor)) and not name.startswith("__"):
+                    parts.append((name, type(item), self._class_value(base, name, item)))
+        return tuple(parts)
+
+    def _class_value(self, base: type, name: str, item: Any) -> Hashable:
+        # A mappingproxy is not a dict that can be written, but it is one that can be read.
+        self.places.append((vars(base), name, item, f"{base.__name__}.{name}"))
+        return self._walk(item, f"{base.__name__}.{name}")
+
+    def _function(self, function: types.FunctionType, path: str) -> Hashable:
+        code = function.__code__
+        if _is_library(code.co_filename):
+            return ("function", code, id(function) if function.__closure__ else None)
+        parts: list[Hashable] = ["function", code]
+        for cell in function.__closure__ or ():
+            contents = _contents(cell)
+            self._cells.append((cell, contents))
+            if contents is not _MISSING:
+                parts.append(self._walk(contents, path))
+        parts.append(self._walk(function.__defaults__, path))
+        parts.append(self._walk(function.__kwdefaults__, path))
+        names = _names(code)
+        for name in names:
+            if name in function.__globals__:
+                value = function.__globals__[name]
+                self.places.append((function.__globals__, name, value, name))
+                parts.append((name, self._global(value, name, names)))
+        return tuple(parts)
+
+    def _global(self, value: Any, name: str, names: tuple[str, ...]) -> Hashable:
+        if not isinstance(value, types.ModuleType):
+            return self._walk(value, name)
+        if _is_library(getattr(value, "__file__", None)):
+            return ("object", id(value))
+        found: list[Hashable] = ["python module", id(value)]
+        for attribute in names:
+            if attribute in vars(value) and id(vars(value)[attribute]) not in self._seen:
+                item = vars(value)[attribute]
+                self.places.append((vars(value), attribute, item, f"{name}.{attribute}"))
+                found.append((attribute, self._walk(item, f"{name}.{attribute}")))
+        return tuple(found)
+
+    def _object(self, value: Any, path: str) -> Hashable:
+        parts: list[Hashable] = ["object", self._walk(type(value), path)]
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            parts.append(self._dict(attributes, path))
+        slots = [s for c in type(value).__mro__ for s in _slots(c)]
+        for slot in slots:
+            if hasattr(value, slot):
+                parts.append((slot, self._walk(getattr(value, slot), f"{path}.{slot}")))
+                self._arrays.append(np.empty(0))  # a slot can't be watched: walk again at every call
+        if attributes is None and not slots:
+            parts.append(id(value))
+        return tuple(parts)
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    slots = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(s for s in slots if s not in ("__dict__", "__weakref__"))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, _VALUES) and isinstance(b, _VALUES):
+        return a == b or (a != a and b != b)
+    return a is b
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that a code object and those inside it look up as globals or attributes."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.extend(_names(constant))
+    return tuple(dict.fromkeys(names))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(filename: str | None) -> bool:
+    """Code that does not change under a running program: the standard library, installed packages, ourselves."""
+    if filename is None or filename.startswith("<frozen"):
+        return True
+    if filename.startswith("<"):
+        return False
+    here = __file__.rsplit("/", 2)[0]
+    return filename.startswith(_LIBRARY) or (filename.startswith(here) and "/nn/" not in filename)
+
+
+def _metadata(tensor: Tensor) -> Hashable:
+    return (type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)

@@ -1,0 +1,223 @@
+"""Runs a partition over a schedule: what is the same at every step once, then span by span of time the
+batched pieces and the loops in order.
+
+A span holds some steps; values per step exist for one span at a time, except those that are wanted. One span
+that covers everything is the usual case; shorter ones bound the memory of what a backward pass recomputes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .batch import OncePiece, Piece, Rowwise, StackedPiece
+from .graph import Rows
+from .partition import Batched, Loop, Partition
+from .schedule import Schedule, Span
+
+MEMORY_PER_SPAN = 64 << 20  # bytes of batched values that a span may hold before it is cut shorter
+LEAST_STEPS = 16
+
+
+@dataclass(eq=False)
+class Run:
+    """What a run gives: `wanted` per step (packed or stacked), `finals` (B, ...), `summed` over all steps."""
+
+    wanted: list[Tensor]
+    finals: list[Tensor]
+    summed: list[Tensor | None]
+
+
+@dataclass(eq=False)
+class Executable:
+    """A partition with its pieces printed and its loops compiled.
+
+    choose: gives a compiled loop for a LoopProgram.  down: runs from the last step to the first.
+    """
+
+    partition: Partition
+    choose: Callable[[Any], Any]
+    down: bool = False
+    runners: dict[Loop, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problem = self.partition.problem
+        self.problem = problem
+        self.once = OncePiece(self.partition.once, problem.batch)
+        self.pieces: dict[Any, Any] = {}
+        later = self._later_uses()
+        for segment in self.partition.segments:
+            if isinstance(segment, Loop):
+                self.runners[segment] = self.choose(segment.program)
+            else:
+                self.pieces[segment] = self._piece(segment, later[segment])
+        self.bytes_per_row = self._bytes_per_row()
+
+    def _piece(self, segment: Batched, results: list[fx.Node]) -> Any:
+        if self.problem.batch is None:
+            return StackedPiece(segment.nodes, results, self.partition.delayed)
+        return Piece(segment.nodes, results, set(self.problem.summed), self.problem.batch, self.partition.delayed)
+
+    def _later_uses(self) -> dict[Any, list[fx.Node]]:
+        """For each segment: its values that something after it reads."""
+        problem = self.problem
+        results: set[fx.Node] = {*problem.wanted, *problem.summed, *(s.next for s in problem.finals)}
+        found = {}
+        reads: set[fx.Node] = set(results)
+        for segment in reversed(self.partition.segments):
+            inside = set(segment.nodes)
+            found[segment] = [n for n in segment.nodes if n in reads]
+            if isinstance(segment, Loop):
+                reads.update(segment.inputs)
+            else:
+                for n in segment.nodes:
+                    sources = [self.partition.delayed[n].next] if n in self.partition.delayed else n.all_input_nodes
+                    reads.update(i for i in sources if i not in inside)
+        # Values of later segments may feed delays in earlier ones only through states, which are read as nexts.
+        return found
+
+    def _bytes_per_row(self) -> int:
+        total = 0
+        nodes = {n for s in self.partition.segments if isinstance(s, Batched) for n in s.nodes}
+        nodes |= {n for loop in self.partition.loops for n in loop.kept}
+        for node in nodes - set(self.problem.wanted):
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and node.meta["rows"] is not None:
+                size = value.element_size()
+                for dim, s in enumerate(value.shape):
+                    if dim != node.meta["rows"].dim:
+                        size *= int(s) if not isinstance(s, torch.SymInt) else 1
+                total += size * node.meta["rows"].inner
+        return total
+
+    def spans(self, schedule: Schedule, longest: int | None) -> list[Span]:
+        steps = schedule.steps
+        if longest is None:
+            per_step = max(1, self.bytes_per_row * max(1, schedule.batch))
+            longest = max(LEAST_STEPS, MEMORY_PER_SPAN // per_step)
+        if self.problem.batch is None or steps <= longest * 3 // 2:
+            return [Span(schedule, 0, steps)]
+        count = -(-steps // longest)
+        edges = [steps * i // count for i in range(count + 1)]
+        spans = [Span(schedule, a, b) for a, b in zip(edges, edges[1:])]
+        return spans[::-1] if self.down else spans
+
+    def run(
+        self,
+        given: dict[fx.Node, Tensor],
+        initial: dict[fx.Node, Tensor],
+        reset_to: dict[fx.Node, Tensor],
+        schedule: Schedule,
+        sizes: dict[str, int],
+        longest: int | None = None,
+    ) -> Run:
+        """given: placeholders -> packed sequences (or stacked) and constants, in the schedule's row order.
+        initial, reset_to: by the states' prev.  longest: steps of a span, None: by memory."""
+        with torch.no_grad():
+            return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest)
+
+
+class _Runner:
+    def __init__(self, executable: Executable, given, initial, reset_to, schedule: Schedule, sizes):
+        self.e, self.schedule, self.sizes = executable, schedule, sizes
+        self.problem = executable.problem
+        self.reset_to = reset_to
+        self.current = dict(initial)
+        self.once_values: dict[fx.Node, Tensor] = {n: t for n, t in given.items() if not n.meta["varies"]}
+        self.sequences = {n: t for n, t in given.items() if n.meta["varies"]}
+        self.stacked = self.problem.batch is None
+
+    def run(self, longest: int | None) -> Run:
+        e = self.e
+        values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
+        self.once_values.update(zip(e.once.nodes, values))
+        spans = e.spans(self.schedule, longest)
+        collected: list[list[Tensor]] = [[] for _ in self.problem.wanted]
+        sums: list[Tensor | None] = [None] * len(self.problem.summed)
+        for span in spans:
+            values = self._span(span, whole=len(spans) == 1)
+            for parts, node in zip(collected, self.problem.wanted):
+                parts.append(self._per_step(node, values))
+            for i, node in enumerate(self.problem.summed):
+                part = self._sum(node, values)
+                sums[i] = part if sums[i] is None else sums[i].add_(part)
+            self._advance(values)
+        wanted = [self._join(parts, node) for parts, node in zip(collected, self.problem.wanted)]
+        return Run(wanted, [self.current[s.prev] for s in self.problem.finals], sums)
+
+    def _join(self, parts: list[Tensor], node: fx.Node) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        rows = node.meta["rows"]
+        return torch.cat(parts[::-1] if self.e.down else parts, 0 if rows is None else rows.dim)
+
+    # -- one span ------------------------------------------------------------------------------------------
+
+    def _span(self, span: Span, whole: bool) -> dict[fx.Node, Tensor]:
+        self.rowwise = rowwise = Rowwise(span, self.current)
+        rowwise.reset_to, rowwise.down, rowwise.stacked = self.reset_to, self.e.down, self.stacked
+        values = dict(self.once_values)
+        for node, sequence in self.sequences.items():
+            values[node] = sequence if whole else self._cut(sequence, node, span)
+        self.after: dict[fx.Node, Tensor] = {}
+        for segment in self.e.partition.segments:
+            if isinstance(segment, Loop):
+                self._loop(segment, span, values)
+            else:
+                piece = self.e.pieces[segment]
+                results = piece(rowwise, self.sizes, [values[n] for n in piece.reads])
+                values.update(zip(piece.results, results))
+        return values
+
+    def _cut(self, sequence: Tensor, node: fx.Node, span: Span) -> Tensor:
+        rows = node.meta["rows"]
+        if rows is None:
+            return sequence[span.start : span.stop]
+        return sequence.narrow(rows.dim, span.first * rows.inner, span.total * rows.inner)
+
+    def _loop(self, loop: Loop, span: Span, values: dict[fx.Node, Tensor]) -> None:
+        states = [self.current[s.prev] for s in loop.states]
+        reset_to = None
+        if self.reset_to and loop.states:
+            reset_to = [self.reset_to[s.prev] for s in loop.states]
+        inputs = [values[n] for n in loop.inputs]
+        after, kept = self.e.runners[loop](inputs, states, reset_to, span, self.e.down, self.sizes)
+        for state, value in zip(loop.states, after):
+            self.after[state.prev] = value
+        values.update(zip(loop.kept, kept))
+
+    def _advance(self, values: dict[fx.Node, Tensor]) -> None:
+        """Moves every state to its value after the span."""
+        delayed = {s.prev: s for s in self.e.partition.delayed.values()}
+        for state in {s.prev: s for s in [*self.problem.finals, *delayed.values()]}.values():
+            if state.prev not in self.after:
+                self.after[state.prev] = self.rowwise.finish(state.prev, self._per_step(state.next, values))
+        self.current.update(self.after)
+
+    def _per_step(self, node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
+        value = values[node]
+        return value if node.meta["varies"] else self.rowwise.spread(value, node)
+
+    def _sum(self, node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
+        """The sum over the steps of a span; pieces give row sums and sums over rows already summed."""
+        value, rows = values[node], node.meta["rows"]
+        if any(node in getattr(p, "row_sums", ()) for p in self.e.pieces.values()):
+            return value
+        if not node.meta["varies"]:
+            value = self.rowwise.spread(value, node)
+        elif node.meta.get("contracted") is True:
+            return value
+        if self.stacked or rows is None:
+            return value.sum(0)
+        return self._sum_rows(value, rows)
+
+    def _sum_rows(self, value: Tensor, rows: Rows) -> Tensor:
+        if rows.dim == 0 and rows.outer == 1:
+            return self.rowwise.sum_rows(value, rows.inner)
+        return self.rowwise.sum_rows(value.movedim(rows.dim, 0), rows.inner).movedim(0, rows.dim)
+
+

@@ -1,0 +1,461 @@
+"""A Loop call as one operator of torch, forward and backward.
+
+`steploop::loop` takes every tensor that a call depends on and a handle to what is to be done with them; being
+an operator, it nests inside another step and passes through tracers. Its gradient is `steploop::loop_backward`,
+which can't be differentiated again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import UnsupportedError
+from .captures import Capture
+from .execute import Run
+from .graph import Rows, expression
+from .lower import BackwardPlan, ForwardPlan, Needs, Saving
+from .program import Call
+from .schedule import Schedule, make_schedule
+
+_REGISTRY: weakref.WeakValueDictionary[int, Invocation] = weakref.WeakValueDictionary()
+_handles = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many tensors of each kind stand in the flat list of an operator call, in this order."""
+
+    xs: int
+    constants: int
+    initial: int
+    reset_to: int
+    captured: int
+    lengths: bool
+    mask: bool
+    resets: bool
+
+    def split(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        at = 0
+        for name in ("xs", "constants", "initial", "reset_to", "captured"):
+            size = getattr(self, name)
+            found[name] = list(tensors[at : at + size])
+            at += size
+        for name in ("lengths", "mask", "resets"):
+            found[name] = tensors[at] if getattr(self, name) else None
+            at += getattr(self, name)
+        return found
+
+
+@dataclass(eq=False)
+class Invocation:
+    """What an operator call does: a capture with the options of the call.
+
+    forward: the plan.  backward: the plan of its gradient, made when it is first needed.
+    saved: for each value that the backward needs, ("output", i) or ("saved", j).
+    """
+
+    capture: Capture
+    layout: Layout
+    reverse: bool
+    on_masked: str
+    training: bool
+    nested: bool
+    mixing: bool
+    forward: ForwardPlan
+    saving: Saving | None = None
+    make_backward: Any = None
+    forward_again: Any = None
+    places: list[tuple[str, int]] = field(default_factory=list)
+    handle: int = 0
+    _schedule: tuple | None = None
+
+    def __post_init__(self) -> None:
+        self.handle = next(_handles)
+        _REGISTRY[self.handle] = self
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def schedule(self, parts: dict[str, Any], steps: int, batch: int) -> Schedule:
+        marks = [parts["lengths"], parts["mask"], parts["resets"]]
+        key = (steps, batch, tuple(None if m is None else (m, _version(m)) for m in marks))
+        if self._schedule is not None and _same_key(self._schedule[0], key):
+            return self._schedule[1]
+        device = next((t.device for t in (*parts["xs"], *parts["initial"], *parts["captured"])), torch.device("cpu"))
+        schedule = make_schedule(
+            steps, batch, device, *marks, reverse=self.reverse, repeat=self.on_masked == "repeat",
+            mixes_rows=self.mixing,
+        )  # fmt: skip
+        self._schedule = (key, schedule)
+        return schedule
+
+    def run(self, tensors: Sequence[Tensor], steps: int, batch: int) -> list[Tensor]:
+        """outputs (T, B, ...), final states (B, ...), saved values."""
+        parts = self.layout.split(tensors)
+        stacked = self.capture.forward.graph.batch is None
+        schedule = self.schedule(parts, steps, 1 if stacked else batch)
+        run = self._forward(parts, schedule, batch, self.forward)
+        results = run.wanted
+        outputs = [self._outward(v, n, schedule, stacked) for v, n in zip(results, self.forward.step.outputs)]
+        outputs = outputs[: self.forward.outputs]
+        finals = run.finals if stacked else [schedule.unsort(s) for s in run.finals]
+        if self.nested:
+            return _apart([*outputs, *finals], tensors)
+        saved = results[self.forward.outputs :]
+        return _apart([*outputs, *finals, *saved], tensors)
+
+    def _forward(self, parts: dict[str, Any], schedule: Schedule, batch: int, plan: ForwardPlan) -> Run:
+        step = plan.step
+        given = self._given(parts, schedule, step)
+        initial = dict(zip(step.prevs, self._sorted(parts["initial"], schedule)))
+        reset_to = {}
+        if schedule.resets is not None:
+            reset_to = dict(zip(step.prevs, self._sorted(parts["reset_to"], schedule)))
+        return plan.executable.run(given, initial, reset_to, schedule, self._sizes(parts, batch))
+
+    def _sorted(self, values: list[Tensor], schedule: Schedule) -> list[Tensor]:
+        return values if self.capture.forward.graph.batch is None else [schedule.sort(v) for v in values]
+
+    def _given(self, parts: dict[str, Any], schedule: Schedule, step: Any) -> dict[fx.Node, Tensor]:
+        stacked = step.batch is None
+        xs = [x.flip(0) if self.reverse else x for x in parts["xs"]] if stacked else map(schedule.pack, parts["xs"])
+        batched = self.capture.program.constant_batched
+        constants = [
+            c if stacked or not b else schedule.sort(c) for c, b in zip(parts["constants"], batched)
+        ]
+        given = dict(zip(step.xs, xs))
+        given.update(zip(step.constants, constants))
+        given.update(zip(step.captured, parts["captured"]))
+        return given
+
+    def _sizes(self, parts: dict[str, Any], batch: int) -> dict[str, int]:
+        call = Call(parts["xs"], parts["constants"], parts["initial"], 0, batch)
+        return self.capture.sizes(call) if not self.training else _joint_sizes(self.capture, call)
+
+    def _outward(self, value: Tensor, node: fx.Node, schedule: Schedule, stacked: bool) -> Tensor:
+        if stacked:
+            return value.flip(0) if self.reverse else value
+        rows = node.meta["rows"]
+        if rows is not None and rows.dim != 0:
+            return value
+        return schedule.unpack(value)
+
+    # -- gradient ------------------------------------------------------------------------------------------
+
+    def gradient(
+        self, cotangents: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor],
+        steps: int, batch: int, needs: Needs,
+    ) -> list[Tensor]:  # fmt: skip
+        """One gradient per tensor that `needs` marks, in the order of the operator's inputs."""
+        parts = self.layout.split(tensors)
+        plan: BackwardPlan = self.make_backward(self, needs)
+        stacked = plan.step.batch is None
+        schedule = self.schedule(parts, steps, 1 if stacked else batch)
+        saved = self._saved(parts, results, schedule, batch)
+        given = self._given(parts, schedule, plan.step)
+        given.update(zip(plan.known, saved))
+        following = dict(zip(plan.saving.nodes, saved))
+        self._add_prevs(given, parts, plan, following, schedule)
+        outputs = len(plan.step.ct_outputs)
+        for node, ct in zip(plan.step.ct_outputs, cotangents[:outputs]):
+            given[node] = (ct.flip(0) if self.reverse else ct) if stacked else schedule.pack_cotangent(ct)
+        finals = self._sorted(list(cotangents[outputs:]), schedule)
+        initial = {plan.step.ct_nexts[i]: finals[i] for i in plan.states}
+        zeros = {n: torch.zeros_like(v) for n, v in initial.items()} if schedule.resets is not None else {}
+        run = plan.executable.run(given, initial, zeros, schedule, self._sizes(parts, batch))
+        return self._collect(run, plan, parts, schedule, needs, stacked)
+
+    def _saved(self, parts: dict[str, Any], results: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Tensor]:
+        if self.nested:
+            run = self._forward(parts, schedule, batch, self.forward_again())
+            return run.wanted[self.forward.outputs :]
+        outputs, states = self.forward.outputs, len(parts["initial"])
+        found = []
+        for kind, i in self.places:
+            if kind == "output":
+                value = results[i]
+                stacked = self.capture.forward.graph.batch is None
+                found.append((value.flip(0) if self.reverse else value) if stacked else schedule.pack(value))
+            else:
+                found.append(results[outputs + states + i])
+        return found
+
+    def _add_prevs(self, given, parts, plan: BackwardPlan, following: dict, schedule: Schedule) -> None:
+        """The states before every step, from those after it."""
+        from .schedule import Span
+
+        whole = Span(schedule, 0, schedule.steps)
+        stacked = plan.step.batch is None
+        joint = self.capture.joint.graph
+        for i in plan.saving.prevs:
+            edge = parts["initial"][i]
+            edge = edge.unsqueeze(0) if stacked else schedule.sort(edge)
+            reset_to = None
+            if schedule.resets is not None:
+                reset_to = schedule.sort(parts["reset_to"][i])
+            node = joint.nexts[i]
+            values = following.get(node)
+            if values is None:
+                values = self._constant_next(given, plan, i, node, joint, edge, schedule)
+            given[plan.step.prevs[i]] = whole.delay(values, edge, reset_to, down=False)
+
+    def _constant_next(self, given, plan, i: int, node: fx.Node, joint, edge: Tensor, schedule: Schedule) -> Tensor:
+        """The values after every step of a state whose next is an input, another state's prev or a constant."""
+        if node in joint.xs:
+            return given[plan.step.xs[joint.xs.index(node)]]
+        if node in joint.prevs:
+            other = joint.prevs.index(node)
+            if other != i and plan.step.prevs[other] in given:
+                return given[plan.step.prevs[other]]
+        raise AssertionError("the values of a state are needed and were not kept")
+
+    def _collect(self, run: Run, plan: BackwardPlan, parts, schedule: Schedule, needs: Needs, stacked: bool):
+        def shaped(value: Tensor | None, like: Tensor) -> Tensor:
+            return torch.zeros_like(like) if value is None else value
+
+        xs = {}
+        for i, value in zip(plan.xs, run.wanted):
+            if stacked:
+                xs[i] = value.flip(0) if self.reverse else value
+            else:
+                xs[i] = schedule.unpack_cotangent(value)
+        constants, captured = {}, {}
+        for i, value in zip(plan.constants, run.summed):
+            batched = self.capture.program.constant_batched[i] and not stacked
+            constants[i] = schedule.unsort(value) if batched and value is not None else value
+        for i, value in zip(plan.captured, run.summed[len(plan.constants) :]):
+            captured[i] = value
+        wanted = [i for i in plan.states if needs.initial[i]]
+        initial = {i: v if stacked else schedule.unsort(v) for i, v in zip(wanted, run.finals)}
+        resets = self._reset_gradients(run, plan, schedule)
+        found = []
+        for name, values in (("xs", xs), ("constants", constants), ("initial", initial),
+                             ("reset_to", resets), ("captured", captured)):  # fmt: skip
+            for i, (needed, tensor) in enumerate(zip(getattr(needs, name), parts[name])):
+                if needed:
+                    found.append(shaped(values.get(i), tensor).reshape(tensor.shape))
+        return _apart(found, [])
+
+    def _reset_gradients(self, run: Run, plan: BackwardPlan, schedule: Schedule) -> dict[int, Tensor]:
+        found = {}
+        for i, value in zip(plan.resets, run.wanted[len(plan.xs) :]):
+            if schedule.resets is None:
+                continue
+            total = value.new_zeros(schedule.batch, *value.shape[1:])
+            marked = schedule.resets.nonzero()[:, 0]
+            total.index_add_(0, schedule.row[marked], value[marked])
+            found[i] = schedule.unsort(total)
+        return found
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _same_key(a: tuple, b: tuple) -> bool:
+    if a[:2] != b[:2]:
+        return False
+    return all(
+        (x is None and y is None) or (x is not None and y is not None and x[0] is y[0] and x[1] == y[1])
+        for x, y in zip(a[2], b[2])
+    )
+
+
+def _joint_sizes(capture: Capture, call: Call) -> dict[str, int]:
+    from .captures import sizes_of
+
+    return {**sizes_of(capture.forward, call), **sizes_of(capture.joint, call)}
+
+
+def _apart(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """An operator's results share no memory with its inputs or each other."""
+    seen = {_memory(t) for t in inputs}
+    found = []
+    for value in values:
+        memory = _memory(value)
+        if memory in seen and memory != 0:
+            value = value.clone(memory_format=torch.contiguous_format)
+        elif value.dim() and any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape)):
+            value = value.contiguous()
+        seen.add(_memory(value))
+        found.append(value)
+    return found
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+# -- the operators -------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("steploop", "DEF")
+_library.define("loop(Tensor[] tensors, int handle, SymInt steps, SymInt batch) -> Tensor[]")
+_library.define(
+    "loop_backward(Tensor[] cotangents, Tensor[] tensors, Tensor[] results, int handle, SymInt steps, "
+    "SymInt batch, bool[] needs) -> Tensor[]"
+)
+
+
+def _loop(tensors: list[Tensor], handle: int, steps: int, batch: int) -> list[Tensor]:
+    return _REGISTRY[handle].run(tensors, steps, batch)
+
+
+def _loop_backward(cotangents, tensors, results, handle: int, steps: int, batch: int, needs: list[bool]):
+    invocation = _REGISTRY[handle]
+    return invocation.gradient(
+        cotangents, tensors, results, steps, batch, _split_needs(invocation.layout, needs)
+    )
+
+
+def _split_needs(layout: Layout, needs: Sequence[bool]) -> Needs:
+    parts = layout.split([*needs, False, False, False])
+    parts["reset_to"] = parts["reset_to"] or [False] * layout.initial
+    return Needs(*(tuple(parts[name]) for name in ("xs", "constants", "initial", "reset_to", "captured")))
+
+
+def _loop_fake(tensors: list[Tensor], handle: int, steps: Any, batch: Any) -> list[Tensor]:
+    invocation = _REGISTRY[handle]
+    step, parts = invocation.forward.step, invocation.layout.split(tensors)
+    like = next(iter(tensors))
+    sizes = invocation._sizes(parts, batch)
+
+    def shape(node: fx.Node, drop: bool) -> list[Any]:
+        found = [_concrete(expression(s), sizes) for s in node.meta["val"].shape]
+        return found[1:] if drop else found
+
+    stacked = step.batch is None
+    made = []
+    for node in step.outputs[: invocation.forward.outputs]:
+        feature = shape(node, not stacked)
+        made.append(like.new_empty([steps, *([] if stacked else [batch]), *feature], dtype=node.meta["val"].dtype))
+    for state in parts["initial"]:
+        made.append(torch.empty_like(state, memory_format=torch.contiguous_format))
+    if not invocation.nested:
+        for node, (kind, _) in zip(step.outputs[invocation.forward.outputs :], invocation.places):
+            if kind == "saved":
+                rows = node.meta["rows"]
+                full = shape(node, False)
+                if rows is None:
+                    full = [steps, *full]
+                else:
+                    full[rows.dim] = full[rows.dim] * steps
+                made.append(like.new_empty(full, dtype=node.meta["val"].dtype))
+    return made
+
+
+def _concrete(expr: Any, sizes: dict[str, Any]) -> Any:
+    """A size with the symbols of a capture replaced by the sizes (maybe symbolic) of a call."""
+    if isinstance(expr, int) or expr.is_number:
+        return int(expr)
+    if expr.is_Symbol:
+        return sizes[str(expr)]
+    import sympy
+
+    function = sympy.lambdify(sorted(expr.free_symbols, key=str), expr, "math")
+    return function(*(sizes[str(s)] for s in sorted(expr.free_symbols, key=str)))
+
+
+def _loop_backward_fake(cotangents, tensors, results, handle: int, steps, batch, needs: list[bool]):
+    invocation = _REGISTRY[handle]
+    count = sum(getattr(invocation.layout, n) for n in ("xs", "constants", "initial", "reset_to", "captured"))
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, n in zip(tensors[:count], needs) if n
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    tensors, handle, steps, batch = inputs
+    invocation = _REGISTRY[handle]
+    ctx.invocation, ctx.steps, ctx.batch = invocation, steps, batch
+    ctx.count, ctx.results = len(tensors), [(o.shape, o.dtype, o.device) for o in output]
+    kept = [] if invocation.nested else list(output)
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.needs = [t.requires_grad for t in tensors]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
+    invocation: Invocation = ctx.invocation
+    if not invocation.training:
+        raise UnsupportedError("this loop was run for values only and has no gradient")
+    saved = ctx.saved_tensors
+    tensors, results = list(saved[: ctx.count]), list(saved[ctx.count :])
+    count = invocation.forward.outputs + invocation.layout.initial
+    cotangents = [
+        torch.zeros((), dtype=dtype, device=device).expand(shape) if g is None else g
+        for g, (shape, dtype, device) in zip(gradients[:count], ctx.results)
+    ]
+    layout = invocation.layout
+    differentiable = layout.xs + layout.constants + layout.initial + layout.reset_to + layout.captured
+    needs = list(ctx.needs[:differentiable])
+    if torch.is_grad_enabled() and any(c.requires_grad for c in cotangents):
+        _refuse_second_derivative()
+    grads = iter(
+        torch.ops.steploop.loop_backward(
+            cotangents, tensors, results, invocation.handle, ctx.steps, ctx.batch, needs
+        )
+    )
+    found = [next(grads) if n else None for n in needs]
+    return found + [None] * (ctx.count - differentiable), None, None, None
+
+
+def _refuse_second_derivative(*_: Any) -> None:
+    raise UnsupportedError(
+        "second derivatives of a Loop are not supported: its backward pass is compiled and can't be "
+        'differentiated again. Use sl.Loop(step, backend="reference") where create_graph=True is needed.'
+    )
+
+
+_library.impl("loop", _loop, "CompositeExplicitAutograd")
+_library.impl("loop_backward", _loop_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("steploop::loop", _loop_fake, lib=_library)
+torch.library.register_fake("steploop::loop_backward", _loop_backward_fake, lib=_library)
+torch.library.register_autograd("steploop::loop", _backward, setup_context=_setup, lib=_library)
+torch.library.register_autograd(
+    "steploop::loop_backward", _refuse_second_derivative, setup_context=lambda *a, **k: None, lib=_library
+)
+
+
+# -- the batch axis of an operator call inside another step ----------------------------------------------------
+
+
+def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
+    """See `rows.py`: an inner loop keeps the rows of the outer step apart if its own step does."""
+    from .rows import CONTRACTED, Mixed
+
+    backward = node.target is torch.ops.steploop.loop_backward.default
+    tensors = node.args[1] if backward else node.args[0]
+    invocation = _REGISTRY[node.args[3] if backward else node.args[1]]
+    if invocation.mixing or invocation.capture.forward.graph.batch is None:
+        raise Mixed("an inner loop whose step mixes rows")
+    parts = invocation.layout.split(tensors)
+    batched = invocation.capture.program.constant_batched
+    expected = [(n, 1) for n in parts["xs"]] + [(n, 0) for n in (*parts["initial"], *parts["reset_to"])]
+    expected += [(n, 0) for n, b in zip(parts["constants"], batched) if b]
+    expected += [(parts[name], dim) for name, dim in (("lengths", 0), ("mask", 1), ("resets", 1)) if parts[name]]
+    found = {(r.outer, r.inner) for n, dim in expected if (r := n.meta["rows"]) is not None and r.dim == dim}
+    if len(found) != 1 or any(n.meta["rows"] is None or n.meta["rows"].dim != dim for n, dim in expected):
+        raise Mixed("an inner loop whose batch is not that of the step")
+    outer, inner = found.pop()
+    if not backward:
+        outputs = [Rows(1, outer, inner)] * invocation.forward.outputs
+        return (*outputs, *[Rows(0, outer, inner)] * len(parts["initial"]))
+    result: list[Any] = []
+    needs = iter(node.args[6])
+    for name, dim in (("xs", 1), ("constants", 0), ("initial", 0), ("reset_to", 0), ("captured", None)):
+        for i in range(len(parts[name])):
+            if next(needs):
+                shared = dim is None or (name == "constants" and not batched[i])
+                result.append(CONTRACTED if shared else Rows(dim, outer, inner))
+    return tuple(result)

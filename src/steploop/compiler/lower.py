@@ -1,0 +1,317 @@
+"""From a captured step to executables: the forward plan, and the backward plan with what must be kept for it.
+
+The backward half of a joint graph is again a step, running in reversed time, with the cotangents of the
+states as its states. Forward values in it depend only on inputs and on states, all known by then, so they
+are recomputed batched over time, or were saved.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .execute import Executable
+from .graph import StepGraph
+from .partition import Partition, Problem, State, loop_nodes, partition
+from .rows import annotate
+from .simplify import distribute, gather_sums, is_random, remove_dead
+
+aten = torch.ops.aten
+SAVE_LIMIT = 1 << 30  # bytes that save="auto" may keep beyond the states
+
+
+def copied(step: StepGraph, *also: list[fx.Node]) -> tuple[StepGraph, list[list[fx.Node]]]:
+    """A copy of a step with its own graph; `also`: lists of nodes to be mapped to the copy."""
+    graph = fx.Graph()
+    twins: dict[fx.Node, fx.Node] = {}
+    for node in step.graph.nodes:
+        if node.op == "output":
+            continue
+        twins[node] = graph.node_copy(node, twins.__getitem__)
+        twins[node].meta = dict(node.meta)
+
+    def twin(nodes: Sequence[fx.Node | None]) -> list:
+        return [None if n is None else twins[n] for n in nodes]
+
+    lists = {
+        name: twin(getattr(step, name))
+        for name in ("xs", "constants", "prevs", "captured", "outputs", "nexts", "ct_outputs", "ct_nexts",
+                     "grad_xs", "grad_constants", "grad_prevs", "grad_captured")
+    }  # fmt: skip
+    return StepGraph(graph=graph, batch=step.batch, symbols=step.symbols, **lists), [twin(a) for a in also]
+
+
+def mixing_reasons(step: StepGraph) -> dict[fx.Node, str]:
+    """Nodes of a step that mix rows, results without a batch axis among them."""
+    mixing = annotate(step)
+    if step.batch is not None:
+        for node in [*step.outputs, *step.nexts]:
+            if node.meta["rows"] is None and node.meta["varies"] and node.op == "call_function":
+                mixing.setdefault(node, "is a result without a batch axis")
+    return mixing
+
+
+# -- forward -------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class ForwardPlan:
+    """The executable of the forward pass; `step.outputs` are the step's outputs followed by what is saved."""
+
+    step: StepGraph
+    executable: Executable
+    outputs: int
+
+
+def lower_forward(
+    step: StepGraph, save: Sequence[fx.Node], names: Sequence[str], choose: Callable, ragged: bool
+) -> ForwardPlan:
+    own, (saved,) = copied(step, list(save))
+    own.ct_outputs, own.ct_nexts = [], []
+    own.grad_xs, own.grad_constants, own.grad_prevs, own.grad_captured = [], [], [], []
+    count = len(own.outputs)
+    own.outputs = [*own.outputs, *saved]
+    remove_dead(own)
+
+    def problem() -> Problem:
+        mixing = mixing_reasons(own)
+        states = [State(p, n, name) for p, n, name in zip(own.prevs, own.nexts, names)]
+        return Problem(own.graph, own.batch, states, list(own.outputs), [], list(states), mixing,
+                       one_loop=ragged and bool(mixing))  # fmt: skip
+
+    return ForwardPlan(own, Executable(_improved(own, problem), choose), count)
+
+
+def _improved(step: StepGraph, problem: Callable[[], Problem]) -> Partition:
+    """The partition after products and sums have been moved out of loops."""
+    for improve in (distribute, gather_sums):
+        found = problem()
+        improve(step, loop_nodes(found))
+    return partition(problem())
+
+
+# -- backward ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are asked for: one flag per x, constant, initial state, reset value, captured tensor."""
+
+    xs: tuple[bool, ...]
+    constants: tuple[bool, ...]
+    initial: tuple[bool, ...]
+    reset_to: tuple[bool, ...]
+    captured: tuple[bool, ...]
+
+    @property
+    def any(self) -> bool:
+        return any((*self.xs, *self.constants, *self.initial, *self.reset_to, *self.captured))
+
+
+@dataclass(eq=False)
+class Saving:
+    """What the forward keeps: forward values of a joint graph, packed.
+
+    prevs: indices of states whose value before every step is needed (their nexts are in `nodes`).
+    nodes: what is kept, each once.
+    """
+
+    prevs: list[int]
+    nodes: list[fx.Node]
+
+
+def backward_nodes(step: StepGraph) -> set[fx.Node]:
+    """The nodes of a joint graph that depend on cotangents."""
+    found = {n for n in (*step.ct_outputs, *step.ct_nexts) if n is not None}
+    for node in step.graph.nodes:
+        if any(i in found for i in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def gradients(step: StepGraph, needs: Needs) -> list[fx.Node]:
+    """The gradient nodes that a backward pass must compute: those asked for, and those of states."""
+    found = [g for g, n in zip(step.grad_xs, needs.xs) if n]
+    found += [g for g, n in zip(step.grad_constants, needs.constants) if n]
+    found += [g for g, n in zip(step.grad_captured, needs.captured) if n]
+    following = {c: g for c, g in zip(step.ct_nexts, step.grad_prevs)}
+    if any((*needs.initial, *needs.reset_to)):
+        found += [g for g in step.grad_prevs]
+    needed: set[fx.Node] = set()
+    stack = [g for g in found if g is not None]
+    while stack:
+        node = stack.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        stack.extend(node.all_input_nodes)
+        if following.get(node) is not None:
+            stack.append(following[node])
+    return [n for n in step.graph.nodes if n in needed]
+
+
+def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Saving:
+    """What the forward keeps for the backward. policy "states", "all" or "auto"; rows: N, for "auto"."""
+    mixing_reasons(step)
+    backward = backward_nodes(step)
+    needed = gradients(step, needs)
+    inputs = {i for n in needed if n in backward for i in n.all_input_nodes if i not in backward}
+    inputs |= {n for n in needed if n not in backward and n in _gradient_results(step)}
+    values = _savable(inputs, step)
+    if policy == "auto":
+        cost = sum(_row_bytes(v) for v in values) * rows
+        policy = "all" if cost <= SAVE_LIMIT else "states"
+    kept = values if policy == "all" else []
+    nodes = dict.fromkeys(kept)
+    known = set(kept)
+    following = dict(zip(step.prevs, step.nexts))
+    prevs: list[int] = []
+    stack, seen = list(inputs), set()
+    while stack:
+        node = stack.pop()
+        if node in seen or node in known:
+            continue
+        seen.add(node)
+        if node in following:
+            prevs.append(step.prevs.index(node))
+            if following[node] not in known and _storable(following[node], step):
+                known.add(following[node])
+                nodes[following[node]] = None
+        elif _must_keep(node):
+            known.add(node)
+            nodes[node] = None
+        else:
+            stack.extend(node.all_input_nodes)
+    return Saving(sorted(prevs), list(nodes))
+
+
+def _gradient_results(step: StepGraph) -> set[fx.Node]:
+    lists = (step.grad_xs, step.grad_constants, step.grad_prevs, step.grad_captured)
+    return {n for group in lists for n in group if n is not None}
+
+
+def _storable(node: fx.Node, step: StepGraph) -> bool:
+    return node.op == "call_function" and node.meta["varies"] and isinstance(node.meta["val"], Tensor)
+
+
+def _must_keep(node: fx.Node) -> bool:
+    """Random numbers can't be drawn again."""
+    if not isinstance(node.meta.get("val"), Tensor) or node.op != "call_function":
+        return False
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else node
+    parts = getattr(node.target, "__name__", "") == "getitem"
+    return is_random(node) or (parts and is_random(source))
+
+
+def _savable(inputs: set[fx.Node], step: StepGraph) -> list[fx.Node]:
+    """The values to keep under "all": what the backward reads, seen through operations that cost nothing."""
+    found: dict[fx.Node, None] = {}
+    nexts = set(step.nexts)
+    stack, seen = list(inputs), set()
+    while stack:
+        node = stack.pop()
+        if node in seen or not node.meta["varies"] or node.op != "call_function":
+            continue
+        seen.add(node)
+        free = getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in _FREE
+        if isinstance(node.meta["val"], Tensor) and node not in nexts and not free:
+            found[node] = None
+        elif node not in nexts:
+            stack.extend(node.all_input_nodes)
+    order = {n: i for i, n in enumerate(step.graph.nodes)}
+    return sorted(found, key=order.__getitem__)
+
+
+_FREE = {
+    "view", "t", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "cat", "stack",
+    "split", "split_with_sizes", "unbind", "zeros_like", "ones_like", "_to_copy", "zeros", "ones", "full_like",
+}  # fmt: skip
+
+
+def _row_bytes(node: fx.Node) -> int:
+    size = node.meta["val"].element_size()
+    for s in node.meta["val"].shape:
+        size *= 1 if isinstance(s, torch.SymInt) else int(s)
+    return size
+
+
+@dataclass(eq=False)
+class BackwardPlan:
+    """The executable of the backward pass.
+
+    known: placeholders for what was saved, in the order of `Saving.nodes`.
+    xs, constants, captured: indices of those whose gradient is wanted (and exists).
+    resets: states whose gradient before each step is wanted, after the xs.
+    """
+
+    step: StepGraph
+    executable: Executable
+    saving: Saving
+    known: list[fx.Node]
+    xs: list[int]
+    constants: list[int]
+    captured: list[int]
+    resets: list[int]
+    states: list[int]
+
+
+def lower_backward(
+    step: StepGraph, saving: Saving, needs: Needs, names: Sequence[str], choose: Callable, ragged: bool,
+    resets: bool,
+) -> BackwardPlan:  # fmt: skip
+    own, (known,) = copied(step, saving.nodes)
+    known = [_as_input(own, node) for node in known]
+    own.outputs, own.nexts = [], []
+    xs = [i for i, (g, n) in enumerate(zip(own.grad_xs, needs.xs)) if n and g is not None]
+    constants = [i for i, (g, n) in enumerate(zip(own.grad_constants, needs.constants)) if n and g is not None]
+    captured = [i for i, (g, n) in enumerate(zip(own.grad_captured, needs.captured)) if n and g is not None]
+    states = [i for i, c in enumerate(own.ct_nexts) if c.meta["val"].dtype.is_floating_point]
+    _add_missing_gradients(own, states)
+    reset_states = [i for i in states if resets and needs.reset_to[i]]
+
+    def problem() -> Problem:
+        mixing = annotate(own)
+        pairs = {i: State(own.ct_nexts[i], own.grad_prevs[i], names[i]) for i in states}
+        wanted = [own.grad_xs[i] for i in xs] + [own.grad_prevs[i] for i in reset_states]
+        summed = [own.grad_constants[i] for i in constants] + [own.grad_captured[i] for i in captured]
+        finals = [pairs[i] for i in states if needs.initial[i]]
+        return Problem(own.graph, own.batch, list(pairs.values()), wanted, summed, finals, mixing,
+                       one_loop=ragged and bool(mixing))  # fmt: skip
+
+    for grads, chosen in ((own.grad_xs, xs), (own.grad_constants, constants), (own.grad_captured, captured)):
+        grads[:] = [g if i in chosen else None for i, g in enumerate(grads)]
+    remove_dead(own)
+    executable = Executable(_improved(own, problem), choose, down=True)
+    return BackwardPlan(own, executable, saving, known, xs, constants, captured, reset_states, states)
+
+
+def _as_input(step: StepGraph, node: fx.Node) -> fx.Node:
+    """Turns a forward value into an input of its own."""
+    with step.graph.inserting_before(next(iter(step.graph.nodes))):
+        given = step.graph.placeholder(f"saved_{node.name}")
+    given.meta = {k: copy.copy(v) if k == "line" else v for k, v in node.meta.items()}
+    given.meta["saved"] = True
+    node.replace_all_uses_with(given)
+    for role in (step.grad_xs, step.grad_constants, step.grad_prevs, step.grad_captured):
+        role[:] = [given if n is node else n for n in role]
+    return given
+
+
+def _add_missing_gradients(step: StepGraph, states: list[int]) -> None:
+    """No gradient flows from a state's next to its prev: the cotangent before the step is zero."""
+    output = next((n for n in step.graph.nodes if n.op == "output"), None)
+    for i in states:
+        if step.grad_prevs[i] is None:
+            ct = step.ct_nexts[i]
+            where = step.graph.inserting_before(output) if output else step.graph.inserting_after(
+                list(step.graph.nodes)[-1]
+            )
+            with where:
+                zero = step.graph.call_function(aten.zeros_like.default, (ct,))
+            zero.meta.update(val=ct.meta["val"], line="")
+            step.grad_prevs[i] = zero

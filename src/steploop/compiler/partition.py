@@ -1,0 +1,377 @@
+"""Splits a step graph into what runs before, in, between and after loops.
+
+Add an edge from every state's `next` to its `prev`: the strongly connected components of that graph (Tarjan
+1972) are what must run one step after the other; everything else is batched over time. This is loop
+distribution (Allen & Kennedy 1984) on tensor programs. A value read through `prev` outside the component
+that computes it is a shift by one step.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .graph import LoopInput, LoopProgram, Rows
+
+aten = torch.ops.aten
+
+
+@dataclass(eq=False)
+class State:
+    """A state of a (forward or backward) step: its value before the step, and the node that is its value after."""
+
+    prev: fx.Node
+    next: fx.Node
+    name: str
+
+
+@dataclass(eq=False)
+class Problem:
+    """What is to be partitioned: a graph with states, and what is wanted from it.
+
+    wanted: values needed from every step.  summed: values of which the sum over all steps is needed.
+    stepwise: nodes that can't be batched over time, with the reason.
+    one_loop: everything that varies goes into one loop (rows that mix and are not all valid).
+    """
+
+    graph: fx.Graph
+    batch: Any
+    states: list[State]
+    wanted: list[fx.Node]
+    summed: list[fx.Node]
+    finals: list[State] = field(default_factory=list)
+    stepwise: dict[fx.Node, str] = field(default_factory=dict)
+    one_loop: bool = False
+
+
+@dataclass(eq=False)
+class Batched:
+    """Calls that run once for all steps, delayed states (placeholders) among them."""
+
+    nodes: list[fx.Node]
+
+
+@dataclass(eq=False)
+class Loop:
+    """One component. `nodes`: its calls; `members`: indices of its states; `why`: reasons, per node."""
+
+    nodes: list[fx.Node]
+    states: list[State]
+    program: LoopProgram | None = None
+    inputs: list[fx.Node] = field(default_factory=list)
+    kept: list[fx.Node] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Partition:
+    """`once`: calls that do not vary, run before everything. `segments`: Batched and Loop, in order.
+
+    delayed: for every state whose prev is read outside its loop, the node that stands for it there.
+    """
+
+    problem: Problem
+    once: list[fx.Node]
+    segments: list[Batched | Loop]
+    delayed: dict[fx.Node, State]
+
+    @property
+    def loops(self) -> list[Loop]:
+        return [s for s in self.segments if isinstance(s, Loop)]
+
+
+def components(nodes: Iterable[Any], successors: dict[Any, list[Any]]) -> list[list[Any]]:
+    """Strongly connected components in reverse topological order (Tarjan 1972, without recursion)."""
+    index: dict[Any, int] = {}
+    low: dict[Any, int] = {}
+    on_stack: set[Any] = set()
+    stack: list[Any] = []
+    found: list[list[Any]] = []
+    for root in nodes:
+        if root in index:
+            continue
+        work = [(root, iter(successors.get(root, ())))]
+        index[root] = low[root] = len(index)
+        stack.append(root)
+        on_stack.add(root)
+        while work:
+            node, rest = work[-1]
+            for child in rest:
+                if child not in index:
+                    index[child] = low[child] = len(index)
+                    stack.append(child)
+                    on_stack.add(child)
+                    work.append((child, iter(successors.get(child, ()))))
+                    break
+                if child in on_stack:
+                    low[node] = min(low[node], index[child])
+            else:
+                work.pop()
+                if work:
+                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
+                if low[node] == index[node]:
+                    component = []
+                    while True:
+                        member = stack.pop()
+                        on_stack.discard(member)
+                        component.append(member)
+                        if member is node:
+                            break
+                    found.append(component)
+    return found
+
+
+def needed_nodes(problem: Problem) -> set[fx.Node]:
+    """What the wanted values depend on, within a step and through states."""
+    following = {s.prev: s.next for s in problem.states}
+    needed: set[fx.Node] = set()
+    stack = [*problem.wanted, *problem.summed, *(s.next for s in problem.finals)]
+    while stack:
+        node = stack.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        stack.extend(node.all_input_nodes)
+        if node in following:
+            stack.append(following[node])
+    return needed
+
+
+def recurrent_components(problem: Problem, needed: set[fx.Node]) -> list[list[fx.Node]]:
+    """The components that must loop, each in graph order; nodes that can't be batched are forced into one."""
+    order = {n: i for i, n in enumerate(problem.graph.nodes)}
+    nodes = [n for n in problem.graph.nodes if n in needed]
+    if problem.one_loop:
+        prevs = {s.prev for s in problem.states}
+        return [[n for n in nodes if n in prevs or (n.op == "call_function" and n.meta["varies"])]]
+    successors: dict[fx.Node, list[fx.Node]] = {n: [u for u in n.users if u in needed] for n in nodes}
+    states = [s for s in problem.states if s.prev in needed]
+    for state in states:
+        successors.setdefault(state.next, []).append(state.prev)
+    found = []
+    own = {s.prev for s in states if s.next is s.prev}
+    for component in components(nodes, successors):
+        calls = [n for n in component if n.op == "call_function"]
+        if len(component) > 1 or component[0] in own or any(n in problem.stepwise for n in calls):
+            # The parts of a result with several parts are taken where it is made.
+            parts = {u for n in component for u in n.users if u.target is operator.getitem and u in needed}
+            found.append(sorted({*component, *parts}, key=order.__getitem__))
+    taken: set[fx.Node] = set()
+    for component in found:
+        component[:] = [n for n in component if n not in taken]
+        taken.update(component)
+    return [c for c in found if c]
+
+
+def loop_nodes(problem: Problem) -> set[fx.Node]:
+    """Every node that is in some loop."""
+    return {n for c in recurrent_components(problem, needed_nodes(problem)) for n in c}
+
+
+def partition(problem: Problem) -> Partition:
+    needed = needed_nodes(problem)
+    loops = recurrent_components(problem, needed)
+    delayed = _delay_outside_reads(problem, loops, needed)
+    needed = needed_nodes(problem) | set(delayed)
+    inside: dict[fx.Node, int] = {n: i for i, c in enumerate(loops) for n in c}
+    once = [n for n in problem.graph.nodes if n in needed and n.op == "call_function" and not n.meta["varies"]]
+    segments = _order(problem, loops, inside, needed, delayed)
+    result = Partition(problem, once, segments, delayed)
+    for loop in result.loops:
+        _extract(loop, problem, result)
+    return result
+
+
+def _delay_outside_reads(
+    problem: Problem, loops: list[list[fx.Node]], needed: set[fx.Node]
+) -> dict[fx.Node, State]:
+    """A prev that is read outside its own loop becomes a node of its own: the sequence of nexts, shifted."""
+    home = {n: i for i, c in enumerate(loops) for n in c}
+    delayed: dict[fx.Node, State] = {}
+    for state in problem.states:
+        prev = state.prev
+        if prev not in needed:
+            continue
+        outside = [u for u in prev.users if u in needed and home.get(u, -1) != home.get(prev, -2)]
+        results = prev in problem.wanted or prev in problem.summed
+        following = any(s.next is prev and home.get(s.prev, -1) != home.get(prev, -2) for s in problem.states)
+        if prev not in home:
+            delayed[prev] = state
+        elif outside or results or following:
+            with problem.graph.inserting_after(prev):
+                shifted = problem.graph.placeholder(f"{prev.name}_delayed")
+            shifted.meta.update(prev.meta)
+            for user in outside:
+                user.replace_input_with(prev, shifted)
+            problem.wanted[:] = [shifted if n is prev else n for n in problem.wanted]
+            problem.summed[:] = [shifted if n is prev else n for n in problem.summed]
+            for s in problem.states:
+                if s.next is prev and home.get(s.prev, -1) != home[prev]:
+                    s.next = shifted
+            delayed[shifted] = state
+    return delayed
+
+
+def _order(
+    problem: Problem, loops: list[list[fx.Node]], inside: dict[fx.Node, int], needed: set[fx.Node],
+    delayed: dict[fx.Node, State],
+) -> list[Batched | Loop]:  # fmt: skip
+    """Batched calls as early as they are needed, loops as soon as they can run."""
+    by_prev = {s.prev: s for s in problem.states}
+    outside = [
+        n for n in problem.graph.nodes
+        if n in needed and n not in inside and (n in delayed or (n.op == "call_function" and n.meta["varies"]))
+    ]
+    needs: dict[Any, set[Any]] = {}
+    for node in outside:
+        sources = [delayed[node].next] if node in delayed else node.all_input_nodes
+        needs[node] = {inside.get(s, s) for s in sources}
+    members = set(outside)
+    for i, component in enumerate(loops):
+        own = set(component)
+        sources = {s for n in component for s in n.all_input_nodes if s not in own}
+        sources |= {by_prev[n].next for n in component if n in by_prev} - own
+        needs[i] = {inside.get(s, s) for s in sources}
+    for unit, sources in needs.items():
+        needs[unit] = {s for s in sources if isinstance(s, int) or s in members} - {unit}
+    useful = _ancestors_of_loops(needs, len(loops))
+    done: set[Any] = set()
+    segments: list[Batched | Loop] = []
+    waiting_loops = list(range(len(loops)))[::-1]
+    pending = [n for n in outside if n in useful]
+    while waiting_loops:
+        ready, progress = [], True
+        while progress:
+            progress = False
+            for node in [n for n in pending if needs[n] <= done]:
+                ready.append(node)
+                done.add(node)
+                progress = True
+            pending = [n for n in pending if n not in done]
+        if ready:
+            segments.append(Batched(ready))
+        chosen = next(i for i in waiting_loops if needs[i] <= done)
+        waiting_loops.remove(chosen)
+        done.add(chosen)
+        component = loops[chosen]
+        states = [by_prev[n] for n in component if n in by_prev]
+        segments.append(Loop([n for n in component if n.op == "call_function"], states))
+    rest = [n for n in outside if n not in done]
+    ordered: list[fx.Node] = []
+    while rest:
+        ready = [n for n in rest if needs[n] <= done]
+        if not ready:
+            raise AssertionError("the step graph has a cycle outside its loops")
+        ordered.extend(ready)
+        done.update(ready)
+        rest = [n for n in rest if n not in done]
+    if ordered:
+        segments.append(Batched(ordered))
+    return segments
+
+
+def _ancestors_of_loops(needs: dict[Any, set[Any]], count: int) -> set[Any]:
+    found: set[Any] = set()
+    stack: list[Any] = list(range(count))
+    while stack:
+        unit = stack.pop()
+        for source in needs.get(unit, ()):
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+# -- loops as programs of their own --------------------------------------------------------------------------
+
+
+def is_cheap_constant(node: fx.Node) -> bool:
+    """Made from sizes alone (zeros, ones): made again where it is used rather than stored for every step."""
+    if node.op != "call_function" or "nondeterministic_seeded" in {t.name for t in getattr(node.target, "tags", ())}:
+        return False
+    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    return name in _FACTORIES or (name.endswith("_like") and name in _LIKES)
+
+
+_FACTORIES = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor", "arange", "eye"}
+_LIKES = {"zeros_like", "ones_like", "full_like"}
+
+
+def _extract(loop: Loop, problem: Problem, result: Partition) -> None:
+    """Copies a component into a graph of its own, with what it reads as inputs."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs: list[LoopInput] = []
+    own = {*loop.nodes, *(s.prev for s in loop.states)}
+    prevs = []
+    for state in loop.states:
+        prevs.append(_copy_placeholder(graph, state.prev, copies))
+    body = _with_constants(loop.nodes, own, loop.states)
+    for node in body:
+        for source in node.all_input_nodes:
+            if source not in own and source not in copies and source not in body:
+                copies[source] = _input(graph, source, inputs)
+                loop.inputs.append(source)
+    for state in loop.states:
+        if state.next not in own and state.next not in copies:
+            copies[state.next] = _input(graph, state.next, inputs)
+            loop.inputs.append(state.next)
+    for node in body:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copies[node].meta = dict(node.meta)
+    loop.kept = _kept(loop, own, problem, result)
+    kept = [copies[n] for n in loop.kept]
+    nexts = [copies[s.next] for s in loop.states]
+    graph.output((nexts, kept))
+    loop.program = LoopProgram(
+        graph=graph, batch=problem.batch, prevs=prevs, nexts=nexts, inputs=inputs, kept=kept,
+        names=[s.name for s in loop.states], mixes_rows=any(n in problem.stepwise for n in loop.nodes),
+    )  # fmt: skip
+
+
+def _with_constants(nodes: list[fx.Node], own: set[fx.Node], states: list[State]) -> list[fx.Node]:
+    """The calls of a loop, and before them the cheap constants that they read."""
+    extra: dict[fx.Node, None] = {}
+    for node in [*nodes, *(s.next for s in states)]:
+        for source in [*node.all_input_nodes, node]:
+            if source not in own and is_cheap_constant(source) and source.meta.get("rows") is not None:
+                if all(i in own for i in source.all_input_nodes) or not source.all_input_nodes:
+                    extra[source] = None
+    free = [n for n in extra if not n.all_input_nodes]
+    return free + list(nodes)
+
+
+def _copy_placeholder(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    copy = graph.placeholder(node.name)
+    copy.meta = dict(node.meta)
+    copies[node] = copy
+    return copy
+
+
+def _input(graph: fx.Graph, source: fx.Node, inputs: list[LoopInput]) -> fx.Node:
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.placeholder(source.name)
+    node.meta = dict(source.meta)
+    kind = "step" if source.meta["varies"] else "once"
+    inputs.append(LoopInput(node, kind, source.meta["rows"], source.name))
+    return node
+
+
+def _kept(loop: Loop, own: set[fx.Node], problem: Problem, result: Partition) -> list[fx.Node]:
+    """Values of a loop that are read outside it."""
+    wanted = {*problem.wanted, *problem.summed, *(s.next for s in result.delayed.values())}
+    foreign = {s.next for s in problem.finals if s.prev not in own}
+    calls = {n for s in result.segments for n in s.nodes}
+    kept = []
+    for node in [*loop.nodes, *(s.prev for s in loop.states)]:
+        outside = any(u not in own and u in calls for u in node.users)
+        if (outside or node in wanted or node in foreign) and isinstance(node.meta.get("val"), Tensor):
+            kept.append(node)
+    return kept
+
+
+__all__ = ["Batched", "Loop", "Partition", "Problem", "Rows", "State", "is_cheap_constant", "loop_nodes", "partition"]

@@ -1,0 +1,240 @@
+"""The compiler from end to end: the only module that knows all stages.
+
+    Program, Call --captures--> forward and joint StepGraph --simplify--> --rows--> --partition-->
+        Executable (pieces batched over time, compiled loops) --loop_operator--> one operator call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..errors import UnsupportedError
+from . import captures
+from .captures import Capture
+from .dependencies import Dependencies
+from .graph import LoopProgram, line_of
+from .loop_operator import Invocation, Layout
+from .lower import ForwardPlan, Needs, Saving, choose_saved, lower_backward, lower_forward, mixing_reasons
+from .masking import masked_call
+from .program import Call, Program, Result
+
+BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
+
+
+def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
+    """Runs a call. Differentiable; see `Loop` for what the arguments mean."""
+    capture, dependencies = captures.find(program, call)
+    if capture.forward.graph.batch is None and _ragged(call) and program.batched:
+        return _run_masked(program, call, backend, save)
+    tensors = _tensors(call, capture, dependencies)
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if training:
+        capture.require_joint(dependencies)
+        tensors = _tensors(call, capture, dependencies, joint=True)
+    nested = _traced(tensors)
+    invocation = _invocation(capture, call, backend, save, training, nested, tensors)
+    batch = 1 if call.batch is None else call.batch
+    if training or nested:
+        results = torch.ops.steploop.loop(tensors, invocation.handle, call.steps, batch)
+    else:
+        results = invocation.run(tensors, call.steps, batch)
+    count, states = invocation.forward.outputs, len(call.initial)
+    return Result(list(results[:count]), list(results[count : count + states]), capture.out_spec)
+
+
+def _ragged(call: Call) -> bool:
+    return call.lengths is not None or call.mask is not None or call.resets is not None
+
+
+def _run_masked(program: Program, call: Call, backend: str, save: str) -> Result:
+    """A step that fixes the batch can't run on fewer rows: masks become part of the step."""
+    changed, changed_call, finish = masked_call(program, call)
+    return finish(run(changed, changed_call, backend=backend, save=save))
+
+
+def _tensors(call: Call, capture: Capture, dependencies: Dependencies, joint: bool = False) -> list[Tensor]:
+    marks = [m for m in (call.lengths, call.mask, call.resets) if m is not None]
+    captured = capture.tensors(dependencies, joint)
+    return [*call.xs, *call.constants, *call.initial, *(call.reset_to or []), *captured, *marks]
+
+
+def _traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether some tracer is at work: then the call must be one operator, whose results hold nothing back."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    if any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
+        return True
+    stack = _get_current_dispatch_mode_stack()
+    return any(type(m).__name__ in ("ProxyTorchDispatchMode", "FunctionalTensorMode", "FakeTensorMode") for m in stack)
+
+
+def _invocation(
+    capture: Capture, call: Call, backend: str, save: str, training: bool, nested: bool, tensors: list[Tensor]
+) -> Invocation:
+    batch = 1 if call.batch is None else captures.hint(call.batch)
+    rows = captures.hint(call.steps) * max(batch, 1)
+    ragged = _ragged(call)
+    policy = _policy(capture, save, training, rows, tensors)
+    key = (
+        backend, policy, training, nested, ragged, call.reverse, call.on_masked, call.lengths is not None,
+        call.mask is not None, call.resets is not None, _required(tensors) if training else None,
+    )  # fmt: skip
+    found = capture.plans.get(key)
+    if found is None:
+        with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
+            found = capture.plans[key] = _compile(capture, call, backend, policy, training, nested, tensors)
+    return found
+
+
+def _required(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
+    return tuple(t.requires_grad for t in tensors)
+
+
+def _policy(capture: Capture, save: str, training: bool, rows: int, tensors: Sequence[Tensor]) -> str:
+    """"states" or "all" """
+    if not training or save != "auto":
+        return save
+    key = ("bytes", _required(tensors))
+    if key not in capture.plans:
+        joint = capture.joint.graph
+        needs = _needs(capture, tensors)
+        everything = choose_saved(joint, needs, "all", 1)
+        capture.plans[key] = sum(_row_bytes(n) for n in everything.nodes)
+    from .lower import SAVE_LIMIT
+
+    return "all" if capture.plans[key] * rows <= SAVE_LIMIT else "states"
+
+
+def _row_bytes(node: Any) -> int:
+    from .lower import _row_bytes as count
+
+    return count(node)
+
+
+def _needs(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
+    joint = capture.joint.graph
+    x, c, s, k = len(joint.xs), len(joint.constants), len(joint.prevs), len(joint.captured)
+    flags = _required(tensors)
+    resets = flags[x + c + s : x + c + 2 * s] if len(flags) >= x + c + 2 * s + k else ()
+    at = x + c + s + len(resets)
+    return Needs(flags[:x], flags[x : x + c], flags[x + c : x + c + s], resets or (False,) * s, flags[at : at + k])
+
+
+def _compile(
+    capture: Capture, call: Call, backend: str, save: str, training: bool, nested: bool, tensors: list[Tensor]
+) -> Invocation:
+    names = capture.program.state_names
+    choose = chooser(backend)
+    trace = capture.joint if training else capture.forward
+    layout = Layout(
+        len(call.xs), len(call.constants), len(call.initial), len(call.reset_to or ()), len(trace.tensors),
+        call.lengths is not None, call.mask is not None, call.resets is not None,
+    )  # fmt: skip
+    ragged = call.lengths is not None or call.mask is not None
+    graph = trace.graph
+    mixing = bool(mixing_reasons(graph)) if graph.batch is not None else False
+    if not training:
+        forward = lower_forward(graph, [], names, choose, ragged)
+        return Invocation(capture, layout, call.reverse, call.on_masked, False, nested, mixing, forward)
+    needs = _as_needs(layout, tensors)
+    saving = choose_saved(graph, needs, save, 1)
+    places, extra = _places(graph, saving, call)
+    again: list[ForwardPlan] = []
+
+    def forward_again() -> ForwardPlan:
+        if not again:
+            again.append(lower_forward(graph, saving.nodes, names, choose, ragged))
+        return again[0]
+
+    forward = lower_forward(graph, [] if nested else extra, names, choose, ragged)
+    resets = call.resets is not None
+    backwards: dict[Needs, Any] = {}
+
+    def make_backward(invocation: Invocation, asked: Needs) -> Any:
+        if asked not in backwards:
+            with torch.no_grad():
+                backwards[asked] = lower_backward(graph, saving, asked, names, choose, ragged, resets)
+        return backwards[asked]
+
+    return Invocation(
+        capture, layout, call.reverse, call.on_masked, True, nested, mixing, forward, saving, make_backward,
+        forward_again, places,
+    )  # fmt: skip
+
+
+def _as_needs(layout: Layout, tensors: Sequence[Tensor]) -> Needs:
+    parts = layout.split([t.requires_grad for t in tensors])
+    reset_to = tuple(parts["reset_to"]) or (False,) * layout.initial
+    return Needs(*(tuple(parts[n]) for n in ("xs", "constants", "initial")), reset_to, tuple(parts["captured"]))
+
+
+def _places(graph: Any, saving: Saving, call: Call) -> tuple[list[tuple[str, int]], list]:
+    """Where each saved value is found afterwards: a value that is an output of the step is not kept twice."""
+    places: list[tuple[str, int]] = []
+    extra: list = []
+    for node in saving.nodes:
+        rows = node.meta["rows"]
+        plain = graph.batch is None or (rows is not None and rows.dim == 0 and rows.plain)
+        if node in graph.outputs and plain:
+            places.append(("output", graph.outputs.index(node)))
+        else:
+            places.append(("saved", len(extra)))
+            extra.append(node)
+    return places, extra
+
+
+# -- backends ------------------------------------------------------------------------------------------------
+
+
+def chooser(backend: str) -> Callable[[LoopProgram], Any]:
+    """Gives a compiled loop, on the backend asked for or the first that takes it."""
+
+    def choose(loop: LoopProgram) -> Any:
+        name, reasons = select(loop, backend)
+        if name is None:
+            listed = "\n".join(f"  {line}: {reason}" if line else f"  {reason}" for reason, line in reasons)
+            raise UnsupportedError(
+                f'backend="{backend}" can\'t run this loop:\n{listed}\n'
+                'Use backend="auto", which chooses a backend for every loop.'
+            )
+        runner = backend_module(name).compile(loop)
+        loop.backend = name
+        loop.reasons = reasons
+        return runner
+
+    return choose
+
+
+def select(loop: LoopProgram, backend: str) -> tuple[str | None, list[tuple[str, str]]]:
+    """The backend for a loop, and why faster ones don't take it."""
+    reasons: list[tuple[str, str]] = []
+    for name in BACKEND_ORDER if backend == "auto" else (backend,):
+        module = backend_module(name)
+        if module is None:
+            against = [(f"the {name} backend is not available here", "")]
+        else:
+            against = module.reasons_against(loop)
+        if not against:
+            return name, reasons
+        reasons += against
+    return None, reasons
+
+
+def backend_module(name: str) -> Any:
+    from importlib import import_module
+
+    try:
+        module = import_module(f"..backends.{name}", __package__)
+    except ImportError:
+        return None
+    return module if hasattr(module, "compile") else None
+
+
+__all__ = ["chooser", "line_of", "run", "select"]

@@ -1,0 +1,347 @@
+"""Algebra on a step graph that frees work from the loop, and removes what nobody needs.
+
+Every pass takes a StepGraph and edits it in place; `PASSES` lists them in order. `distribute` and
+`gather_sums` come after the loops are known and move products and sums out of them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .graph import Size, StepGraph, expression
+
+aten = torch.ops.aten
+_END = 2**63 - 1
+
+
+def simplify(step: StepGraph) -> None:
+    for one_pass in PASSES:
+        one_pass(step)
+
+
+# -- helpers -------------------------------------------------------------------------------------------------
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a tensor as ints and sympy expressions (comparable, without adding conditions)."""
+    return tuple(expression(s) for s in node.meta["val"].shape)
+
+
+def _value(argument: Any, mode: Any) -> Any:
+    if isinstance(argument, fx.Node):
+        return argument.meta["val"]
+    if isinstance(argument, Size):
+        return mode.shape_env.create_symintnode(argument.expr, hint=None)
+    if isinstance(argument, (list, tuple)):
+        return [_value(a, mode) for a in argument]
+    return argument
+
+
+def call(before: fx.Node, target: Any, *args: Any, line: str | None = None, **kwargs: Any) -> fx.Node:
+    """A new call in front of a node, with its value's metadata."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, kwargs)
+    fake = next(v for v in _tensors(args) if hasattr(v, "fake_mode"))
+    with _disable_current_modes(), enable_python_dispatcher(), fake.fake_mode, torch.no_grad():
+        node.meta["val"] = target(*_value(args, fake.fake_mode), **kwargs)
+    node.meta["line"] = before.meta.get("line", "") if line is None else line
+    return node
+
+
+def _tensors(args: Iterable[Any]) -> Iterable[Tensor]:
+    for a in args:
+        if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor):
+            yield a.meta["val"]
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors(a)
+
+
+def replace(step: StepGraph, old: fx.Node, new: fx.Node) -> None:
+    """Puts `new` wherever `old` is used, in the roles of the step too."""
+    old.replace_all_uses_with(new)
+    for roles in (step.outputs, step.nexts, step.grad_xs, step.grad_constants, step.grad_prevs, step.grad_captured):
+        for i, node in enumerate(roles):
+            if node is old:
+                roles[i] = new
+
+
+def _calls(step: StepGraph, *targets: Any) -> list[fx.Node]:
+    return [n for n in step.graph.nodes if n.op == "call_function" and (not targets or n.target in targets)]
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+# -- passes --------------------------------------------------------------------------------------------------
+
+
+def remove_identities(step: StepGraph) -> None:
+    """Copies, full slices, views and casts that change nothing."""
+    for node in _calls(step):
+        same = _same_as(node)
+        if same is not None and same is not node:
+            replace(step, node, same)
+    remove_dead(step)
+
+
+def _same_as(node: fx.Node) -> fx.Node | None:
+    target, args = node.target, node.args
+    if target is aten.copy.default:
+        return _copied(node)
+    if target in (aten.view.default, aten.expand.default, aten.reshape.default, aten._unsafe_view.default):
+        source = args[0]
+        if shape_of(source) == shape_of(node):
+            return source
+        if target is not aten.expand.default:
+            node.target = aten.view.default if target is not aten.reshape.default else target
+            if source.target is aten.view.default and target is not aten.reshape.default:
+                node.args = (source.args[0], args[1])
+        return None
+    if target is aten._to_copy.default:
+        source = args[0].meta["val"]
+        return args[0] if (source.dtype, source.device) == (node.meta["val"].dtype, node.meta["val"].device) else None
+    if target is aten.slice.Tensor and shape_of(args[0]) == shape_of(node):
+        return args[0] if _argument(node, 4, "step", 1) == 1 else None
+    if target is aten.slice_scatter.default and shape_of(args[0]) == shape_of(args[1]):
+        return args[1]
+    if target is aten.slice_backward.default and shape_of(args[0]) == shape_of(node):
+        return args[0]
+    if target is aten.t.default and isinstance(args[0], fx.Node) and args[0].target is aten.t.default:
+        return args[0].args[0]
+    if target in (aten.squeeze.dims, aten.squeeze.dim) and shape_of(args[0]) == shape_of(node):
+        return args[0]
+    return None
+
+
+def _copied(node: fx.Node) -> fx.Node:
+    """copy(a, b) is b in a's shape and dtype."""
+    source, like = node.args[1], node.meta["val"]
+    if source.meta["val"].dtype != like.dtype:
+        source = call(node, aten._to_copy.default, source, dtype=like.dtype)
+    if shape_of(source) != tuple(expression(s) for s in like.shape):
+        sizes = [Size(e) if not isinstance(e, int) else e for e in map(expression, like.shape)]
+        source = call(node, aten.expand.default, source, sizes)
+    return source
+
+
+def expose_products(step: StepGraph) -> None:
+    """addmm and baddbmm as a product and a sum, so that each can go its own way."""
+    for node in _calls(step, aten.addmm.default, aten.baddbmm.default):
+        if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 3:
+            continue
+        bias, a, b = node.args
+        product = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
+        product = call(node, product, a, b)
+        replace(step, node, call(node, aten.add.Tensor, product, bias))
+    for node in _calls(step, aten.linear.default):
+        if len(shape_of(node.args[0])) == 2:
+            result = call(node, aten.mm.default, node.args[0], call(node, aten.t.default, node.args[1]))
+            bias = _argument(node, 2, "bias", None)
+            replace(step, node, result if bias is None else call(node, aten.add.Tensor, result, bias))
+    remove_dead(step)
+
+
+def split_products_of_concatenations(step: StepGraph) -> None:
+    """linear(cat(a, b)) = linear_a(a) + linear_b(b), and a slice of a product is a product of a slice."""
+    for node in _calls(step, aten.mm.default):
+        left, right = node.args
+        parts = _columns(left)
+        if parts is None:
+            continue
+        total, start = None, 0
+        for part in parts:
+            width = shape_of(part)[1]
+            weight = call(node, aten.slice.Tensor, right, 0, start, start + width)
+            product = call(node, aten.mm.default, part, weight)
+            total = product if total is None else call(node, aten.add.Tensor, total, product)
+            start += width
+        replace(step, node, total)
+    for node in _calls(step, aten.mm.default):
+        users = list(node.users)
+        if len(users) < 2 or node in _results(step) or not all(_is_column_slice(u, node) for u in users):
+            continue
+        for user in users:
+            right = call(user, aten.slice.Tensor, node.args[1], 1, *user.args[2:4])
+            replace(step, user, call(user, aten.mm.default, node.args[0], right))
+    remove_dead(step)
+
+
+def _columns(node: Any) -> list[fx.Node] | None:
+    """The parts of a concatenation along axis 1 of matrices, all of known width."""
+    if not isinstance(node, fx.Node) or node.target is not aten.cat.default:
+        return None
+    if _argument(node, 1, "dim", 0) not in (1, -1) or len(shape_of(node)) != 2:
+        return None
+    parts = list(node.args[0])
+    ok = all(len(shape_of(p)) == 2 and isinstance(shape_of(p)[1], int) for p in parts)
+    # Weight gradients multiply a transposed cotangent from the left: there the concatenation stays whole.
+    return parts if ok and len(parts) > 1 else None
+
+
+def _is_column_slice(user: fx.Node, node: fx.Node) -> bool:
+    if user.target is not aten.slice.Tensor or user.args[0] is not node or len(user.args) != 4:
+        return False
+    return user.args[1] in (1, -1) and all(isinstance(a, int) for a in user.args[2:4])
+
+
+def _results(step: StepGraph) -> set[fx.Node]:
+    roles = (step.outputs, step.nexts, step.grad_xs, step.grad_constants, step.grad_prevs, step.grad_captured)
+    return {n for role in roles for n in role if n is not None}
+
+
+def split_backward_calls(step: StepGraph) -> None:
+    """A backward call that gives the gradients of input and weights becomes two: one may have to stay in the
+    loop, the other never."""
+    for node in _calls(step):
+        where = {aten.native_layer_norm_backward.default: 7, aten.native_group_norm_backward.default: 9,
+                 aten.convolution_backward.default: 10}.get(node.target)  # fmt: skip
+        if where is None or where >= len(node.args):
+            continue
+        mask = list(node.args[where])
+        items = [u for u in node.users if u.target is operator.getitem]
+        if len(items) != len(node.users) or not mask[0] or not any(mask[1:]):
+            continue
+        groups = {True: [True, False, False], False: [False, *mask[1:]]}
+        for is_input, wanted in groups.items():
+            chosen = [u for u in items if (u.args[1] == 0) == is_input]
+            if not chosen:
+                continue
+            args = (*node.args[:where], wanted, *node.args[where + 1 :])
+            with node.graph.inserting_before(node):
+                part = node.graph.call_function(node.target, args, node.kwargs)
+            part.meta.update(val=tuple(v if w else None for v, w in zip(node.meta["val"], wanted)),
+                             line=node.meta.get("line", ""))  # fmt: skip
+            for item in chosen:
+                item.update_arg(0, part)
+    remove_dead(step)
+
+
+def remove_duplicates(step: StepGraph) -> None:
+    """Common subexpressions."""
+    known: dict[Any, fx.Node] = {}
+    for node in _calls(step):
+        if is_random(node):
+            continue
+        key = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
+        try:
+            first = known.setdefault(key, node)
+        except TypeError:
+            continue
+        if first is not node:
+            replace(step, node, first)
+    remove_dead(step)
+
+
+def _key(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return tuple(_key(a) for a in argument)
+    if isinstance(argument, float):
+        return ("float", repr(argument))
+    return (type(argument), argument)
+
+
+def is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def remove_dead(step: StepGraph) -> None:
+    """Calls whose value nobody uses. Nothing in a captured step has side effects."""
+    results = list(dict.fromkeys(_results(step)))
+    output = next((n for n in step.graph.nodes if n.op == "output"), None)
+    if output is not None:
+        output.args = (results,)
+    else:
+        step.graph.output(results)
+    for node in reversed(list(step.graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            step.graph.erase_node(node)
+
+
+PASSES: list[Callable[[StepGraph], None]] = [
+    remove_identities,
+    remove_duplicates,
+    expose_products,
+    split_backward_calls,
+    split_products_of_concatenations,
+    remove_identities,
+    remove_duplicates,
+]
+
+
+# -- once the loops are known --------------------------------------------------------------------------------
+
+
+def distribute(step: StepGraph, in_loop: set[fx.Node]) -> bool:
+    """W(a + b) = W a + W b where only b is in the loop: the product of a leaves it."""
+    changed = False
+    for node in _calls(step, aten.mm.default):
+        left, right = node.args
+        if node not in in_loop or right in in_loop or left not in in_loop or not _plain_sum(left):
+            continue
+        a, b = left.args
+        if (a in in_loop) == (b in in_loop) or not shape_of(a) == shape_of(b) == shape_of(left):
+            continue
+        parts = [call(node, aten.mm.default, part, right) for part in (a, b)]
+        replace(step, node, call(node, aten.add.Tensor, *parts))
+        changed = True
+    remove_dead(step)
+    return changed
+
+
+def gather_sums(step: StepGraph, in_loop: set[fx.Node]) -> bool:
+    """In a sum of several terms, those from outside the loop are added up outside."""
+    changed = False
+    for node in reversed(_calls(step, aten.add.Tensor)):
+        if node not in in_loop or not _plain_sum(node) or _continues(node, in_loop):
+            continue
+        terms = _terms(node, in_loop)
+        outside = [t for t in terms if t not in in_loop]
+        inside = [t for t in terms if t in in_loop]
+        if len(outside) < 2 or not inside:
+            continue
+        total = outside[0]
+        for term in sorted(outside[1:], key=lambda t: len(shape_of(t)), reverse=True):
+            total = call(node, aten.add.Tensor, total, term)
+        result = inside[0]
+        for term in inside[1:]:
+            result = call(node, aten.add.Tensor, result, term)
+        result = call(node, aten.add.Tensor, result, total)
+        if shape_of(result) == shape_of(node) and result.meta["val"].dtype == node.meta["val"].dtype:
+            replace(step, node, result)
+            changed = True
+    remove_dead(step)
+    return changed
+
+
+def _plain_sum(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
+        return False
+    if not all(isinstance(a, fx.Node) for a in node.args):
+        return False
+    dtypes = {a.meta["val"].dtype for a in node.args}
+    return len(dtypes) == 1 and node.meta["val"].dtype.is_floating_point
+
+
+def _continues(node: fx.Node, in_loop: set[fx.Node]) -> bool:
+    """Whether the only use of a sum is a larger sum."""
+    users = list(node.users)
+    return len(users) == 1 and _plain_sum(users[0]) and users[0] in in_loop
+
+
+def _terms(node: fx.Node, in_loop: set[fx.Node]) -> list[fx.Node]:
+    terms = []
+    for part in node.args:
+        inner = _plain_sum(part) and part in in_loop and len(part.users) == 1 and part.args[0] is not part.args[1]
+        terms.extend(_terms(part, in_loop) if inner else [part])
+    return terms
