@@ -7,6 +7,7 @@ be part of what a capture depends on, and comes back unchanged.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -49,15 +50,11 @@ class Structure:
 
     def names(self, root: str) -> list[str]:
         """A name for every tensor: root, root[0], root['key'], root.field."""
-        tree = pytree.tree_unflatten(list(self.leaves), self.spec)
-        pairs, _ = pytree.tree_flatten_with_path(tree)
-        return [root + pytree.keystr(path) for path, leaf in pairs if leaf is _TENSOR]
+        return [name for i, name in enumerate(_leaf_names(self, root)) if self.leaves[i] is _TENSOR]
 
     def leaf_names(self, root: str) -> list[str]:
         """A name for every leaf, tensor or not."""
-        tree = pytree.tree_unflatten(list(self.leaves), self.spec)
-        pairs, _ = pytree.tree_flatten_with_path(tree)
-        return [root + pytree.keystr(path) for path, _ in pairs]
+        return list(_leaf_names(self, root))
 
     def is_tensor(self, index: int) -> bool:
         """Whether leaf number `index` is a tensor."""
@@ -66,6 +63,14 @@ class Structure:
     def same_static(self, index: int, leaf: Any) -> bool:
         """Whether `leaf` is what this structure holds, not a tensor, as leaf number `index`."""
         return not isinstance(leaf, Tensor) and self.key[index] == _static_key(leaf)
+
+
+@functools.lru_cache(maxsize=256)
+def _leaf_names(structure: Structure, root: str) -> tuple[str, ...]:
+    # numbered leaves: a leaf of the real tree may itself look like a container to pytree's path functions
+    tree = pytree.tree_unflatten(list(range(len(structure.leaves))), structure.spec)
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return tuple(root + pytree.keystr(path) for path, _ in pairs)
 
 
 def _static_key(leaf: Any) -> Any:
