@@ -16,9 +16,6 @@ from .state import State
 
 RESERVED = ("state", "lengths", "mask", "resets", "steps", "on_masked", "batch_size", "backend")
 
-# Kept on a Step between calls but never part of a copy of it or of a pickle.
-_KEPT = ("_steploop_loop", "_steploop_programs")
-
 
 class Step(nn.Module):
     """One step of a sequence. Subclasses define `step`, and `begin` if a State needs it.
@@ -38,6 +35,15 @@ class Step(nn.Module):
     """
 
     _loop_class: ClassVar[Callable[[Step], Any] | None] = None  # set by loop.py, which may not be imported here
+
+    # What is kept between calls (its Loop, its Programs). A slot, not an attribute in __dict__: it is no part of
+    # the module, of copies of it, of pickles, or of what a capture looks at.
+    __slots__ = ("_kept",)
+
+    def __new__(cls, *_: Any, **__: Any) -> Step:
+        step = super().__new__(cls)
+        object.__setattr__(step, "_kept", {})
+        return step
 
     def step(self, *per_step: Any, **constants: Any) -> Any:
         """One step: positional arguments are this step's slices (B, ...), keyword arguments the constants."""
@@ -61,14 +67,13 @@ class Step(nn.Module):
 
     def whole_sequence(self) -> Any:
         """The Loop that calling this Step outside a loop goes through; made once."""
-        loop = self.__dict__.get("_steploop_loop")
-        # a module whose __dict__ was copied (DataParallel does) must not run the original's loop
-        if loop is None or loop.step is not self:
-            loop = self.__dict__["_steploop_loop"] = Step._loop_class(self)
+        loop = self._kept.get("loop")
+        if loop is None:
+            loop = self._kept["loop"] = Step._loop_class(self)
         return loop
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _KEPT}
+        return self.__dict__.copy()
 
 
 def _one_step(child: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ class Arguments:
 
 def program_of(step: Step, tree: Survey, arguments: Arguments) -> Program:
     """The Program of a Step for arguments of this structure; the same object at every call."""
-    kept = step.__dict__.setdefault("_steploop_programs", {})
+    kept = step._kept.setdefault("programs", {})
     key = (
         arguments.x_structure,
         arguments.constant_structure,
@@ -43,7 +43,7 @@ def program_of(step: Step, tree: Survey, arguments: Arguments) -> Program:
         tuple(tree.names),
     )
     found = kept.get(key)
-    if found is None or found.run.step is not step or found.run.states != tree.states:
+    if found is None or found.run.states != tree.states:
         if len(kept) >= _KEPT_PROGRAMS:
             kept.pop(next(iter(kept)))
         found = kept[key] = _make(step, tree, arguments, key)
