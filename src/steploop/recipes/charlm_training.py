@@ -34,8 +34,9 @@ matplotlib.use("Agg")  # only files are drawn, and a server has no display
 from matplotlib import pyplot  # noqa: E402
 
 LAST, BEST = "last.ckpt", "best.ckpt"
-VALIDATIONS = 10  # in a whole run
+VALIDATIONS = 10  # in a whole run; fewer where they would take more than a tenth of its time
 VALIDATION_STEPS = 256  # longer windows give the same loss in fewer calls
+VALIDATION_STREAM = 8192  # characters; the first of a stream, read without a past, must not count for much
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ class CharTraining(L.LightningModule):
             vocabulary.encode(train), settings.streams, settings.steps, seed=settings.seed
         )
         numbers = vocabulary.encode(validation)
-        # As many streams as in training where the text has the length for it: more rows a step are faster.
-        streams = max(1, min(settings.streams, len(numbers) // VALIDATION_STEPS))
+        streams = max(1, min(settings.streams, len(numbers) // VALIDATION_STREAM))
         self.validation_streams = Streams(numbers, streams, VALIDATION_STEPS)
         self.state: sl.States | None = None
         self.validation_state: sl.States | None = None
@@ -149,6 +149,17 @@ class CharTraining(L.LightningModule):
         self.history.append(entry)
         self.train_losses = []
         self.log_dict({name: value for name, value in entry.items() if name.startswith("val")})
+
+    @torch.no_grad()
+    def validation_seconds(self) -> float:
+        """About how long one validation takes; the first of the two calls is the one that captures."""
+        window = self.validation_streams.window(0)
+        self.eval()
+        for _ in range(2):
+            begin = time.monotonic()
+            self.loop(window.inputs)
+        self.train()
+        return self.validation_streams.windows * (time.monotonic() - begin)
 
     # -- the optimizer and its schedule
 
@@ -296,14 +307,12 @@ def fit(
     L.seed_everything(settings.seed, verbose=False)
     module = CharTraining(shape, vocabulary, text, settings)
     (folder / "plan.txt").write_text(str(module.loop.plan(module.train_streams.window(0).inputs)) + "\n")
-    trainer = make_trainer(folder, settings, console or Console())
+    trainer = make_trainer(folder, settings, module.validation_seconds(), console or Console())
     with warnings.catch_warnings():
         # Not for this run: there is nothing for workers to do, and a resumed run begins at the right window.
-        warnings.filterwarnings(
-            "ignore", message=".*(does not have many workers|resumable|LeafSpec).*"
-        )
+        warnings.filterwarnings("ignore", message=".*(does not have many workers|resumable|LeafSpec).*")
         trainer.fit(module, ckpt_path=folder / LAST if resume else None, weights_only=True)
-    draw({str(shape): module.history}, folder / "curve.png")
+    draw(str(shape), module.history, folder / "curve.png")
     return module
 
 
@@ -340,12 +349,12 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def make_trainer(folder: Path, settings: Settings, console: Console) -> L.Trainer:
-    """Lightning's Trainer, with as many validations in a run as VALIDATIONS says."""
+def make_trainer(folder: Path, settings: Settings, validation: float, console: Console) -> L.Trainer:
+    """Lightning's Trainer. validation: how many seconds one validation takes."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if settings.minutes is not None:
-        every: timedelta | int = timedelta(seconds=60 * settings.minutes / VALIDATIONS)
+        every: timedelta | int = timedelta(seconds=max(60 * settings.minutes / VALIDATIONS, 10 * validation))
     else:
         every = max(1, settings.max_steps // VALIDATIONS)
     return L.Trainer(
@@ -366,16 +375,19 @@ def make_trainer(folder: Path, settings: Settings, console: Console) -> L.Traine
     )
 
 
-def draw(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Validation loss (and training loss, where there is one run) against characters read, as a PNG."""
+def draw(name: str, history: list[dict[str, float]], path: Path) -> None:
+    """Both losses against the characters read, as a PNG."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, history in histories.items():
-        characters = [entry["characters"] / 1e6 for entry in history]
-        axes.plot(characters, [entry["val_nats"] for entry in history], "o-", markersize=3, label=name)
-        if len(histories) == 1:
-            axes.plot(characters, [entry["train_nats"] for entry in history], "--", label="training text")
+    characters = [entry["characters"] / 1e6 for entry in history]
+    axes.plot(
+        characters, [entry["val_nats"] for entry in history], "o-", markersize=3, label="validation text"
+    )
+    axes.plot(
+        characters, [entry["train_nats"] for entry in history], "--", label="training text, with dropout"
+    )
+    axes.set_title(name)
     axes.set_xlabel("characters read (millions)")
-    axes.set_ylabel("validation loss (nats per character)")
+    axes.set_ylabel("loss (nats per character)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
