@@ -1,0 +1,55 @@
+"""Loops as native code: one C++ function runs all steps for a tile of rows.
+
+    lower.py, ops_*.py   ATen calls on batches -> the loop language (language.py), one row's program
+    fuse.py              statements -> phases of loop nests
+    emit.py              phases -> C++;  kernels/ holds what every kernel includes
+    build.py             C++ -> a library, kept per user
+    runner.py            calls it
+    interpret.py         what the loop language means, in plain torch
+"""
+
+from __future__ import annotations
+
+from ...compiler.graph import LoopProgram
+from .build import BuildError, compiler, folder, what_to_install
+from .lower import lower
+from .runner import Runner
+from .threads import runtime
+
+name = "cpu"
+
+
+def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
+    """Why this backend can't take a loop, as (reason, source line). Empty: it takes it."""
+    if compiler() is None:
+        return [(f"no C++ compiler was found; {what_to_install()}", "")]
+    return _lowered(loop)[1]
+
+
+def compile(loop: LoopProgram) -> Runner:
+    program, reasons = _lowered(loop)
+    if program is None:
+        raise BuildError("; ".join(f"{reason} ({line})" for reason, line in reasons))
+    return Runner(loop, program)
+
+
+def _lowered(loop: LoopProgram) -> tuple:
+    """Lowered once: asking for reasons and compiling share the work."""
+    found = getattr(loop, "_native", None)
+    if found is None:
+        found = loop._native = lower(loop)  # type: ignore[attr-defined]
+    return found
+
+
+def doctor() -> dict[str, str]:
+    """What native loops find on this machine."""
+    using = compiler()
+    return {
+        "compiler": f"{using.path} ({using.version})" if using else f"none; {what_to_install()}",
+        "flags": " ".join(using.flags) if using else "",
+        "cache": str(folder()),
+        "threads": runtime()[0] or "own threads (no OpenMP runtime is loaded)",
+    }
+
+
+__all__ = ["Runner", "compile", "doctor", "name", "reasons_against"]

@@ -1,0 +1,193 @@
+"""Builds a kernel with the C++ compiler of the machine, and keeps what was built.
+
+The cache belongs to the user (mode 0700). A library's name is the digest of everything that it depends on:
+its text, the compiler's version, the flags and the CPU. It is written under a temporary name and then renamed, so that nobody ever
+sees half of one: builds may be killed, run twice at the same time, or find the folder full or read-only (then a
+folder for this process takes its place).
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+from ...errors import BuildError
+
+FLAGS = (
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-fvisibility=hidden", "-w",
+)  # fmt: skip
+GENERIC = "-mtune=generic"
+NATIVE = "-march=native"
+TIMEOUT = 300
+
+
+class Compiler:
+    """A C++ compiler that works here, and the flag for the CPU that it accepts."""
+
+    def __init__(self, path: str, version: str, arch: str):
+        self.path, self.version, self.arch = path, version, arch
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return (*FLAGS, self.arch)
+
+
+def candidates() -> list[str]:
+    named = os.environ.get("STEPLOOP_CXX") or os.environ.get("CXX")
+    return [named] if named else ["g++", "clang++", "c++"]
+
+
+def compiler() -> Compiler | None:
+    """The compiler in use, or None. STEPLOOP_CXX names one; STEPLOOP_ARCH is the flag for the CPU."""
+    arch = os.environ.get("STEPLOOP_ARCH", NATIVE)
+    for name in candidates():
+        path = shutil.which(name)
+        if path is None:
+            continue
+        about = os.stat(path)
+        found = _probe(path, arch, about.st_mtime_ns, about.st_size)
+        if found is not None:
+            return found
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _probe(path: str, arch: str, _changed: int, _size: int) -> Compiler | None:
+    """Asks a compiler for its version; the time and size of its file stand for "the same compiler"."""
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if answer.returncode:
+        return None
+    return Compiler(path, answer.stdout.splitlines()[0] if answer.stdout else path, arch)
+
+
+@functools.cache
+def cpu() -> str:
+    """What the machine's instruction set is, for the digest."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            lines = [x for x in info.read().split("\n\n")[0].splitlines() if x.startswith(("flags", "model name"))]
+    except OSError:
+        lines = []
+    return "\n".join([platform.machine(), platform.processor(), *lines])
+
+
+def folder() -> Path:
+    """Where libraries are kept: STEPLOOP_CACHE, or steploop in the user's cache folder."""
+    named = os.environ.get("STEPLOOP_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "steploop"
+
+
+@functools.cache
+def _own_folder(_pid: int) -> Path:
+    """A folder for this process alone, where the cache can't be written."""
+    path = Path(tempfile.mkdtemp(prefix="steploop-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def _private(path: Path) -> bool:
+    """Makes a cache folder and says whether it is safe to load code from: ours, and nobody else may write."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = path.stat()
+    except OSError:
+        return False
+    if hasattr(os, "getuid") and about.st_uid != os.getuid():
+        return False
+    if stat.S_IMODE(about.st_mode) & 0o022:
+        try:
+            path.chmod(0o700)
+        except OSError:
+            return False
+    return True
+
+
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
+def build(text: str) -> ctypes.CDLL:
+    """The library of a kernel's text, from memory, from the cache, or newly built. BuildError where that fails."""
+    using = compiler()
+    if using is None:
+        raise BuildError(f"no C++ compiler found (looked for {', '.join(candidates())}); {what_to_install()}")
+    digest = hashlib.sha256("\0".join([text, using.version, *using.flags, cpu()]).encode()).hexdigest()[:40]
+    if digest not in _loaded:
+        _loaded[digest] = _find(digest) or _make(digest, text, using)
+    return _loaded[digest]
+
+
+def _find(digest: str) -> ctypes.CDLL | None:
+    for place in (folder(), _own_folder(os.getpid())):
+        path = place / f"{digest}.so"
+        if _private(place) and path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError:  # damaged: built anew and replaced
+                continue
+    return None
+
+
+def _make(digest: str, text: str, using: Compiler) -> ctypes.CDLL:
+    problems = []
+    for place in (folder(), _own_folder(os.getpid())):
+        if not _private(place):
+            problems.append(f"{place} can't be used")
+            continue
+        try:
+            return _build_in(place, digest, text, using)
+        except OSError as error:
+            problems.append(f"{place}: {error}")
+    raise BuildError("a native kernel could not be written: " + "; ".join(problems))
+
+
+def _build_in(place: Path, digest: str, text: str, using: Compiler) -> ctypes.CDLL:
+    work = Path(tempfile.mkdtemp(prefix=".build-", dir=place))
+    try:
+        source, library = work / "kernel.cpp", work / "kernel.so"
+        source.write_text(text)
+        _compile(source, library, using)
+        loaded = ctypes.CDLL(str(library))  # loads before it is published: what the cache holds works
+        os.replace(source, place / f"{digest}.cpp")
+        os.replace(library, place / f"{digest}.so")
+        return loaded
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _compile(source: Path, library: Path, using: Compiler) -> None:
+    """Runs the compiler; a CPU flag that it does not know is left out."""
+    message = ""
+    for flags in (using.flags, (*FLAGS, GENERIC), FLAGS):
+        command = [using.path, *flags, "-o", str(library), str(source), "-lm", "-lpthread"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{using.path} took more than {TIMEOUT} s") from error
+        if answer.returncode == 0:
+            return
+        message = message or answer.stderr
+        if "No space left" in answer.stderr:
+            raise OSError("no space left")
+    raise BuildError(f"{using.path} could not compile a kernel:\n{message[:2000]}")
+
+
+def what_to_install() -> str:
+    if platform.system() == "Darwin":
+        return "run `xcode-select --install`"
+    return "install g++ (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; conda: `conda install cxx-compiler`)"

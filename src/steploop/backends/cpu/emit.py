@@ -1,0 +1,291 @@
+"""Prints a fused plan as one C++ function: all steps for a tile of rows.
+
+    pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, packed weights
+    numbers   batch, start, stop, down, rows per tile, threads, first packed row, then the symbols
+Kernels know no number of steps, rows or threads, so new ones need no new kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .emit_nest import CTYPES, NestPrinter, size_text
+from .fuse import Phase, Plan
+from .language import Buffer, Load, Product, Program, loads
+
+KERNELS = Path(__file__).parent / "kernels"
+HEADERS = ("vector.h", "math.h", "product.h", "tiles.h")
+NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first")
+TAIL = ("sizes", "offsets", "resets")
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A right side of products, packed once per call."""
+
+    right: Load
+    name: str
+
+    @property
+    def ctype(self) -> str:
+        return CTYPES[self.right.dtype]
+
+
+def prelude() -> str:
+    return "\n".join((KERNELS / name).read_text() for name in HEADERS)
+
+
+def emit(plan: Plan, broken: bool = False) -> str:
+    """The body of the kernel. `broken` makes it wrong on purpose, for tests that must notice."""
+    return Printer(plan, broken).text()
+
+
+class Printer:
+    def __init__(self, plan: Plan, broken: bool):
+        self.plan, self.program, self.broken = plan, plan.program, broken
+        self.weights = _weights(plan)
+        self.lines: list[str] = []
+
+    def line(self, text: str = "", indent: int = 0) -> None:
+        self.lines.append("  " * indent + text if text else "")
+
+    def text(self) -> str:
+        self._struct()
+        self._scratch()
+        self._tile()
+        self._entry()
+        return "\n".join(self.lines) + "\n"
+
+    # The call
+
+    def _struct(self) -> None:
+        program = self.program
+        self.line("// What one call was given.")
+        self.line("struct Call {")
+        for b in program.inputs:
+            self.line(f"const {CTYPES[b.dtype]}* {b.name};{_comment(b)}", 1)
+        for prefix in ("in", "to"):
+            for b in program.prevs:
+                self.line(f"const {CTYPES[b.dtype]}* {prefix}_{b.name};", 1)
+        for b in program.prevs:
+            self.line(f"{CTYPES[b.dtype]}* out_{b.name};", 1)
+        for b in program.kept:
+            self.line(f"{CTYPES[b.dtype]}* {b.name};{_comment(b)}", 1)
+        self.line("const i64 *sizes, *offsets;", 1)
+        self.line("const u8* resets;", 1)
+        for w in self.weights:
+            self.line(f"{w.ctype}* {w.name};  // packed", 1)
+        self.line(f"long {', '.join((*NUMBERS, *program.symbols))};", 1)
+        self.line("};")
+        self.line()
+
+    def _entry(self) -> None:
+        program = self.program
+        self.line('extern "C" __attribute__((visibility("default"))) void steploop_run(void** pointers, const i64* numbers, Parallel parallel) {')
+        self.line("Call call;", 1)
+        names = [f"call.{b.name}" for b in program.inputs]
+        names += [f"call.{prefix}_{b.name}" for prefix in ("in", "to", "out") for b in program.prevs]
+        names += [f"call.{b.name}" for b in program.kept] + [f"call.{n}" for n in TAIL]
+        for number, name in enumerate(names):
+            self.line(f"{name} = (decltype({name}))pointers[{number}];", 1)
+        for number, name in enumerate((*NUMBERS, *program.symbols)):
+            self.line(f"call.{name} = numbers[{number}];", 1)
+        self._pack()
+        self.line("long tiles = (call.batch + call.tile_rows - 1) / call.tile_rows;", 1)
+        self.line("run_tiles(run_tile, &call, tiles, call.threads, parallel);", 1)
+        for w in self.weights:
+            self.line(f"free(call.{w.name});", 1)
+        self.line("}")
+
+    def _pack(self) -> None:
+        for symbol in self.program.symbols:
+            self.line(f"long {symbol} = call.{symbol};", 1)
+        for w in self.weights:
+            k, n = (size_text(s) for s in w.right.shape)
+            bytes_ = f"packed_size<{w.ctype}>({k}, {n}) * sizeof({w.ctype})"
+            self.line(f"call.{w.name} = ({w.ctype}*)aligned_alloc(64, ({bytes_} + 127) / 64 * 64);", 1)
+            down, across = (size_text(s) for s in w.right.strides)
+            self.line(f"pack(call.{w.name}, call.{w.right.buffer.name} + {size_text(w.right.offset)}, "
+                      f"{down}, {across}, {k}, {n});", 1)
+
+    # The tile
+
+    def _scratch(self) -> None:
+        self.line("// Where the temporaries of a tile are, in bytes.")
+        self.line("struct Scratch {")
+        buffers = self._scratch_buffers()
+        for b in buffers:
+            self.line(f"long {b.name}, {b.name}_row;", 1)
+        self.line("long bytes;", 1)
+        symbols = "".join(f", long {s}" for s in self.program.symbols)
+        self.line(f"Scratch(long rows{symbols}) {{", 1)
+        self.line("long at = 0;", 2)
+        local = set(map(id, self.plan.local))
+        for b in buffers:
+            size = CTYPES[b.dtype]
+            self.line(f"{b.name}_row = padded({size_text(b.numel)}, sizeof({size}));", 2)
+            rows = "1" if id(b) in local else "rows"
+            self.line(f"{b.name} = at; at += ({rows} * {b.name}_row * sizeof({size}) + 127) / 64 * 64;", 2)
+        self.line("bytes = at + 64;", 2)
+        self.line("}", 1)
+        self.line("static long padded(long n, long size) {  // whole vectors; no two rows 4 KB apart", 1)
+        self.line("long row = (n * size + 63) / 64 * 64;", 2)
+        self.line("return (row % 4096 == 0 && row ? row + 64 : row) / size;", 2)
+        self.line("}", 1)
+        self.line("};")
+        self.line()
+
+    def _scratch_buffers(self) -> list[Buffer]:
+        return [*self.program.prevs, *self.program.nexts, *self.plan.shared, *self.plan.local]
+
+    def _tile(self) -> None:
+        program = self.program
+        self.line("static void run_tile(void* given, long tile) {")
+        self.line("const Call& call = *(const Call*)given;", 1)
+        self.line("const long row0 = tile * call.tile_rows;", 1)
+        self.line("const long rows = call.batch - row0 < call.tile_rows ? call.batch - row0 : call.tile_rows;", 1)
+        for symbol in program.symbols:
+            self.line(f"const long {symbol} = call.{symbol};", 1)
+        symbols = "".join(f", {s}" for s in program.symbols)
+        self.line(f"const Scratch scratch(rows{symbols});", 1)
+        self.line("char* memory = (char*)aligned_alloc(64, (scratch.bytes + 63) / 64 * 64);", 1)
+        for b in self._scratch_buffers():
+            ctype = CTYPES[b.dtype]
+            self.line(f"{ctype}* {b.name}_tile = ({ctype}*)(memory + scratch.{b.name});", 1)
+        self._rows_function("load_rows", "to", lambda b: (f"{b.name}_tile + r * scratch.{b.name}_row",
+                            f"call.in_{b.name} + (row0 + r) * {size_text(b.numel)}"))
+        self._rows_function("save_rows", "to", lambda b: (f"call.out_{b.name} + (row0 + r) * {size_text(b.numel)}",
+                            f"{b.name}_tile + r * scratch.{b.name}_row"))
+        self.line("long loaded = 0;", 1)
+        self.line("for (long step = 0; step < call.stop - call.start; ++step) {", 1)
+        self.line("const long p = call.down ? call.stop - 1 - step : call.start + step;", 2)
+        self.line("const long active = (call.sizes ? call.sizes[p] : call.batch) - row0;", 2)
+        self.line("const long n = active < 0 ? 0 : active < rows ? active : rows;", 2)
+        self.line("const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row", 2)
+        self.line("const long here = at - call.first;", 2)
+        self.line("save_rows(n, loaded);", 2)
+        self.line("load_rows(loaded, n);", 2)
+        self.line("loaded = n;", 2)
+        self.line("if (n == 0) continue;", 2)
+        self._resets("!call.down")
+        for phase in self.plan.phases:
+            self._phase(phase)
+        self._swap()
+        self._resets("call.down")
+        self.line("}", 1)
+        self.line("save_rows(0, loaded);", 1)
+        self.line("free(memory);", 1)
+        self.line("}")
+        self.line()
+
+    def _rows_function(self, name: str, _: str, ends) -> None:
+        self.line(f"auto {name} = [&](long from, long stop) {{", 1)
+        self.line("for (long r = from; r < stop; ++r) {", 2)
+        for b in self.program.prevs:
+            to, source = ends(b)
+            self.line(f"memcpy({to}, {source}, {size_text(b.numel)} * sizeof({CTYPES[b.dtype]}));", 3)
+        self.line("}", 2)
+        self.line("};", 1)
+
+    def _resets(self, when: str) -> None:
+        if not self.program.prevs:
+            return
+        self.line(f"if (call.resets && {when})", 2)
+        self.line("for (long r = 0; r < n; ++r)", 3)
+        self.line("if (call.resets[at + r]) {", 4)
+        for b in self.program.prevs:
+            self.line(f"memcpy({b.name}_tile + r * scratch.{b.name}_row, call.to_{b.name} + "
+                      f"(row0 + r) * {size_text(b.numel)}, {size_text(b.numel)} * sizeof({CTYPES[b.dtype]}));", 5)
+        self.line("}", 4)
+
+    def _swap(self) -> None:
+        written = {id(s.target.buffer) for p in self.plan.phases for n in p.nests for s in n.statements}
+        for prev, after in zip(self.program.prevs, self.program.nexts):
+            if id(after) in written:
+                self.line(f"{{ auto old = {prev.name}_tile; {prev.name}_tile = {after.name}_tile; "
+                          f"{after.name}_tile = old; }}", 2)
+
+    def _phase(self, phase: Phase) -> None:
+        for product in phase.products:
+            self._product(product)
+        if not phase.nests:
+            return
+        self.line("for (long r = 0; r < n; ++r) {", 2)
+        used: dict[int, Buffer] = {}
+        body: list[str] = []
+        program = self.program
+        taken = {b.name for b in (*program.inputs, *program.kept, *self._scratch_buffers())} | set(program.symbols)
+
+        def base(buffer: Buffer) -> str:
+            used[id(buffer)] = buffer
+            return buffer.name
+
+        for nest in phase.nests:
+            body += NestPrinter(nest, base, self.program.make.names, taken, 3).print()
+        written = {id(s.target.buffer) for n in phase.nests for s in n.statements}
+        for buffer in used.values():
+            const = "" if id(buffer) in written else "const "
+            self.line(f"{const}{CTYPES[buffer.dtype]}* {buffer.name} = {self._row(buffer)};", 3)
+        self.lines += body
+        self._break(phase)
+        self.line("}", 2)
+
+    def _break(self, phase: Phase) -> None:
+        """The deliberate mistake: the first number of a state is a little too large."""
+        wanted = [b for b in self.program.nexts if b.dtype.is_floating_point]
+        done = {id(s.target.buffer) for n in phase.nests for s in n.statements}
+        if self.broken and wanted and id(wanted[0]) in done:
+            self.line(f"{wanted[0].name}[0] += 0.001 + 0.01 * {wanted[0].name}[0];", 3)
+
+    def _row(self, b: Buffer, row: str = "r") -> str:
+        """The pointer to one row of a buffer."""
+        size = size_text(b.numel)
+        if b.place == "temp" and id(b) in {id(x) for x in self.plan.local}:
+            return f"{b.name}_tile"
+        if b.place in ("temp", "prev", "next"):
+            return f"{b.name}_tile + {row} * scratch.{b.name}_row"
+        if b.place == "kept" or (b.place == "step" and b.rows):
+            return f"call.{b.name} + (here + {row}) * {size}"
+        if b.place == "step":
+            return f"call.{b.name} + (p - call.start) * {size}"
+        return f"call.{b.name} + (row0 + {row}) * {size}" if b.rows else f"call.{b.name}"
+
+    def _row_stride(self, b: Buffer) -> str:
+        if b.place in ("temp", "prev", "next"):
+            return f"scratch.{b.name}_row"
+        return size_text(b.numel) if b.rows else "0"
+
+    def _product(self, product: Product) -> None:
+        left, target = product.left, product.target.buffer
+        weight = next(w for w in self.weights if w.right is product.right)
+        rows, k = (size_text(s) for s in left.shape)
+        n = size_text(product.right.shape[1])
+        where = f"  // {product.line}" if product.line else ""
+        start = f"{self._row(left.buffer, '0')} + {size_text(left.offset)}"
+        if rows == "1":
+            self.line(f"multiply({start}, {self._row_stride(left.buffer)}, n, call.{weight.name}, {k}, {n}, "
+                      f"{target.name}_tile, scratch.{target.name}_row);{where}", 2)
+            return
+        self.line("for (long r = 0; r < n; ++r)", 2)
+        self.line(f"multiply({self._row(left.buffer)} + {size_text(left.offset)}, (long){k}, {rows}, call.{weight.name}, "
+                  f"{k}, {n}, {target.name}_tile + r * scratch.{target.name}_row, (long){n});{where}", 3)
+
+
+def _weights(plan: Plan) -> list[Weight]:
+    found: dict[int, Weight] = {}
+    for phase in plan.phases:
+        for product in phase.products:
+            right = product.right
+            if id(right) not in found:
+                found[id(right)] = Weight(right, f"packed{len(found)}_{right.buffer.name}")
+    return list(found.values())
+
+
+def _comment(b: Buffer) -> str:
+    shape = ", ".join(map(str, b.shape))
+    kind = {"step": "per step", "once": "the same at every step", "kept": "per step"}[b.place]
+    return f"  // ({shape}) {kind}{'' if b.rows else ', for all rows'}"
+
+
+__all__ = ["Program", "emit", "loads", "prelude"]

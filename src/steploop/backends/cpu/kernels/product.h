@@ -1,0 +1,97 @@
+// Products of a tile of rows with weights that stand still. The weights are packed once per call into panels of a few
+// vectors of columns, each panel holding all k one after the other; a block of rows keeps its sums in registers.
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kVectors = 4, kRows = 6;
+#elif defined(__AVX__)
+constexpr int kBytes = 32, kVectors = 2, kRows = 5;
+#else
+constexpr int kBytes = 16, kVectors = 2, kRows = 4;
+#endif
+
+template <class T> constexpr int width() { return kBytes / sizeof(T); }
+template <class T> constexpr int panel() { return kVectors * width<T>(); }
+template <class T> INLINE long packed_size(long k, long n) { return k * ((n + width<T>() - 1) / width<T>() * width<T>()); }
+
+template <class T> static void pack(T* to, const T* w, long row_stride, long column_stride, long k, long n) {
+  constexpr int W = width<T>(), P = panel<T>();
+  for (long c = 0; c < n; c += P) {
+    long left = n - c < P ? n - c : P, wide = (left + W - 1) / W * W;
+    const T* from = w + c * column_stride;
+    for (long i = 0; i < k; ++i, to += wide) {
+      for (long j = 0; j < left; ++j) to[j] = from[i * row_stride + j * column_stride];
+      for (long j = left; j < wide; ++j) to[j] = 0;
+    }
+  }
+}
+
+template <class T, int R, int V>
+static __attribute__((noinline)) void block(const T* a, long a_stride, const T* w, long k, T* out, long out_stride, long columns) {
+  constexpr int W = width<T>();
+  typedef Vec<T, W> F;
+  F sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[r][v] = F{};
+  for (long i = 0; i < k; ++i, w += V * W) {
+    F x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) x[v] = load(w + v * W, Full<W>{});
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      F b = F{} + a[r * a_stride + i];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] += b * x[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      T* to = out + r * out_stride + v * W;
+      if (v < V - 1 || columns == V * W) store(to, sum[r][v], Full<W>{});
+      else store(to, sum[r][v], Part<W>{columns - v * W});
+    }
+}
+
+template <class T, int V>
+static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k, T* out, long out_stride, long columns) {
+  long blocks = (rows + kRows - 1) / kRows;
+  for (long b = 0, done = 0; b < blocks; ++b) {
+    long now = (rows - done + (blocks - b) - 1) / (blocks - b);
+    const T* from = a + done * a_stride;
+    T* to = out + done * out_stride;
+    switch (now) {
+      case 1: block<T, 1, V>(from, a_stride, w, k, to, out_stride, columns); break;
+      case 2: block<T, 2, V>(from, a_stride, w, k, to, out_stride, columns); break;
+      case 3: block<T, 3, V>(from, a_stride, w, k, to, out_stride, columns); break;
+      case 4: block<T, 4, V>(from, a_stride, w, k, to, out_stride, columns); break;
+#if defined(__AVX__)
+      case 5: block<T, 5, V>(from, a_stride, w, k, to, out_stride, columns); break;
+#endif
+#if defined(__AVX512F__)
+      case 6: block<T, 6, V>(from, a_stride, w, k, to, out_stride, columns); break;
+#endif
+    }
+    done += now;
+  }
+}
+
+// out[r, :n] = a[r, :k] @ w for all rows of a tile; w as `pack` left it.
+template <class T>
+static void multiply(const T* a, long a_stride, long rows, const T* w, long k, long n, T* out, long out_stride) {
+  constexpr int W = width<T>(), P = panel<T>();
+  for (long c = 0; c < n; c += P) {
+    long columns = n - c < P ? n - c : P, vectors = (columns + W - 1) / W;
+    switch (vectors) {
+      case 1: panel_rows<T, 1>(a, a_stride, rows, w, k, out + c, out_stride, columns); break;
+      case 2: panel_rows<T, 2>(a, a_stride, rows, w, k, out + c, out_stride, columns); break;
+#if defined(__AVX512F__)
+      case 3: panel_rows<T, 3>(a, a_stride, rows, w, k, out + c, out_stride, columns); break;
+      case 4: panel_rows<T, 4>(a, a_stride, rows, w, k, out + c, out_stride, columns); break;
+#endif
+    }
+    w += vectors * W * k;
+  }
+}

@@ -1,0 +1,209 @@
+// Lanes: short vectors of numbers, loads and stores of whole and partial vectors. GCC's vector extensions, so that one
+// text serves every CPU; a bool is a mask of int32 lanes (0 or -1) in registers and a byte in memory.
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <type_traits>
+
+#define ALWAYS __attribute__((always_inline))
+#define INLINE static inline ALWAYS
+
+typedef uint8_t u8;
+typedef int64_t i64;
+
+template <class T, int L> struct VecOf { typedef T type __attribute__((vector_size(sizeof(T) * L))); };
+template <class T, int L> using Vec = typename VecOf<T, L>::type;
+template <class V> using Elem = typename std::decay<decltype(std::declval<V&>()[0])>::type;
+template <class V> constexpr int lanes_of() { return sizeof(V) / sizeof(Elem<V>); }
+template <class V> using MaskOf = Vec<int, lanes_of<V>()>;
+template <class V, class T> using Like = Vec<T, lanes_of<V>()>;
+
+// How many lanes of a vector take part: all of them, or the first `count`.
+template <int L> struct Full { static constexpr int lanes = L; static constexpr bool part = false; };
+template <int L> struct Part { static constexpr int lanes = L; static constexpr bool part = true; long count; };
+
+// f(i, lanes) for i = 0, L, 2L, ...; the last call may be partial.
+template <int L, class F> INLINE void span(long n, F f) {
+  long i = 0;
+  for (; i + L <= n; i += L) f(i, Full<L>{});
+  if (i < n) f(i, Part<L>{n - i});
+}
+
+template <int L, class T> INLINE Vec<T, L> every(T x) { return Vec<T, L>{} + x; }
+template <int L> INLINE Vec<int, L> every_mask(bool x) { return Vec<int, L>{} + (x ? -1 : 0); }
+
+template <class T, int N> struct Bytes { char bytes[sizeof(T) * N]; };
+template <class T, int N> INLINE void move(void* to, const void* from) {
+  *(Bytes<T, N>*)to = *(const Bytes<T, N>*)from;
+}
+
+template <class T, int L> INLINE Vec<T, L> load(const T* p, Full<L>) {
+  Vec<T, L> x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class T, int L> INLINE Vec<T, L> load(const T* p, Part<L> m) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4 && L == 16) {
+    Vec<T, L> x;
+    uint16_t k = (uint16_t)((1u << m.count) - 1);
+    asm("vmovups %1, %0%{%2%}%{z%}" : "=v"(x) : "m"(*(const Bytes<T, L>*)p), "Yk"(k));
+    return x;
+  }
+  if constexpr (sizeof(T) == 8 && L == 8) {
+    Vec<T, L> x;
+    uint16_t k = (uint16_t)((1u << m.count) - 1);
+    asm("vmovupd %1, %0%{%2%}%{z%}" : "=v"(x) : "m"(*(const Bytes<T, L>*)p), "Yk"(k));
+    return x;
+  }
+#endif
+  T parts[L] = {};
+  for (long l = 0; l < m.count; ++l) parts[l] = p[l];
+  Vec<T, L> x;
+  memcpy(&x, parts, sizeof x);
+  return x;
+}
+
+template <class T, int L> INLINE void store(T* p, Vec<T, L> x, Full<L>) { memcpy(p, &x, sizeof x); }
+
+template <class T, int L> INLINE void store(T* p, Vec<T, L> x, Part<L> m) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4 && L == 16) {
+    uint16_t k = (uint16_t)((1u << m.count) - 1);
+    asm("vmovups %1, %0%{%2%}" : "+m"(*(Bytes<T, L>*)p) : "v"(x), "Yk"(k));
+    return;
+  }
+  if constexpr (sizeof(T) == 8 && L == 8) {
+    uint16_t k = (uint16_t)((1u << m.count) - 1);
+    asm("vmovupd %1, %0%{%2%}" : "+m"(*(Bytes<T, L>*)p) : "v"(x), "Yk"(k));
+    return;
+  }
+#endif
+  T parts[L];
+  memcpy(parts, &x, sizeof x);
+  for (long l = 0; l < m.count; ++l) p[l] = parts[l];
+}
+
+template <class M> INLINE Vec<int, M::lanes> load_mask(const u8* p, M m) {
+  return __builtin_convertvector(load(p, m) != 0, Vec<int, M::lanes>);
+}
+template <class M> INLINE void store_mask(u8* p, Vec<int, M::lanes> x, M m) {
+  store(p, __builtin_convertvector(x & 1, Vec<u8, M::lanes>), m);
+}
+
+template <class M> INLINE long count_of(M m) {
+  if constexpr (M::part) return m.count; else return M::lanes;
+}
+
+template <class T, class M> INLINE Vec<T, M::lanes> load_strided(const T* p, long stride, M m) {
+  T parts[M::lanes] = {};
+  for (long l = 0; l < count_of(m); ++l) parts[l] = p[l * stride];
+  return load(parts, Full<M::lanes>{});
+}
+template <class T, class M> INLINE void store_strided(T* p, long stride, Vec<T, M::lanes> x, M m) {
+  for (long l = 0; l < count_of(m); ++l) p[l * stride] = x[l];
+}
+template <class M> INLINE Vec<int, M::lanes> load_mask_strided(const u8* p, long stride, M m) {
+  return __builtin_convertvector(load_strided(p, stride, m) != 0, Vec<int, M::lanes>);
+}
+template <class M> INLINE void store_mask_strided(u8* p, long stride, Vec<int, M::lanes> x, M m) {
+  for (long l = 0; l < count_of(m); ++l) p[l * stride] = x[l] != 0;
+}
+
+// An index into an axis of n entries: negative ones count from the end; never outside.
+INLINE long wrap(long index, long n) {
+  index = index < 0 ? index + n : index;
+  return index < 0 ? 0 : index < n ? index : n - 1;
+}
+template <class T, class M> INLINE Vec<T, M::lanes> gather(const T* p, Vec<i64, M::lanes> index, long stride, long n, long step, M m) {
+  T parts[M::lanes] = {};
+  for (long l = 0; l < count_of(m); ++l) parts[l] = p[wrap(index[l], n) * stride + l * step];
+  return load(parts, Full<M::lanes>{});
+}
+template <class M> INLINE Vec<int, M::lanes> gather_mask(const u8* p, Vec<i64, M::lanes> index, long stride, long n, long step, M m) {
+  return __builtin_convertvector(gather(p, index, stride, n, step, m) != 0, Vec<int, M::lanes>);
+}
+
+template <int L> INLINE Vec<i64, L> counting(long first, long step) {
+  Vec<i64, L> x;
+  for (int l = 0; l < L; ++l) x[l] = first + l * step;
+  return x;
+}
+
+// Comparisons give masks; `choose` takes one.
+template <class V> INLINE MaskOf<V> less(V a, V b) { return __builtin_convertvector(a < b, MaskOf<V>); }
+template <class V> INLINE MaskOf<V> less_equal(V a, V b) { return __builtin_convertvector(a <= b, MaskOf<V>); }
+template <class V> INLINE MaskOf<V> greater(V a, V b) { return __builtin_convertvector(a > b, MaskOf<V>); }
+template <class V> INLINE MaskOf<V> greater_equal(V a, V b) { return __builtin_convertvector(a >= b, MaskOf<V>); }
+template <class V> INLINE MaskOf<V> equal(V a, V b) { return __builtin_convertvector(a == b, MaskOf<V>); }
+template <class V> INLINE MaskOf<V> not_equal(V a, V b) { return __builtin_convertvector(a != b, MaskOf<V>); }
+template <class V> INLINE V choose(MaskOf<V> m, V a, V b) {
+  typedef decltype(a < b) Wide;
+  return __builtin_convertvector(m, Wide) ? a : b;
+}
+template <class V> INLINE MaskOf<V> is_nan(V a) { return not_equal(a, a); }
+template <class V> INLINE MaskOf<V> is_infinite(V a) {
+  return equal(a, V{} + (Elem<V>)INFINITY) | equal(a, V{} - (Elem<V>)INFINITY);
+}
+
+template <class T, class V> INLINE Like<V, T> convert(V a) { return __builtin_convertvector(a, Like<V, T>); }
+template <class T, class V> INLINE Like<V, T> from_mask(V a) { return __builtin_convertvector(a & 1, Like<V, T>); }
+template <class V> INLINE MaskOf<V> to_mask(V a) { return not_equal(a, V{}); }
+
+// The lanes that take part, the others replaced.
+template <class V, int L> INLINE V only(Full<L>, V x, V) { return x; }
+template <class V, int L> INLINE V only(Part<L> m, V x, V other) {
+  Vec<int, L> lane;
+  for (int l = 0; l < L; ++l) lane[l] = l;
+  return choose(less(lane, Vec<int, L>{} + (int)m.count), x, other);
+}
+
+template <class V> INLINE V maximum(V a, V b) {  // NaN wins, as in torch
+  V m = choose(greater(a, b), a, b);
+  return choose(is_nan(a), a, m);
+}
+template <class V> INLINE V minimum(V a, V b) {
+  V m = choose(less(a, b), a, b);
+  return choose(is_nan(a), a, m);
+}
+template <class V> INLINE V fmaximum(V a, V b) { return choose(is_nan(a), b, choose(greater(b, a), b, a)); }
+template <class V> INLINE V fminimum(V a, V b) { return choose(is_nan(a), b, choose(less(b, a), b, a)); }
+
+// Reductions of the lanes of one vector, always in the same order.
+template <class V, class F> INLINE Elem<V> fold(V x, F f) {
+  constexpr int L = lanes_of<V>();
+  if constexpr (L == 1) {
+    return x[0];
+  } else {
+    Vec<Elem<V>, L / 2> low, high;
+    memcpy(&low, &x, sizeof low);
+    memcpy(&high, (char*)&x + sizeof low, sizeof high);
+    return fold(f(low, high), f);
+  }
+}
+template <class V> INLINE Elem<V> total(V x) { return fold(x, [](auto a, auto b) ALWAYS { return a + b; }); }
+template <class V> INLINE Elem<V> total_product(V x) { return fold(x, [](auto a, auto b) ALWAYS { return a * b; }); }
+template <class V> INLINE Elem<V> largest(V x) { return fold(x, [](auto a, auto b) ALWAYS { return maximum(a, b); }); }
+template <class V> INLINE Elem<V> smallest(V x) { return fold(x, [](auto a, auto b) ALWAYS { return minimum(a, b); }); }
+template <class V> INLINE bool any_of(V x) { return fold(x, [](auto a, auto b) ALWAYS { return a | b; }) != 0; }
+template <class V> INLINE bool all_of(V x) { return fold(x, [](auto a, auto b) ALWAYS { return a & b; }) != 0; }
+
+// The first place of the best value; a NaN is better than any number.
+template <class V> INLINE MaskOf<V> better_max(V a, V b) { return greater(a, b) | (is_nan(a) & ~is_nan(b)); }
+template <class V> INLINE MaskOf<V> better_min(V a, V b) { return less(a, b) | (is_nan(a) & ~is_nan(b)); }
+template <class V> INLINE i64 first_best(V best, Like<V, i64> place, bool max) {
+  i64 found = -1;
+  Elem<V> value = 0;
+  for (int l = 0; l < lanes_of<V>(); ++l) {
+    if (place[l] < 0) continue;
+    Elem<V> x = best[l];
+    bool nan = x != x, had = value != value;
+    bool wins = found < 0 || (max ? x > value : x < value) || (nan && !had);
+    bool ties = x == value || (nan && had);
+    if (wins || (ties && place[l] < found)) value = x, found = place[l];
+  }
+  return found;
+}

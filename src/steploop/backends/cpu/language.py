@@ -1,0 +1,213 @@
+"""The loop language: what one row of a loop computes at one step, as assignments over small dense arrays.
+
+Rows of the batch are independent here, so every value is that of ONE row: an array of a fixed shape (a size may be
+a symbol, e.g. the length of a memory), written B := 1 in the shapes of the captured graph. A program is a
+list of statements over buffers:
+
+    Store    target[i, j] = expression(i, j)
+    Reduce   target[i] = sum over j of expression(i, j)       (or prod, amax, argmax, ...)
+    Product  target[i, n] = sum over k of left[i, k] * right[k, n], `right` the same for all rows and steps
+    Scan     target[i, j] = target[i, j-1] (+) expression(i, j)
+    Scatter  target[.., index(i, j), ..] = expression(i, j)   (or +=), one after the other
+
+An expression is a tree of pointwise operations over loads; a load addresses its buffer by an affine function of
+the statement's indices, so slices, transposes and broadcasts cost nothing. `interpret.py` gives the
+language its meaning, `emit.py` prints it as C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+import sympy
+import torch
+
+Dim = Union[int, sympy.Expr]
+
+
+@dataclass(eq=False)
+class Buffer:
+    """An array per row (`rows`), or one for all rows.
+
+    place: "step" and "once" are inputs; "prev" and "next" a state before and after the step; "kept" is wanted from
+    every step; "temp" lives within one step.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[Dim, ...]
+    place: str
+    rows: bool = True
+    index: int = -1
+
+    @property
+    def numel(self) -> Dim:
+        return product(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Const:
+    value: Any
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """buffer[offset + sum(index * stride)]; `at` adds (index expression, stride, size) for gathers."""
+
+    buffer: Buffer
+    shape: tuple[Dim, ...]
+    strides: tuple[Dim, ...]
+    offset: Dim
+    at: tuple[tuple[Expr, Dim, Dim], ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.buffer.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Iota:
+    """The number offset + sum(index * stride), as int64."""
+
+    shape: tuple[Dim, ...]
+    strides: tuple[Dim, ...]
+    offset: Dim
+    dtype: torch.dtype = torch.int64
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    name: str
+    args: tuple[Expr, ...]
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype
+
+
+Expr = Union[Const, Load, Iota, Op]
+
+
+@dataclass(eq=False)
+class Statement:
+    """`target` is where the result goes: a load's geometry, used for writing."""
+
+    target: Load
+    line: str = field(default="", kw_only=True)
+
+
+@dataclass(eq=False)
+class Store(Statement):
+    value: Expr
+
+
+@dataclass(eq=False)
+class Reduce(Statement):
+    """Reduces the last `axes` axes of `value`; `target.shape` has those before them."""
+
+    kind: str
+    value: Expr
+    axes: int
+
+
+@dataclass(eq=False)
+class Product(Statement):
+    """(M, K) @ (K, N): `left` has one such matrix per row of the batch, `right` is a "once" input without rows."""
+
+    left: Load
+    right: Load
+
+
+@dataclass(eq=False)
+class Scan(Statement):
+    """Runs along the last axis; kind "sum" or "prod"."""
+
+    kind: str
+    value: Expr
+
+
+@dataclass(eq=False)
+class Scatter(Statement):
+    """target has an `at` whose index expressions have the shape of `value`; later writes win."""
+
+    value: Expr
+    add: bool
+
+
+@dataclass(eq=False)
+class Program:
+    """One step of one row. `buffers` are the inputs, states and kept values in the order of the loop; the rest is
+    in `temps`."""
+
+    inputs: list[Buffer] = field(default_factory=list)
+    prevs: list[Buffer] = field(default_factory=list)
+    nexts: list[Buffer] = field(default_factory=list)
+    kept: list[Buffer] = field(default_factory=list)
+    temps: list[Buffer] = field(default_factory=list)
+    statements: list[Statement] = field(default_factory=list)
+    make: Any = None  # the Expressions that built it
+    symbols: list[str] = field(default_factory=list)
+
+
+def product(sizes: Sequence[Dim]) -> Dim:
+    total: Dim = 1
+    for size in sizes:
+        total = total * size
+    return total if isinstance(total, int) else sympy.expand(total)
+
+
+def same(a: Dim, b: Dim) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return sympy.expand(a - b) == 0
+
+
+def contiguous(shape: Sequence[Dim]) -> tuple[Dim, ...]:
+    """Row-major strides."""
+    strides: list[Dim] = []
+    step: Dim = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step = step * size
+    return tuple(reversed(strides))
+
+
+def whole(buffer: Buffer) -> Load:
+    return Load(buffer, tuple(buffer.shape), contiguous(buffer.shape), 0)
+
+
+def children(expr: Expr) -> tuple[Expr, ...]:
+    if isinstance(expr, Op):
+        return expr.args
+    if isinstance(expr, Load):
+        return tuple(index for index, _, _ in expr.at)
+    return ()
+
+
+def walk(expr: Expr, visit: Callable[[Expr], None], seen: set[int] | None = None) -> None:
+    """Visits every node of an expression once, arguments first."""
+    seen = set() if seen is None else seen
+    if id(expr) in seen:
+        return
+    seen.add(id(expr))
+    for child in children(expr):
+        walk(child, visit, seen)
+    visit(expr)
+
+
+def expressions(statement: Statement) -> list[Expr]:
+    """What a statement reads."""
+    found: list[Expr] = [index for index, _, _ in statement.target.at]
+    if isinstance(statement, Product):
+        return [*found, statement.left, statement.right]
+    return [*found, statement.value]
+
+
+def loads(statement: Statement) -> list[Load]:
+    found: list[Load] = []
+    seen: set[int] = set()
+    for expr in expressions(statement):
+        walk(expr, lambda e: found.append(e) if isinstance(e, Load) else None, seen)
+    return found

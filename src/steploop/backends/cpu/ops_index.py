@@ -1,0 +1,126 @@
+"""Lowerings of look-ups: embedding, gather, index, scatter, one-hot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import geometry
+from .language import Dim, Expr, Load, Op, Scatter
+from .lower import Lowering, Unsupported, lowers
+from .ops_pointwise import node_arg, option
+
+
+def lookup(low: Lowering, table: Expr, dim: int, index: Expr, index_axes: tuple[int, ...], shape: Any) -> Load:
+    """out[i...] = table[.., index, ..] with `index` (an int64 expression of `shape`) along `dim`.
+
+    index_axes: for every other axis of the table, the axis of `shape` that runs along it.
+    """
+    table = low.realise(table)
+    if not isinstance(table, Load):
+        table = low.copy(table)
+    strides: list[Dim] = [0] * len(shape)
+    others = [d for d in range(len(table.shape)) if d != dim]
+    for axis, d in zip(index_axes, others):
+        strides[axis] = table.strides[d]
+    index = low.make.cast(index, torch.int64)
+    if isinstance(index, Op):
+        index = low.realise(index)
+    wide = low.expand(index, tuple(shape))
+    at = (*table.at, (wide, table.strides[dim], table.shape[dim]))
+    return low.make.load(Load(table.buffer, tuple(shape), tuple(strides), table.offset, at))
+
+
+@lowers("embedding")
+def _embedding(low: Lowering, node: fx.Node) -> Expr:
+    table, index = low.args(node)[:2]
+    shape = low.shape(node)
+    wide = low.view(index, geometry.unsqueeze(len(index.shape)))
+    return lookup(low, table, 0, wide, (len(shape) - 1,), shape)
+
+
+@lowers("index_select")
+def _index_select(low: Lowering, node: fx.Node) -> Expr:
+    value, dim, index = low.args(node)
+    shape = low.shape(node)
+    dim = dim % len(value.shape)
+    if low.has_batch(node.args[0], dim):
+        raise Unsupported("index_select along the batch axis")
+    wide = low.reshape(index, tuple(shape[dim] if d == dim else 1 for d in range(len(shape))))
+    return lookup(low, value, dim, wide, tuple(d for d in range(len(shape)) if d != dim), shape)
+
+
+@lowers("gather")
+def _gather(low: Lowering, node: fx.Node) -> Expr:
+    value, dim, index = low.args(node)[:3]
+    shape = low.shape(node)
+    if not shape:
+        return value
+    dim = low.inner(node.args[0], dim)
+    return lookup(low, value, dim, index, tuple(d for d in range(len(shape)) if d != dim), shape)
+
+
+@lowers("index", "_unsafe_index")
+def _index(low: Lowering, node: fx.Node) -> Expr:
+    value, indices = low.args(node)
+    used = [d for d, i in enumerate(indices) if i is not None]
+    if len(used) != 1 or indices[used[0]].dtype == torch.bool:
+        raise Unsupported("indexing by several tensors or by a mask")
+    dim = used[0]
+    if low.has_batch(node.args[0], dim):
+        raise Unsupported("indexing along the batch axis")
+    index, shape = indices[dim], low.shape(node)
+    count = len(index.shape)
+    wide = low.reshape(index, (*index.shape, *(1,) * (len(shape) - dim - count)))
+    axes = (*range(dim), *range(dim + count, len(shape)))
+    return lookup(low, value, dim, wide, axes, shape)
+
+
+@lowers("one_hot")
+def _one_hot(low: Lowering, node: fx.Node) -> Expr:
+    index = node_arg(low, node, 0)
+    shape = low.shape(node)
+    wide = low.expand(low.view(index, geometry.unsqueeze(len(index.shape))), shape)
+    classes = low.make.iota(shape, (0,) * (len(shape) - 1) + (1,))
+    return low.make.cast(low.make.op("eq", [wide, classes], torch.bool), torch.int64)
+
+
+@lowers("scatter", "scatter_add")
+def _scatter(low: Lowering, node: fx.Node) -> Expr:
+    value, dim, index, source = low.args(node)[:4]
+    if node.kwargs.get("reduce") or len(node.args) > 4:
+        raise Unsupported("scatter with a reduction")
+    add = node.target.overloadpacket.__name__ == "scatter_add"
+    dim = low.inner(node, dim)
+    return _write(low, node, value, dim, index, source, add)
+
+
+def _write(low: Lowering, node: fx.Node, value: Expr, dim: int, index: Expr, source: Any, add: bool) -> Expr:
+    target = low.copy(low.expand(value, low.shape(node)), node.name)
+    shape = index.shape
+    index = low.dense(low.make.cast(index, torch.int64))
+    if isinstance(source, (int, float, bool)):
+        source = low.const(source, value.dtype, shape)
+    for d, size in enumerate(shape):
+        source = low.view(source, geometry.narrow(d, 0, size))
+    strides = tuple(0 if d == dim else s for d, s in enumerate(target.strides))
+    at = ((index, target.strides[dim], target.shape[dim]),)
+    low.emit(Scatter(Load(target.buffer, shape, strides, target.offset, at), source, add))
+    return target
+
+
+@lowers("index_add", "index_copy")
+def _index_add(low: Lowering, node: fx.Node) -> Expr:
+    value, dim, index, source = low.args(node)[:4]
+    dim = low.inner(node, dim)
+    wide = low.reshape(index, tuple(source.shape[dim] if d == dim else 1 for d in range(len(source.shape))))
+    wide = low.expand(wide, source.shape)
+    add = node.target.overloadpacket.__name__ == "index_add"
+    return _write(low, node, value, dim, wide, source, add)
+
+
+@lowers("embedding_dense_backward")
+def _embedding_backward(low: Lowering, node: fx.Node) -> Expr:
+    raise Unsupported("the gradient of an embedding table inside the loop")

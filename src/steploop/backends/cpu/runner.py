@@ -1,0 +1,146 @@
+"""Runs a native kernel: checks and lays out tensors, picks the tiles, calls.
+
+The contract is that of the eager Runner: same arguments, same results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...compiler.graph import LoopProgram, Rows, rows_of
+from ...compiler.schedule import Span
+from .. import eager
+from . import threads
+from .build import build
+from .emit import Printer, prelude
+from .fuse import Plan, fuse
+from .language import Buffer, Dim, Program
+
+# Test-only: "cpu" builds kernels that are wrong on purpose; the oracle must notice.
+BREAK = "STEPLOOP_TEST_BREAK"
+L2 = 1 << 20  # bytes of temporaries that a tile may have
+
+
+class Runner:
+    """One compiled loop."""
+
+    def __init__(self, loop: LoopProgram, program: Program, broken: bool = False):
+        self.loop, self.program = loop, program
+        self.plan: Plan = fuse(program)
+        broken = broken or os.environ.get(BREAK) == "cpu"
+        printer = Printer(self.plan, broken)
+        self.text = printer.text()
+        self._kernel = build(prelude() + "\n" + self.text).steploop_run
+        self._kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        self._kernel.restype = None
+        self._eager: eager.Runner | None = None
+        self._count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + 3
+        self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
+        self._weight_bytes = sum(_at_least(w.right.shape) * w.right.dtype.itemsize for w in printer.weights)
+        scratch = [*program.prevs, *program.nexts, *self.plan.shared]
+        self._row_bytes = sum(_at_least(b.shape) * b.dtype.itemsize for b in scratch)
+
+    def __call__(
+        self,
+        inputs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        reset_to: Sequence[Tensor] | None,
+        span: Span,
+        down: bool,
+        sizes: dict[str, int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See `eager.Runner`."""
+        schedule = span.schedule
+        if schedule.members is not None:
+            if self._eager is None:
+                self._eager = eager.Runner(self.loop)
+            return self._eager(inputs, states, reset_to, span, down, sizes)
+        batch = schedule.batch if self.loop.batch is not None else 1
+        full = schedule.full or self.loop.batch is None
+        given = [self._arranged(v, i.rows) for v, i in zip(inputs, self.loop.inputs)]
+        before = [s.contiguous() for s in states]
+        resets = schedule.resets if reset_to is not None else None
+        back = before if resets is None else [r.contiguous() for r in reset_to]
+        after = [torch.empty_like(s) if full and span.stop > span.start else s.clone() for s in before]
+        total = span.total if self.loop.batch is not None else span.stop - span.start
+        kept = [self._empty(b, rows, total, sizes) for b, rows in zip(self.program.kept, self._kept_rows)]
+        tables = (None, None) if full else _tables(schedule)
+        numbers = self._numbers(span, batch, full, down, sizes)
+        held = [*given, *before, *back, *after, *kept, *tables, resets]
+        if batch and total:
+            self._call(held, numbers)
+        return after, [self._shaped(k, rows, b, sizes) for k, rows, b in zip(kept, self._kept_rows, self.program.kept)]
+
+    def _call(self, held: list[Tensor | None], numbers: list[int]) -> None:
+        pointers = (ctypes.c_void_p * len(held))(*[None if t is None else t.data_ptr() for t in held])
+        self._kernel(pointers, (ctypes.c_int64 * len(numbers))(*numbers), threads.entry())
+
+    def _numbers(self, span: Span, batch: int, full: bool, down: bool, sizes: dict[str, int]) -> list[int]:
+        count = torch.get_num_threads() if batch > 1 else 1
+        first = span.first if self.loop.batch is not None else span.start
+        tile = self._tile(batch, count, full)
+        symbols = [sizes[s] for s in self.program.symbols]
+        return [batch, span.start, span.stop, int(down), tile, count, first, *symbols]
+
+    def _tile(self, batch: int, count: int, full: bool) -> int:
+        """Rows per tile: as many as share the weights well, as few as keep the temporaries in the second cache."""
+        even = -(-batch // count)
+        fitting = max(6, L2 // max(self._row_bytes, 1))
+        most = 64 if self._weight_bytes < (1 << 20) else 192
+        pieces = -(-even // min(fitting, most))
+        if not full:
+            pieces = max(pieces, min(4, even // 8))  # rows end at different steps: smaller tiles share the work better
+        return max(1, -(-even // max(pieces, 1)))
+
+    def _arranged(self, value: Tensor, rows: Rows | None) -> Tensor:
+        """Rows first, each row's numbers together."""
+        if rows is not None and not (rows.dim == 0 and rows.outer == 1):
+            wide = value.unflatten(rows.dim, (rows.outer, -1, rows.inner))
+            value = wide.movedim(rows.dim + 1, 0)
+        return value.contiguous()
+
+    def _row_shape(self, buffer: Buffer, sizes: dict[str, int]) -> list[int]:
+        return [_at(n, sizes) for n in buffer.shape]
+
+    def _empty(self, buffer: Buffer, rows: Rows, total: int, sizes: dict[str, int]) -> Tensor:
+        shape = self._row_shape(buffer, sizes)
+        if self.loop.batch is None:
+            return torch.empty(total, *shape, dtype=buffer.dtype)
+        if rows.dim == 0 and rows.outer == 1:
+            return torch.empty(total * shape[0], *shape[1:], dtype=buffer.dtype)
+        before, after = shape[: rows.dim], shape[rows.dim + 1 :]
+        return torch.empty(total, *before, rows.outer, rows.inner, *after, dtype=buffer.dtype)
+
+    def _shaped(self, value: Tensor, rows: Rows, buffer: Buffer, sizes: dict[str, int]) -> Tensor:
+        """The inverse of `_arranged`."""
+        if self.loop.batch is None or (rows.dim == 0 and rows.outer == 1):
+            return value
+        return value.movedim(0, rows.dim + 1).flatten(rows.dim, rows.dim + 2)
+
+
+def _tables(schedule: object) -> tuple[Tensor, Tensor]:
+    """The rows and first packed row of every step, as arrays; kept with the schedule."""
+    found = getattr(schedule, "_native_tables", None)
+    if found is None:
+        found = tuple(torch.tensor(v, dtype=torch.int64) for v in (schedule.sizes, schedule.offsets))
+        schedule._native_tables = found
+    return found
+
+
+def _at(size: Dim, sizes: dict[str, int]) -> int:
+    if isinstance(size, int):
+        return size
+    return int(size.xreplace({s: sizes[str(s)] for s in size.free_symbols}))
+
+
+def _at_least(shape: Sequence[Dim]) -> int:
+    """Elements, with symbols counted as 64."""
+    count = 1
+    for size in shape:
+        count *= size if isinstance(size, int) else 64
+    return count
