@@ -222,16 +222,20 @@ class _Run:
 
 
 def _gradients(result: Result, targets: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    reached = [value for value in (*result.outputs, *result.states) if value.requires_grad]
-    if not reached or not targets:
-        return []
+    values = [v for v in (*result.outputs, *result.states) if v.is_floating_point() or v.is_complex()]
+    # drawn for every value, reached or not, so that both ways get the same ones
     generator = torch.Generator().manual_seed(0)
     cotangents = [
         torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device, value.dtype)
-        for value in reached
+        for value in values
     ]
+    reached = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
     tensors = [tensor for _, tensor in targets]
-    gradients = torch.autograd.grad(reached, tensors, cotangents, allow_unused=True)
+    gradients: Any = [None] * len(tensors)
+    if reached and tensors:
+        gradients = torch.autograd.grad(
+            [v for v, _ in reached], tensors, [c for _, c in reached], allow_unused=True
+        )
     return [
         (name, torch.zeros_like(tensor) if gradient is None else gradient)
         for (name, tensor), gradient in zip(targets, gradients, strict=True)
