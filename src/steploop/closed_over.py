@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def trainable(root: Any) -> list[tuple[str, Tensor]]:
-    """(name, tensor) of every leaf tensor that requires a gradient below a module, or that a function closes over.
+    """(name, tensor) of every leaf that requires a gradient, below a module or closed over by a function.
 
-    Looks through modules, closures, used globals, defaults, bound methods, partials, plain containers and objects'
-    attributes.
+    Looks through modules, closures, used globals, defaults, bound methods, partials, plain containers and
+    objects' attributes.
     """
     search = _Search()
     search.visit("", root, 0)
@@ -68,4 +68,6 @@ class _Search:
             # modules of Python code are not looked into
             if value is not None and not hasattr(value, "__file__"):
                 self.visit(used, value, depth + 1)
-        self._members(name, {**dict(enumerate(function.__defaults__ or ())), **(function.__kwdefaults__ or {})}, depth)
+        self._members(
+            name, {**dict(enumerate(function.__defaults__ or ())), **(function.__kwdefaults__ or {})}, depth
+        )

@@ -21,7 +21,7 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 
 @dataclass
 class Difference:
-    """One tensor compared. error: the largest |a - b| over the reference's largest |a|; 0 where both are equal.
+    """One tensor compared. error: the largest |a - b| over the reference's largest |a|.
 
     kind: "output", "state", "gradient" or "buffer".  axes: what the leading axes are ("step", "row").
     index: where the worst entry is.  reference, optimised: its two values.
@@ -62,8 +62,13 @@ class Difference:
         )
 
 
-def compare(name: str, kind: str, reference: Tensor, optimised: Tensor, axes: Iterable[str] = ()) -> Difference:
-    """Compare one tensor. NaN agrees with NaN, an infinity with the same infinity. Other shape or dtype: infinite error."""
+def compare(
+    name: str, kind: str, reference: Tensor, optimised: Tensor, axes: Iterable[str] = ()
+) -> Difference:
+    """Compare one tensor. NaN agrees with NaN, an infinity with the same infinity.
+
+    Another shape or dtype is an infinite error.
+    """
     axes = tuple(axes)
     if reference.shape != optimised.shape or reference.dtype != optimised.dtype:
         shapes = f"reference {tuple(reference.shape)} {reference.dtype}, optimised "

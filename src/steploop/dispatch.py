@@ -17,11 +17,11 @@ SAVE = ("auto", "states", "all")
 
 
 def run(program: Program, call: Call, backend: str, save: str = "auto") -> Result:
-    """Run one call. Raises UnsupportedError under functorch transforms and forward-mode AD, but for "reference"."""
+    """Run one call. UnsupportedError under functorch transforms and forward-mode AD, but for "reference"."""
     if backend == "reference":
         return reference.run(program, call)
     _no_transforms((*call.xs, *call.constants, *call.initial), program)
-    from .compiler import pipeline
+    from .compiler import pipeline  # half a second of torch's tracing machinery: only when it is needed
 
     return pipeline.run(program, call, backend=backend, save=save)
 

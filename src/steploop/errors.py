@@ -91,7 +91,7 @@ _NOT_THE_USERS = (
 
 
 def user_line() -> str:
-    """'file.py:14' of the innermost running frame that is neither steploop's nor torch's ('' if there is none)."""
+    """'file.py:14' of the innermost running frame that is neither steploop's nor torch's, or ''."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename

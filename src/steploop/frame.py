@@ -55,7 +55,10 @@ def running() -> Frame | None:
 
 @contextmanager
 def run_in(frame: Frame | None) -> Iterator[None]:
-    """Make `frame` the running one. None hides the frames outside: inside a scan's function no Step's loop runs."""
+    """Make `frame` the running one.
+
+    None hides the frames outside: inside a scan's function no Step's loop runs.
+    """
     _stack.frames.append(frame)
     try:
         yield

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .errors import InputError, describe, message
@@ -18,7 +19,7 @@ from .tree import Structure, flatten, flatten_arguments
 
 
 def sequences(xs: tuple[Any, ...]) -> tuple[list[Tensor], Structure]:
-    """The tensors of the positional arguments. InputError for an array, or a PackedSequence inside a pytree."""
+    """The positional arguments' tensors. InputError for an array, or a PackedSequence in a pytree."""
     tensors, structure = flatten_arguments(xs)
     check_plain(structure, "a sequence")
     if len(tensors) > len(xs):
@@ -54,7 +55,9 @@ def _no_nested_packed(xs: tuple[Any, ...]) -> None:
                     fix="loop(packed_a, packed_b)",
                 )
             )
-        stack.extend(item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else ())
+        stack.extend(
+            item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else ()
+        )
 
 
 def constant_leaves(constants: dict[str, Any]) -> tuple[list[Tensor], Structure, list[bool], dict[str, Any]]:
@@ -80,10 +83,8 @@ def _without_marks(value: Any, name: str, batched: list[bool]) -> Any:
     if isinstance(value, Unbatched):
         batched.extend([False] * len(flatten(value.tree)[0]))
         return value.tree
-    from torch.utils._pytree import tree_flatten, tree_unflatten
-
-    leaves, spec = tree_flatten(value)
-    return tree_unflatten([_leaf_without_mark(leaf, name, batched) for leaf in leaves], spec)
+    leaves, spec = pytree.tree_flatten(value)
+    return pytree.tree_unflatten([_leaf_without_mark(leaf, name, batched) for leaf in leaves], spec)
 
 
 def _leaf_without_mark(leaf: Any, name: str, batched: list[bool]) -> Any:
@@ -91,7 +92,7 @@ def _leaf_without_mark(leaf: Any, name: str, batched: list[bool]) -> Any:
 
 
 def time_and_batch(xs: list[Tensor], names: list[str], batch_first: bool) -> tuple[Any, Any]:
-    """T and B of sequences that are already time-major; (None, None) without any. InputError where they differ."""
+    """T and B of time-major sequences; (None, None) without any. InputError where they differ."""
     first = None
     for x, name in zip(xs, names, strict=False):
         if x.dim() < 2:
@@ -165,7 +166,7 @@ def checked_lengths(lengths: Any, steps: Any, batch: Any) -> Tensor:
                     "`lengths` are not all between 0 and T.",
                     expected=f"0 <= length <= {steps}",
                     found=f"smallest {low}, largest {high}",
-                    fix="lengths.clamp(0, xs.shape[0]), or check which axis of xs is time (batch_first=True?)",
+                    fix="check which axis of xs is time (batch_first=True?), or lengths.clamp(0, T)",
                 )
             )
     return lengths.to(torch.int64)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch
+from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call, Program, Result
 from .errors import InputError, StepError, defined_at, describe, message
 from .initial import own_values, require
@@ -16,14 +17,12 @@ from .inputs import (
     check_constants,
     checked_lengths,
     checked_mask,
-    constant_leaves,
-    sequences,
     time_and_batch,
 )
 from .packed import pack, unpack
 from .states import States, given_states
-from .step import RESERVED, Step, Survey, signature_of, survey
-from .step_program import Arguments, program_of
+from .step import Step, signature_of, survey
+from .step_program import program_of
 from .stream import Stream
 from .tree import flatten, unflatten
 
@@ -64,15 +63,17 @@ class Loop(nn.Module):
     def forward(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
         """Run the step over every step of `xs`.
 
-        xs:        tensors or pytrees of tensors, (T, B, ...), or PackedSequences; one per positional argument of
-                   the step. With none, `steps=` gives T (and `batch_size=` gives B where nothing else does).
+        xs:        tensors or pytrees of tensors, (T, B, ...), or PackedSequences; one per positional
+                   argument of the step. With none, `steps=` gives T, and `batch_size=` gives B where
+                   nothing else does.
         state:     an sl.States from an earlier call, or a dict from path to tensor (B, ...).
         lengths:   (B,) integers, right padding.  mask: (T, B) bool, True = valid.  Both: AND.
         resets:    (T, B) bool, True = back to the States' own initial values before this step.
         on_masked: outputs at masked steps: "zero", or "repeat" for the last valid output.
         constants: the step's keyword arguments, (B, ...) unless wrapped in `sl.unbatched`.
 
-        Returns (outputs, state): what the step returned, stacked over time; the States after the last valid step.
+        Returns (outputs, state): what the step returned, stacked over time; the States after the last valid
+        step.
         Raises InputError, StateError, StepError, UnsupportedError.
         """
         prepared = self.prepare(*xs, **arguments)
@@ -108,7 +109,7 @@ class Loop(nn.Module):
         **constants: Any,
     ) -> Prepared:
         """Everything checked and flat: what a backend runs, and how its result goes back to the caller."""
-        _check_on_masked(on_masked)
+        check_on_masked(on_masked)
         packed = None
         if any(isinstance(x, PackedSequence) for x in xs):
             xs = self._time_major(xs)
@@ -154,11 +155,17 @@ class Loop(nn.Module):
         return Prepared(program, call, tree.names, own, self.batch_first, packed)
 
     def _time_major(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(_turned(x) if not isinstance(x, PackedSequence) else x for x in xs) if self.batch_first else xs
+        return (
+            tuple(_turned(x) if not isinstance(x, PackedSequence) else x for x in xs)
+            if self.batch_first
+            else xs
+        )
 
     def extra_repr(self) -> str:
         shown = [f"{name}=True" for name in ("batch_first", "reverse") if getattr(self, name)]
-        shown += [f"{name}={getattr(self, name)!r}" for name in ("backend", "save") if getattr(self, name) != "auto"]
+        shown += [
+            f"{name}={getattr(self, name)!r}" for name in ("backend", "save") if getattr(self, name) != "auto"
+        ]
         return ", ".join(shown)
 
 
@@ -190,40 +197,6 @@ class Prepared:
         """States of these values that remember their own initial values."""
         own = {name: value for name, value in zip(self.names, self.own, strict=True) if value is not None}
         return States(zip(self.names, values, strict=True), own)
-
-
-def take_apart(
-    step: Step, tree: Survey, xs: tuple[Any, ...], constants: dict[str, Any]
-) -> tuple[Arguments, dict[str, Any]]:
-    """(the step's arguments, flat; all constants by name, for `begin`). Raises StepError, InputError."""
-    tensors, structure = sequences(xs)
-    signature = signature_of(step)
-    wanted = constants
-    if constants:
-        if any(name in RESERVED for name in constants):
-            raise InputError(_reserved_constant(constants))
-        begins = [signature_of(child, "begin") for child in tree.begins]
-        only_begin = {
-            name
-            for name in constants
-            if not signature.takes(name) and any(begin.takes(name) for begin in begins)
-        }
-        wanted = {name: value for name, value in constants.items() if name not in only_begin}
-    signature.check(step, len(xs), wanted, inside=False)
-    constant_tensors, constant_structure, batched, plain = constant_leaves(wanted)
-    if len(wanted) < len(constants):
-        rest = {name: value for name, value in constants.items() if name not in wanted}
-        plain = {**plain, **constant_leaves(rest)[3]}
-    return Arguments(tensors, structure, constant_tensors, constant_structure, batched), plain
-
-
-def _reserved_constant(constants: dict[str, Any]) -> str:
-    name = next(name for name in constants if name in RESERVED)
-    return message(
-        f"`{name}=` is not an argument of a call.",
-        expected="constants of the step",
-        fix=f"sl.Loop(step, {name}=...) where the Loop is made",
-    )
 
 
 @dataclass
@@ -259,7 +232,9 @@ class _Sizes:
             if isinstance(given, Tensor) and given.dim() == 2:
                 return given.shape[1 if self.batch_first else 0]
         raise InputError(
-            message("Nothing tells how many steps to run.", expected="a sequence, or steps=", fix="loop(steps=10)")
+            message(
+                "Nothing tells how many steps to run.", expected="a sequence, or steps=", fix="loop(steps=10)"
+            )
         )
 
     def batch(self, of_xs: Any, batch_size: Any) -> Any:
@@ -301,18 +276,6 @@ def _turned(x: Any) -> Any:
     """Batch-major to time-major, in every tensor of a pytree."""
     tensors, structure = flatten(x)
     return unflatten([t.transpose(0, 1) if t.dim() > 1 else t for t in tensors], structure)
-
-
-def _check_on_masked(on_masked: str) -> None:
-    if on_masked not in ("zero", "repeat"):
-        raise InputError(
-            message(
-                "`on_masked` says what outputs are at masked steps.",
-                expected='"zero" or "repeat"',
-                found=describe(on_masked),
-                fix='on_masked="zero"',
-            )
-        )
 
 
 def _check_step(step: Any) -> None:

@@ -12,7 +12,7 @@ from .errors import InputError, message
 
 
 def unpack(xs: tuple[Any, ...], lengths: Any) -> tuple[tuple[Any, ...], Tensor, PackedSequence]:
-    """Positional arguments with PackedSequences padded to (T, B, ...); (B,) lengths, both in the caller's order."""
+    """PackedSequences padded to (T, B, ...), and lengths (B,), both in the caller's order."""
     if lengths is not None:
         raise InputError(
             message(

@@ -32,15 +32,17 @@ def scan(
 ) -> tuple[Any, Any]:
     """carry, ys = scan(fn, init, xs): run `carry, y = fn(carry, x)` over axis 0 of xs.
 
-    fn:      takes the carry and one slice of xs, returns (carry, y). May close over tensors and modules; gradients
-             flow to them. What it writes in place is never seen outside.
+    fn:      takes the carry and one slice of xs, returns (carry, y). May close over tensors and modules;
+             gradients flow to them. What it writes in place is never seen outside.
     init:    the first carry, a pytree of tensors. None and Python numbers in it pass through unchanged.
     xs:      a pytree of tensors (T, ...), or None: then `length=` gives T and fn gets None.
     reverse: from the last step to the first; ys[t] still belongs to xs[t].
-    lengths, mask, resets: as in `sl.Loop`: (B,) ints, (T, B) bool, (T, B) bool. With any of them, every tensor of
-             init and y is (B, ...) and of xs (T, B, ...); ys are zero at masked steps; resets return to `init`.
+    lengths, mask, resets: as in `sl.Loop`: (B,) ints, (T, B) bool, (T, B) bool. With any of them, every
+             tensor of init and y is (B, ...) and of xs (T, B, ...); ys are zero at masked steps; resets
+             return to `init`.
 
-    Returns the last carry and the ys stacked on axis 0. T = 0 returns init and empty ys of one step's structure.
+    Returns the last carry and the ys stacked on axis 0. T = 0 returns init and empty ys of one step's
+    structure.
     Raises CarryError where the carry changes shape, dtype or structure; InputError; UnsupportedError.
     Contract: https://docs.jax.dev/en/latest/_autosummary/jax.lax.scan.html
     """
@@ -52,7 +54,7 @@ def scan(
 
 
 def plan(what: Any, *arguments: Any, **options: Any) -> Any:
-    """The Plan by which a call runs: `plan(fn, init, xs, ...)` for scan, `plan(loop, xs, ...)` for a Loop or Step."""
+    """The Plan by which a call runs: `plan(fn, init, xs, ...)` for scan, `plan(loop, xs, ...)` else."""
     if isinstance(what, Step):
         return what.whole_sequence().plan(*arguments, **options)
     if isinstance(what, Loop):
@@ -151,7 +153,9 @@ class ScanFunction:
                 message(
                     "The function given to sl.scan does not return a pair.",
                     expected="(carry, y)",
-                    found=f"a tuple of {len(returned)}" if isinstance(returned, tuple) else describe(returned),
+                    found=f"a tuple of {len(returned)}"
+                    if isinstance(returned, tuple)
+                    else describe(returned),
                     at=defined_at(self.fn),
                     fix="return carry, y  (y may be None)",
                 )
@@ -233,7 +237,7 @@ def _steps(tensors: list[Tensor], structure: Structure, length: Any) -> Any:
                     f"{name} does not have T first.",
                     expected=f"({steps if steps is not None else 'T'}, ...), the T of {first}",
                     found=describe(tensor),
-                    fix="every tensor of xs has one slice per step on axis 0; close over what is the same at every step",
+                    fix="xs has one slice per step on axis 0; close over what is the same at every step",
                 )
             )
         if steps is None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import StepError, describe, message
 
+
 def share(cell: nn.Module) -> nn.Module:
     """A second use of `cell` in the same step: the very same parameters and buffers, own States.
 
@@ -21,7 +22,10 @@ def share(cell: nn.Module) -> nn.Module:
     if not isinstance(cell, nn.Module):
         raise StepError(
             message(
-                "sl.share takes a Step.", expected="a module", found=describe(cell), fix="sl.share(self.cell1)"
+                "sl.share takes a Step.",
+                expected="a module",
+                found=describe(cell),
+                fix="sl.share(self.cell1)",
             )
         )
     twin = copy.deepcopy(cell, _keep_tensors(cell))
@@ -48,4 +52,3 @@ def save_nothing(destination: dict[str, Any], prefix: str, keep_vars: bool) -> N
 
 def load_nothing(state_dict: Any, prefix: str, local_metadata: Any, strict: bool, *rest: Any) -> None:
     """In the place of `_load_from_state_dict`: the tensors are loaded where they were first made."""
-

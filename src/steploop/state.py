@@ -176,7 +176,8 @@ class State(nn.Module):
             raise StateError(
                 message(
                     f"A State was {verb} that is not part of the step that is running.",
-                    expected="a State below the Loop's step: " + (", ".join(frame.names.values()) or "it has none"),
+                    expected="a State below the Loop's step: "
+                    + (", ".join(frame.names.values()) or "it has none"),
                     fix="make it, or the module that holds it, an attribute of the step: self.cell = cell",
                 )
             )
@@ -232,7 +233,9 @@ class State(nn.Module):
 
     def extra_repr(self) -> str:
         init = self.init
-        shown = "learned" if isinstance(init, nn.Parameter) else "tensor" if isinstance(init, Tensor) else init
+        shown = (
+            "learned" if isinstance(init, nn.Parameter) else "tensor" if isinstance(init, Tensor) else init
+        )
         sizes = "".join(f"{n}, " for n in self.shape)
         return f"{sizes}init={shown!r}" + (f", dtype={self.dtype}" if self.dtype is not None else "")
 
@@ -273,7 +276,7 @@ def _bad_init(found: str) -> str:
 
 
 def _autocast_to(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Under autocast the dtype of what a step computes is torch's choice, so it is cast back to the State's."""
+    """Under autocast torch chooses the dtype of what a step computes: cast it back to the State's."""
     if dtype is None or value.dtype == dtype or not (value.is_floating_point() and dtype.is_floating_point):
         return value
     return value.to(dtype) if torch.is_autocast_enabled(value.device.type) else value

@@ -15,11 +15,13 @@ from .errors import StateError, describe, describe_type, message
 class States(dict[str, Tensor]):
     """A dict from a State's path ("h", "cell1.h") to its value (B, ...), as a Loop returns and takes it.
 
-    It remembers what each state was before its first step, for `reset_`. All methods but `reset_` return a new
-    States; tensors are never changed in place.
+    It remembers what each state was before its first step, for `reset_`. All methods but `reset_` return a
+    new States; tensors are never changed in place.
     """
 
-    def __init__(self, values: Mapping[str, Tensor] | Any = (), own: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, values: Mapping[str, Tensor] | Any = (), own: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__(values)
         self._own: dict[str, Tensor] = dict(own or {})
 
@@ -42,12 +44,12 @@ class States(dict[str, Tensor]):
         return self._map(move)
 
     def select(self, index: Any) -> States:
-        """The rows at `index`: a tensor or list of row numbers, a bool mask over rows, a slice, or one number."""
+        """The rows at `index`: a tensor or list of row numbers, a bool mask, a slice, or one number."""
         chosen = _row_index(index)
         return self._map(lambda value: value[_on_device(chosen, value)])
 
     def reset_(self, rows: Any = None) -> States:
-        """Put the rows at `rows` (as in `select`; None: all) back to the value before the first step. Returns self.
+        """Put rows (as in `select`; None: all) back to the value before the first step. Returns self.
 
         That is each State's `init`, or what `begin` set, never a `state=` that was given. StateError if this
         States did not come from a loop.
@@ -93,7 +95,9 @@ def _unflatten_states(values: Any, context: Any) -> States:
     return States(zip(names, tensors, strict=False), dict(zip(own, tensors[len(names) :], strict=True)))
 
 
-pytree.register_pytree_node(States, _flatten_states, _unflatten_states, serialized_type_name="steploop.States")
+pytree.register_pytree_node(
+    States, _flatten_states, _unflatten_states, serialized_type_name="steploop.States"
+)
 
 
 def _row_index(index: Any) -> Any:
@@ -127,7 +131,8 @@ def given_states(given: Any, names: Sequence[str], own: Sequence[Tensor | None],
         raise StateError(
             message(
                 "`state` is not a dictionary of states.",
-                expected="an sl.States from an earlier call: " + (", ".join(names) or "(this step has no States)"),
+                expected="an sl.States from an earlier call: "
+                + (", ".join(names) or "(this step has no States)"),
                 found=describe(given),
                 fix="outputs, state = loop(xs); loop(more_xs, state=state)",
             )
@@ -170,9 +175,7 @@ def _wrong_names(given: Mapping[str, Any], names: Sequence[str]) -> None:
 def _wrong_types(
     wrong: list[int], values: list[Any], names: Sequence[str], own: Sequence[Tensor | None], batch: Any
 ) -> None:
-    expected = [
-        describe_type(o.shape, o.dtype) if o is not None else f"a tensor ({batch}, ...)" for o in own
-    ]
+    expected = [describe_type(o.shape, o.dtype) if o is not None else f"a tensor ({batch}, ...)" for o in own]
     swapped = [
         (names[i], names[j])
         for i in wrong

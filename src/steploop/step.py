@@ -1,4 +1,4 @@
-"""Step: one step of a sequence, written as an nn.Module. Also `unbatched`, and the survey of a Step's tree."""
+"""Step: one step of a sequence, written as an nn.Module. Also `unbatched`, and a survey of a Step's tree."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ class Step(nn.Module):
     whole sequence: `cell(xs, ...)` is `sl.Loop(cell)(xs, ...)`, xs (T, B, ...).
     """
 
-    _loop_class: ClassVar[Callable[[Step], Any] | None] = None  # set by loop.py, which may not be imported here
+    _loop_class: ClassVar[Callable[[Step], Any] | None] = (
+        None  # set by loop.py, which may not be imported here
+    )
 
-    # What is kept between calls (its Loop, its Programs). A slot, not an attribute in __dict__: it is no part of
-    # the module, of copies of it, of pickles, or of what a capture looks at.
+    # What is kept between calls (its Loop, its Programs). A slot, not an attribute in __dict__: it is no
+    # part of the module, of copies of it, of pickles, or of what a capture looks at.
     __slots__ = ("_kept",)
 
     def __new__(cls, *_: Any, **__: Any) -> Step:
@@ -141,7 +143,7 @@ class Signature:
                 raise StepError(
                     message(
                         f"`{name}=` was passed to {self.owner} inside a step, where one step of it runs.",
-                        expected="the slices of this step and constants; the loop threads the states by itself",
+                        expected="this step's slices and constants; the loop threads the states by itself",
                         fix="self.cell(x); its states are self.cell.<name>.prev and .next",
                     )
                 )
@@ -151,15 +153,16 @@ class Signature:
             f"{self.owner}.step takes {len(self.positional)} positional argument(s) "
             f"({', '.join(self.positional) or 'none'}), and {count} were given.",
             expected="one positional argument for each per-step input",
-            fix="if the extra one is a state: states are not passed by hand. In a step call self.cell(x), the loop "
-            "threads its states; for a whole sequence pass state=..., an sl.States from an earlier call. "
-            "Constants are keyword arguments",
+            fix="if the extra one is a state: states are not passed by hand. In a step call self.cell(x): "
+            "the loop threads its states; for a whole sequence pass state=..., an sl.States from an earlier "
+            "call. Constants are keyword arguments",
         )
 
     def _unexpected(self, name: str, twice: bool) -> str:
         takes = ", ".join(sorted(self.names)) or "none"
+        problem = "two values for" if twice else "a constant that no step or begin names:"
         return message(
-            f"{self.owner} got {'two values for' if twice else 'a constant that no step or begin names:'} `{name}`.",
+            f"{self.owner} got {problem} `{name}`.",
             expected=f"arguments named {takes}",
             found=f"`{name}=`",
             fix=f"add {name} to the arguments of step (defined at {self.at}) or leave it out",
@@ -171,7 +174,7 @@ class Signature:
         call = "self.cell" if inside else "loop"
         return message(
             f"{self.owner} needs {names}.",
-            expected=f"step is defined at {self.at}; positional arguments are per-step, keyword arguments constants",
+            expected=f"positional arguments are per-step, keyword arguments constants; see {self.at}",
             fix=f"{call}({', '.join([*self.positional[:1], *(f'{n}={n}' for n in sorted(missing))])})",
         )
 
@@ -285,4 +288,3 @@ def unbatched(tensor: Any) -> Unbatched:
     if isinstance(tensor, nn.Module):
         raise InputError(message("sl.unbatched takes a tensor.", found=describe(tensor), fix="pass a tensor"))
     return Unbatched(tensor)
-

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from .arguments import Arguments
 from .compiler.program import Program, StepOutput
 from .errors import StepError, describe, message
 from .frame import Frame, run_in
@@ -16,21 +16,6 @@ from .tree import Structure, flatten, unflatten
 
 # Programs kept per Step. A step seen with more structures than this forgets the oldest.
 _KEPT_PROGRAMS = 32
-
-
-@dataclass(eq=False)
-class Arguments:
-    """One call's sequences and constants, taken apart.
-
-    xs, constants: tensors.  x_structure: of the tuple of positional arguments.  constant_structure: of the dict.
-    constant_batched: per constant tensor.
-    """
-
-    xs: list[Tensor]
-    x_structure: Structure
-    constants: list[Tensor]
-    constant_structure: Structure
-    constant_batched: list[bool]
 
 
 def program_of(step: Step, tree: Survey, arguments: Arguments) -> Program:
@@ -84,7 +69,9 @@ def _names(step: Step, arguments: Arguments) -> tuple[list[str], list[str]]:
 class StepFunction:
     """run(xs, constants, prevs) -> (outputs, nexts): one call of a Step inside a Frame of its own."""
 
-    def __init__(self, step: Step, tree: Survey, x_structure: Structure, constant_structure: Structure) -> None:
+    def __init__(
+        self, step: Step, tree: Survey, x_structure: Structure, constant_structure: Structure
+    ) -> None:
         self.step = step
         self.states = list(tree.states)
         self.names = dict(zip(tree.states, tree.names, strict=True))
@@ -113,7 +100,7 @@ class StepFunction:
                 name = self.program.out_spec.names("output")[i]
                 raise StepError(
                     message(
-                        f"{type(self.step).__name__}.step returned a tensor without the batch axis first: {name}.",
+                        f"{type(self.step).__name__}.step returned {name} without the batch axis first.",
                         expected=f"({batch}, ...)",
                         found=describe(output),
                         fix="return (B, ...) tensors: keep dim 0, and reduce over the batch after the loop",

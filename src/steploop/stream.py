@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call
 from .errors import InputError, UnsupportedError, describe, message
 from .initial import own_values, require
 from .inputs import check_constants, checked_mask, constant_leaves, sequences
 from .states import States, given_states
-from .step import signature_of, survey
-from .step_program import Arguments, program_of
+from .step import survey
+from .step_program import program_of
 from .tree import unflatten
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ class Stream:
         y = stream(x)                        # x (8, ...), y (8, ...): one step
         y = stream(x, mask=m, resets=r)      # m, r (8,) bool: rows that take part, rows that start anew
 
-    A masked row keeps its state; its output is zero, or with on_masked="repeat" its last valid one. Streams run
-    under the caller's grad mode: use `torch.no_grad()` (or `stream.state = stream.state.detach()`) where the
-    graph is not to grow. `begin` runs once, when the stream is made or at its first step.
+    A masked row keeps its state; its output is zero, or with on_masked="repeat" its last valid one. Streams
+    run under the caller's grad mode: use `torch.no_grad()`, or `stream.state = stream.state.detach()`, where
+    the graph is not to grow. `begin` runs once, when the stream is made or at its first step.
     """
 
-    def __init__(self, loop: Loop, batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
+    def __init__(
+        self, loop: Loop, batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]
+    ) -> None:
         if loop.reverse:
             raise UnsupportedError(
                 message(
@@ -43,11 +46,13 @@ class Stream:
             )
         if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 0:
             raise InputError(
-                message("A stream's batch_size is a number of rows.", expected="an int", found=describe(batch_size))
+                message(
+                    "A stream's batch_size is a number of rows.",
+                    expected="an int",
+                    found=describe(batch_size),
+                )
             )
-        from .loop import _check_on_masked
-
-        _check_on_masked(on_masked)
+        check_on_masked(on_masked)
         self.loop = loop
         self.batch_size = batch_size
         self.on_masked = on_masked
@@ -94,7 +99,7 @@ class Stream:
 
     @property
     def state(self) -> States:
-        """The States after the last step; assign an sl.States (or a dict of path to tensor) to go on from there."""
+        """The States after the last step; assign an sl.States, or a dict by path, to go on from there."""
         if self._own is None:
             self._start([])
         names = self._tree.names
@@ -118,10 +123,7 @@ class Stream:
         self._own = own
 
     def _set_up(self, xs: tuple[Any, ...], tensors: list[Tensor], structure: Any) -> None:
-        from .loop import take_apart
-
         arguments, _ = take_apart(self.loop.step, self._tree, xs, self.constants)
-        signature_of(self.loop.step)
         self._arguments = arguments
         self._program = program_of(self.loop.step, self._tree, arguments)
         self._structure = structure

@@ -30,7 +30,7 @@ class Report:
     """What `verify` compared. `str(report)` is a table; reaching it means that everything agrees.
 
     backend: what was compared with the reference.  differences: one per tensor, worst first.
-    step_by_step: each step was compared from the reference's state, because the step takes discrete decisions.
+    step_by_step: each step was compared from the reference's state, as the step takes discrete decisions.
     notes: what could not be compared, and why.
     """
 
@@ -55,7 +55,9 @@ class Report:
         lines += [f"  note: {note}" for note in self.notes]
         width = max((len(f"{d.kind} {d.name}") for d in self.differences), default=0)
         for d in sorted(self.differences, key=lambda d: -d.badness):
-            lines.append(f"  {f'{d.kind} {d.name}':<{width}}  relative error {d.error:.1e}  allowed {d.tolerance:.0e}")
+            lines.append(
+                f"  {f'{d.kind} {d.name}':<{width}}  relative error {d.error:.1e}  allowed {d.tolerance:.0e}"
+            )
         return "\n".join(lines)
 
 
@@ -210,7 +212,10 @@ class _Run:
 
     @staticmethod
     def of_call(
-        program: Program, call: Call, run: Callable[[Program, Call], Result], targets: list[tuple[str, Tensor]] | None
+        program: Program,
+        call: Call,
+        run: Callable[[Program, Call], Result],
+        targets: list[tuple[str, Tensor]] | None,
     ) -> _Run:
         with torch.set_grad_enabled(targets is not None):
             result = run(program, call)
@@ -343,7 +348,9 @@ def _step_by_step(
     return list(worst.values())
 
 
-def _one_step(program: Program, call: Call, t: int, states: list[Tensor]) -> tuple[Call, list[tuple[str, Tensor]]]:
+def _one_step(
+    program: Program, call: Call, t: int, states: list[Tensor]
+) -> tuple[Call, list[tuple[str, Tensor]]]:
     targets: list[tuple[str, Tensor]] = []
 
     def leaf(tensor: Tensor, name: str) -> Tensor:
@@ -406,9 +413,11 @@ def _mismatch(report: Report) -> str:
     return message(
         f"The reference and {report.backend} disagree"
         + (", step by step from the reference's states" if report.step_by_step else "")
-        + f": {worst.kind} {worst.name}" + (f" at {worst.where()}" if worst.where() else "") + ".",
+        + f": {worst.kind} {worst.name}"
+        + (f" at {worst.where()}" if worst.where() else "")
+        + ".",
         expected=worst.shapes or f"{worst.reference} (reference)",
-        found=f"{worst.optimised} ({report.backend}), relative error {worst.error:.2e}, allowed {worst.tolerance:.0e}"
-        + (f"; {others} more tensors differ" if others else ""),
+        found=f"{worst.optimised} ({report.backend}), relative error {worst.error:.2e}, "
+        f"allowed {worst.tolerance:.0e}" + (f"; {others} more tensors differ" if others else ""),
         fix='backend="reference" is right but slow; please report this step as a bug\n\n' + str(report),
     )

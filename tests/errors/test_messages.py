@@ -1,4 +1,4 @@
-"""Every mistake a user can make has its own error: class, expected, found, the user's line, and what to type next."""
+"""Every mistake a user can make has its own error, with both sides, the user's line and what to type next."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def test_next_read_before_written():
     def step(self, x):
         return self.h.next
 
-    with raises(sl.StateError, "'h'.next was read before it was written", line_of(step, "h.next"), "read .prev"):
+    with raises(
+        sl.StateError, "'h'.next was read before it was written", line_of(step, "h.next"), "read .prev"
+    ):
         loop_of(step, h=sl.State(3))(XS)
 
 
@@ -82,7 +84,9 @@ def test_next_of_another_shape():
     def step(self, x):
         self.h.next = torch.cat([x, x], -1)
 
-    with raises(sl.StateError, "'h'.next", "(2, 3) float32", "(2, 6) float32", line_of(step, "cat"), "sl.State(6)"):
+    with raises(
+        sl.StateError, "'h'.next", "(2, 3) float32", "(2, 6) float32", line_of(step, "cat"), "sl.State(6)"
+    ):
         loop_of(step, h=sl.State(3))(XS)
 
 
@@ -106,7 +110,9 @@ def test_prev_assigned_in_step():
     def step(self, x):
         self.h.prev = x
 
-    with raises(sl.StateError, "'h'.prev was assigned inside step", line_of(step, "h.prev"), "self.<name>.next"):
+    with raises(
+        sl.StateError, "'h'.prev was assigned inside step", line_of(step, "h.prev"), "self.<name>.next"
+    ):
         loop_of(step, h=sl.State(3))(XS)
 
 
@@ -154,7 +160,9 @@ def test_a_state_that_is_no_part_of_the_step():
         loop_of(step, h=sl.State(3))(XS)
 
 
-@pytest.mark.parametrize("arguments", [{"init": "zeros"}, {"init": torch.zeros(2, 3)}, {"init": [0.0]}, {"dtype": "f"}])
+@pytest.mark.parametrize(
+    "arguments", [{"init": "zeros"}, {"init": torch.zeros(2, 3)}, {"init": [0.0]}, {"dtype": "f"}]
+)
 def test_a_state_declared_wrongly(arguments):
     with raises(sl.StateError, "A State's"):
         sl.State(3, **arguments)
@@ -233,7 +241,11 @@ def test_a_child_called_twice():
             return self.cell(y)
 
     with raises(
-        sl.StepError, "Cell was called twice", line_of(Twice, "y = self.cell(x)"), line_of(Twice, "return"), "sl.share("
+        sl.StepError,
+        "Cell was called twice",
+        line_of(Twice, "y = self.cell(x)"),
+        line_of(Twice, "return"),
+        "sl.share(",
     ):
         sl.Loop(Twice(), backend="reference")(XS)
 
@@ -247,7 +259,9 @@ def test_a_state_passed_by_hand_to_a_child():
         def step(self, x):
             return self.cell(x, (x, x))
 
-    with raises(sl.StepError, "Cell.step takes 1 positional", "2 were given", line_of(ByHand, "(x, x)"), "by hand"):
+    with raises(
+        sl.StepError, "Cell.step takes 1 positional", "2 were given", line_of(ByHand, "(x, x)"), "by hand"
+    ):
         sl.Loop(ByHand(), backend="reference")(XS)
 
 
@@ -306,7 +320,9 @@ def test_a_loop_of_something_else():
 
 
 def test_an_output_without_the_batch_axis():
-    with raises(sl.StepError, "without the batch axis first", "(2, ...)", "() float32", "reduce over the batch"):
+    with raises(
+        sl.StepError, "output without the batch axis first", "(2, ...)", "() float32", "reduce over the batch"
+    ):
         loop_of(lambda self, x: x.sum())(XS)
 
 
@@ -455,7 +471,9 @@ def test_a_carry_that_changes_shape_or_dtype():
     def shape(c, x):
         return {"h": (c["h"][0], torch.zeros(4))}, None
 
-    with raises(sl.CarryError, "carry['h'][1]", "(3,) float32", "(4,) float32", line_of(shape, "def"), "shape (4,)"):
+    with raises(
+        sl.CarryError, "carry['h'][1]", "(3,) float32", "(4,) float32", line_of(shape, "def"), "shape (4,)"
+    ):
         scan(shape, init)
     with raises(sl.CarryError, "carry['h'][0]", "(2,) float32", "(2,) float64", ".to(torch.float32)"):
         scan(lambda c, x: ({"h": (c["h"][0].double(), c["h"][1])}, None), init)
@@ -511,7 +529,9 @@ def test_transforms_over_a_loop():
     with forward_ad.dual_level(), raises(sl.UnsupportedError, "dual tensor"):
         loop(forward_ad.make_dual(xs, torch.ones_like(xs)))
     with raises(sl.UnsupportedError, "torch.func transform"):
-        torch.func.vmap(lambda x: sl.scan(lambda c, v: (c + v, None), torch.zeros(()), x)[0])(torch.zeros(2, 3))
+        torch.func.vmap(lambda x: sl.scan(lambda c, v: (c + v, None), torch.zeros(()), x)[0])(
+            torch.zeros(2, 3)
+        )
 
 
 # verify

@@ -43,8 +43,12 @@ def test_pytrees_none_and_numbers_pass_through():
 
 
 def test_the_order_of_dict_keys_does_not_matter():
-    carry, _ = scan(lambda c, x: ({"b": c["b"] + 1, "a": c["a"] + 2}, None), {"a": torch.zeros(()), "b": torch.zeros(())},
-                    None, length=3)
+    carry, _ = scan(
+        lambda c, x: ({"b": c["b"] + 1, "a": c["a"] + 2}, None),
+        {"a": torch.zeros(()), "b": torch.zeros(())},
+        None,
+        length=3,
+    )
     assert carry["a"] == 6 and carry["b"] == 3
 
 

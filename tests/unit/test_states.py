@@ -45,7 +45,13 @@ def test_to_changes_floating_values_only(states):
 
 @pytest.mark.parametrize(
     "index",
-    [[2, 0], torch.tensor([2, 0]), slice(1, 3), torch.tensor([True, False, True, False]), [False, True, True, False]],
+    [
+        [2, 0],
+        torch.tensor([2, 0]),
+        slice(1, 3),
+        torch.tensor([True, False, True, False]),
+        [False, True, True, False],
+    ],
 )
 def test_select_rows(states, index):
     chosen = states.select(index)
@@ -58,7 +64,9 @@ def test_select_one_row_keeps_the_batch_axis(states):
     assert states.select(1)["h"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("rows", [[0, 2], torch.tensor([0, 2]), slice(0, 3, 2), torch.tensor([1, 0, 1, 0]).bool()])
+@pytest.mark.parametrize(
+    "rows", [[0, 2], torch.tensor([0, 2]), slice(0, 3, 2), torch.tensor([1, 0, 1, 0]).bool()]
+)
 def test_reset_puts_rows_back_to_their_own_initial_value(states, rows):
     before = states.clone()
     assert states.reset_(rows) is states
@@ -74,7 +82,11 @@ def test_reset_never_goes_back_to_a_given_state():
 
 
 def test_copies_and_pickles_remember(states):
-    for twin in (copy.copy(states), copy.deepcopy(states.detach()), pickle.loads(pickle.dumps(states.detach()))):
+    for twin in (
+        copy.copy(states),
+        copy.deepcopy(states.detach()),
+        pickle.loads(pickle.dumps(states.detach())),
+    ):
         assert isinstance(twin, sl.States) and torch.equal(twin["h"], states["h"])
         assert twin.reset_()["n"].tolist() == [0] * 4
 

@@ -171,7 +171,9 @@ def test_without_parameters_the_state_takes_the_dtype_of_the_first_floating_inpu
             self.h.next = self.h.prev + x
             return None
 
-    _, state = reference(Sum())(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, 3, dtype=torch.float64))
+    _, state = reference(Sum())(
+        torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, 3, dtype=torch.float64)
+    )
     assert state["h"].dtype == torch.float64
 
 
@@ -236,7 +238,10 @@ def test_begin_with_a_given_state_and_resets():
     loop = reference(Count())
     resets = torch.tensor([[False, False], [False, True], [False, False]])
     ys, state = loop(
-        torch.ones(3, 2), state={"h": torch.tensor([10.0, 20.0])}, resets=resets, start=torch.tensor([1.0, 2.0])
+        torch.ones(3, 2),
+        state={"h": torch.tensor([10.0, 20.0])},
+        resets=resets,
+        start=torch.tensor([1.0, 2.0]),
     )
     assert ys.tolist() == [[11, 21], [12, 3], [13, 4]]
     assert state.reset_()["h"].tolist() == [1, 2]

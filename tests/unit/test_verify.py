@@ -107,10 +107,14 @@ def test_a_wrong_gradient_is_found(backend):
 
 
 def test_a_wrong_shape_or_a_new_nan_is_found(backend):
-    backend(lambda result, call: type(result)([o[:-1] for o in result.outputs], result.states, result.out_spec))
+    backend(
+        lambda result, call: type(result)([o[:-1] for o in result.outputs], result.states, result.out_spec)
+    )
     with pytest.raises(sl.MismatchError, match="optimised .5, 4, 3."):
         sl.verify(Cell(), torch.randn(6, 4, 2))
-    backend(lambda result, call: type(result)([o / 0 for o in result.outputs], result.states, result.out_spec))
+    backend(
+        lambda result, call: type(result)([o / 0 for o in result.outputs], result.states, result.out_spec)
+    )
     with pytest.raises(sl.MismatchError, match="inf|nan"):
         sl.verify(Cell(), torch.randn(6, 4, 2))
 
@@ -141,7 +145,9 @@ def test_discrete_steps_are_compared_from_the_references_state(backend):
 
 
 def test_a_wrong_discrete_step_is_found(backend):
-    backend(lambda result, call: type(result)([1 - o for o in result.outputs], result.states, result.out_spec))
+    backend(
+        lambda result, call: type(result)([1 - o for o in result.outputs], result.states, result.out_spec)
+    )
     with pytest.raises(sl.MismatchError, match="step by step"):
         sl.verify(Spikes(), torch.rand(20, 4, 2))
 

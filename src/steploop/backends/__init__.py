@@ -1,4 +1,4 @@
-"""How a sequence runs. `BACKENDS` names every way; each is one file or folder here, imported when first used."""
+"""How a sequence runs. `BACKENDS` names every way; each is one file or folder here."""
 
 from __future__ import annotations
 

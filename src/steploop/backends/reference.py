@@ -78,7 +78,9 @@ class _Run:
         self.states = [s.index_copy(0, rows, n) for s, n in zip(self.states, after, strict=True)]
         return outputs
 
-    def _step_on(self, rows: Tensor, xs: list[Tensor], before: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def _step_on(
+        self, rows: Tensor, xs: list[Tensor], before: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         if not self.on_all_rows:
             constants = [
                 c.index_select(0, rows) if batched else c
@@ -133,9 +135,7 @@ class _Run:
                 self.seen_xs = [x.detach() for x in xs]
             elif self.seen_xs is None:
                 batch = self.call.batch
-                self.seen_xs = [
-                    x[:1].expand(batch, *x.shape[1:]).index_copy(0, rows, x).detach() for x in xs
-                ]
+                self.seen_xs = [x[:1].expand(batch, *x.shape[1:]).index_copy(0, rows, x).detach() for x in xs]
             else:
                 self.seen_xs = [
                     seen.index_copy(0, rows, x).detach() for seen, x in zip(self.seen_xs, xs, strict=True)
