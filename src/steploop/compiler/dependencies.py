@@ -161,9 +161,9 @@ class Dependencies:
 
     def _dict(self, value: dict, path: str, skip: set[str] = frozenset()) -> Hashable:
         self._lengths.append((value, len(value)))
-        found = []
+        found: list[Hashable] = []
         for key, item in list(value.items()):
-            if key in skip:
+            if key in skip or (isinstance(key, str) and key.startswith("_steploop")):
                 continue
             where = f"{path}.{key}" if path else str(key)
             self.places.append((value, key, item, where))
