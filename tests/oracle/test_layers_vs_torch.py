@@ -48,12 +48,12 @@ KINDS = [
 
 
 def every_combination():
-    for kind, layers, bias, first, both in itertools.product(KINDS, [1, 3], *[[False, True]] * 3):
+    for kind, layers, bias, first, both in itertools.product(KINDS, [1, 2], *[[False, True]] * 3):
         yield replace(kind, num_layers=layers, bias=bias, batch_first=first, bidirectional=both)
 
 
 ALL_OPTIONS = list(every_combination())
-# For the compiled backends, which capture each layer anew: every kind, every option in both values.
+# For the compiled backend, which captures each layer anew: every kind, batch_first and bidirectional.
 SOME_OPTIONS = [o for o in ALL_OPTIONS if o.bias and o.batch_first == o.bidirectional and o.num_layers != 1]
 
 
@@ -141,10 +141,9 @@ def test_equal_to_torch(options):
     compare(options, "reference")
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("options", SOME_OPTIONS, ids=str)
-def test_equal_to_torch_compiled(options, backend):
-    compare(options, backend)
+def test_equal_to_torch_compiled(options):
+    compare(options, "auto")
 
 
 def test_some_options_cover_every_kind_and_direction():
