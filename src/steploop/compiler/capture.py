@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -246,10 +247,21 @@ class _Tracer:
             outputs=results[: self.shape_of_result["outputs"]],
             nexts=results[self.shape_of_result["outputs"] :][:s],
         )  # fmt: skip
+        self._name(step)
         if self.wanted is not None:
             self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured)
         guards = [g.expr for g in self.env.guards]
         return Trace(step, captured.tensors, _condition(guards, self.symbols), self.out_spec)
+
+    def _name(self, step: StepGraph) -> None:
+        """Gives inputs the names that the user knows them by, so that printed code can be read."""
+        program = self.program
+        for nodes, names, kind in (
+            (step.xs, program.x_names, "x"), (step.constants, program.constant_names, "const"),
+            (step.prevs, program.state_names, "prev"),
+        ):  # fmt: skip
+            for node, name in zip(nodes, names):
+                node._rename(f"{kind}_{re.sub(r'[^0-9A-Za-z]+', '_', name)}")
 
     def _add_gradients(self, step: StepGraph, cts: list, gradients: list, captured: _Captured) -> None:
         step.ct_outputs, step.ct_nexts = cts[: len(step.outputs)], cts[len(step.outputs) :]

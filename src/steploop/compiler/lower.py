@@ -19,7 +19,7 @@ from .execute import Executable
 from .graph import StepGraph
 from .partition import Partition, Problem, State, loop_nodes, partition
 from .rows import annotate
-from .simplify import distribute, gather_sums, is_random, remove_dead
+from .simplify import HOISTS, is_random, remove_dead
 
 aten = torch.ops.aten
 SAVE_LIMIT = 1 << 30  # bytes that save="auto" may keep beyond the states
@@ -89,9 +89,8 @@ def lower_forward(
 
 def _improved(step: StepGraph, problem: Callable[[], Problem]) -> Partition:
     """The partition after products and sums have been moved out of loops."""
-    for improve in (distribute, gather_sums):
-        found = problem()
-        improve(step, loop_nodes(found))
+    for hoist in HOISTS:
+        hoist(step, loop_nodes(problem()))
     return partition(problem())
 
 

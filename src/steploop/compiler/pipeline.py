@@ -17,10 +17,11 @@ from ..errors import UnsupportedError
 from . import captures
 from .captures import Capture
 from .dependencies import Dependencies
-from .graph import LoopProgram, line_of
+from .graph import LoopProgram, line_of, op_name
 from .loop_operator import Invocation, Layout
 from .lower import ForwardPlan, Needs, Saving, choose_saved, lower_backward, lower_forward, mixing_reasons
 from .masking import masked_call
+from .plan import Plan, describe
 from .program import Call, Program, Result
 
 BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
@@ -190,6 +191,45 @@ def _places(graph: Any, saving: Saving, call: Call) -> tuple[list[tuple[str, int
     return places, extra
 
 
+def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Plan:
+    """What `run` would do. The backward plan is there when anything that the call reads requires a gradient."""
+    with torch.enable_grad():
+        capture, dependencies = captures.find(program, call)
+        if capture.forward.graph.batch is None and _ragged(call) and program.batched:
+            program, call, _ = masked_call(program, call)
+            return plan(program, call, backend=backend, save=save)
+        tensors = _tensors(call, capture, dependencies)
+        training = any(t.requires_grad for t in tensors)
+        if training:
+            capture.require_joint(dependencies)
+            tensors = _tensors(call, capture, dependencies, joint=True)
+        invocation = _invocation(capture, call, backend, save, training, False, tensors)
+    name = getattr(program.root, "__name__", None) or type(program.root).__name__
+    forward = _described(invocation.forward.executable, f"{name} forward", _saved_note(invocation))
+    if training:
+        needs = _as_needs(invocation.layout, tensors)
+        backward = invocation.make_backward(invocation, needs)
+        forward.backward = _described(backward.executable, f"{name} backward", [])
+    return forward
+
+
+def _described(executable: Any, title: str, notes: list[str]) -> Plan:
+    partition = executable.partition
+    return describe(partition, title, partition.problem.stepwise, notes)
+
+
+def _saved_note(invocation: Invocation) -> list[str]:
+    if invocation.saving is None:
+        return []
+    joint = invocation.capture.joint.graph
+    names = invocation.capture.program.state_names
+    states = [names[joint.nexts.index(n)] for n in invocation.saving.nodes if n in joint.nexts]
+    others = [f"{op_name(n)} {line_of(n)}".strip() for n in invocation.saving.nodes if n not in joint.nexts]
+    kept = [f"states {', '.join(states)}"] if states else []
+    kept += [", ".join(others)] if others else []
+    return [f"kept for the backward: {'; '.join(kept) or 'nothing but the inputs'}"]
+
+
 # -- backends ------------------------------------------------------------------------------------------------
 
 
@@ -237,4 +277,4 @@ def backend_module(name: str) -> Any:
     return module if hasattr(module, "compile") else None
 
 
-__all__ = ["chooser", "line_of", "run", "select"]
+__all__ = ["chooser", "plan", "run", "select"]

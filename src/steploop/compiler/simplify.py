@@ -1,13 +1,14 @@
 """Algebra on a step graph that frees work from the loop, and removes what nobody needs.
 
-Every pass takes a StepGraph and edits it in place; `PASSES` lists them in order. `distribute` and
-`gather_sums` come after the loops are known and move products and sums out of them.
+Every pass takes a StepGraph and edits it in place; `PASSES` lists them in order. `HOISTS` come after the loops
+are known, take the nodes that are in one, and move parts of products and sums out of it.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -151,29 +152,46 @@ def expose_products(step: StepGraph) -> None:
     remove_dead(step)
 
 
-def split_products_of_concatenations(step: StepGraph) -> None:
-    """linear(cat(a, b)) = linear_a(a) + linear_b(b), and a slice of a product is a product of a slice."""
+def split_products(step: StepGraph, in_loop: set[fx.Node]) -> bool:
+    """linear(cat(a, b)) = linear_a(a) + linear_b(b) where only b is in the loop, and the transpose of that: a
+    product of which one slice is needed in the loop and another outside becomes two products."""
+    changed = False
     for node in _calls(step, aten.mm.default):
-        left, right = node.args
-        parts = _columns(left)
-        if parts is None:
+        if node not in in_loop or node.args[1] in in_loop:
             continue
-        total, start = None, 0
-        for part in parts:
-            width = shape_of(part)[1]
-            weight = call(node, aten.slice.Tensor, right, 0, start, start + width)
-            product = call(node, aten.mm.default, part, weight)
-            total = product if total is None else call(node, aten.add.Tensor, total, product)
-            start += width
-        replace(step, node, total)
-    for node in _calls(step, aten.mm.default):
-        users = list(node.users)
-        if len(users) < 2 or node in _results(step) or not all(_is_column_slice(u, node) for u in users):
-            continue
-        for user in users:
-            right = call(user, aten.slice.Tensor, node.args[1], 1, *user.args[2:4])
-            replace(step, user, call(user, aten.mm.default, node.args[0], right))
+        changed |= _split_sum(step, node, in_loop) or _split_result(step, node, in_loop)
     remove_dead(step)
+    return changed
+
+
+def _split_sum(step: StepGraph, node: fx.Node, in_loop: set[fx.Node]) -> bool:
+    left, right = node.args
+    parts = _columns(left)
+    if parts is None or all(p in in_loop for p in parts):
+        return False
+    total, start = None, 0
+    for _, run in groupby(parts, key=in_loop.__contains__):
+        run = list(run)
+        width = sum(shape_of(p)[1] for p in run)
+        joined = run[0] if len(run) == 1 else call(node, aten.cat.default, run, 1)
+        weight = call(node, aten.slice.Tensor, right, 0, start, start + width)
+        product = call(node, aten.mm.default, joined, weight)
+        total = product if total is None else call(node, aten.add.Tensor, total, product)
+        start += width
+    replace(step, node, total)
+    return True
+
+
+def _split_result(step: StepGraph, node: fx.Node, in_loop: set[fx.Node]) -> bool:
+    users = list(node.users)
+    if len(users) < 2 or node in _results(step) or not all(_is_column_slice(u, node) for u in users):
+        return False
+    if len({u in in_loop for u in users}) < 2:
+        return False
+    for user in users:
+        right = call(user, aten.slice.Tensor, node.args[1], 1, *user.args[2:4])
+        replace(step, user, call(user, aten.mm.default, node.args[0], right))
+    return True
 
 
 def _columns(node: Any) -> list[fx.Node] | None:
@@ -273,7 +291,6 @@ PASSES: list[Callable[[StepGraph], None]] = [
     remove_duplicates,
     expose_products,
     split_backward_calls,
-    split_products_of_concatenations,
     remove_identities,
     remove_duplicates,
 ]
@@ -345,3 +362,6 @@ def _terms(node: fx.Node, in_loop: set[fx.Node]) -> list[fx.Node]:
         inner = _plain_sum(part) and part in in_loop and len(part.users) == 1 and part.args[0] is not part.args[1]
         terms.extend(_terms(part, in_loop) if inner else [part])
     return terms
+
+
+HOISTS: list[Callable[[StepGraph, set[fx.Node]], bool]] = [split_products, distribute, gather_sums]
