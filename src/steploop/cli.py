@@ -7,6 +7,7 @@ that only another command uses.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import enum
 import importlib.util
@@ -14,7 +15,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -270,11 +271,25 @@ def sample(
     choice = Choice(temperature, top_k, top_p)
     model = trained.model(backend.value)
     writer = Writer(model, trained.vocabulary, choice, torch.seed() % 2**31 if seed is None else seed)
-    if interactive:
-        _converse(writer, length)
-        return
-    writer.read(prompt)
-    _print_as_it_comes(prompt.lstrip("\n"), writer.write(length))
+    with _one_thread():
+        if interactive:
+            _converse(writer, length)
+        else:
+            writer.read(prompt)
+            _print_as_it_comes(prompt.lstrip("\n"), writer.write(length))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A row at a time is too little work to share; and sums in one order write one text for a seed."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _converse(writer: Any, length: int) -> None:
