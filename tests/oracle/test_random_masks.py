@@ -110,3 +110,32 @@ class TestMasksAreTheForwardsInTheBackward:
                 for feature in range(INPUT):
                     values = part[of[:, feature], feature]
                     assert values.numel() == 0 or (values == values[0]).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *COMPILED])
+def test_probabilities_and_modes_changed_later_are_seen(backend):
+    """Nothing of an earlier call is stale: p, train and eval."""
+    x = torch.ones(T, 40, INPUT)
+    dropout = sl.nn.Dropout(0.0, same_mask_every_step=True)
+    zoneout = sl.nn.Zoneout(sl.nn.RNNCell(INPUT, H), 0.0)
+    loop = sl.Loop(sl.nn.Stack(dropout, zoneout), backend=backend)
+
+    def outputs():
+        with may_decline(backend):
+            return loop(x)[0]
+
+    plain = outputs()
+    dropout.p = 1.0
+    torch.testing.assert_close(outputs(), loop(torch.zeros_like(x))[0])
+    dropout.p, zoneout.p = 0.0, 1.0
+    assert (outputs() == 0).all()
+    loop.eval()
+    assert (outputs() == 0).all()
+    zoneout.p = {"h": 0.5}
+    torch.testing.assert_close(outputs()[0], plain[0] / 2)
+    zoneout.p["h"] = 0.25
+    torch.testing.assert_close(outputs()[0], plain[0] * 0.75)
+    dropout.p = 0.5
+    torch.testing.assert_close(outputs()[0], plain[0] * 0.75)
+    loop.train()
+    assert (outputs()[0] != outputs()[0]).any()

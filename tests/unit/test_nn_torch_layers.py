@@ -193,6 +193,18 @@ def test_attributes_that_code_for_torch_uses():
     assert isinstance(layer, nn.LSTM)
 
 
+def test_a_replica_as_data_parallel_makes_it():
+    layer, x = make("LSTM"), inputs()
+    replica = layer._replicate_for_data_parallel()
+    for name, weight in layer.named_parameters():
+        setattr(replica, name, (2 * weight).detach().requires_grad_())
+    expected = make("LSTM")
+    with torch.no_grad():
+        for weight in expected.parameters():
+            weight.mul_(2)
+    torch.testing.assert_close(replica(x), expected(x))
+
+
 def test_repr_shows_the_backend_only_where_it_was_chosen():
     assert repr(sl.nn.GRU(3, 5)) == repr(nn.GRU(3, 5)) == "GRU(3, 5)"
     assert repr(sl.nn.GRU(3, 5, backend="reference")) == "GRU(3, 5, backend='reference')"
