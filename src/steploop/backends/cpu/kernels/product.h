@@ -25,15 +25,23 @@ template <class T> static void pack(T* to, const T* w, long row_stride, long col
   }
 }
 
+// k is taken in pieces whose panel fits in the first cache; the sums pass through `out`, which changes no bit of them.
+constexpr long kDepth = 24 * 1024 / (kBytes * kVectors);
+
 template <class T, int R, int V>
-static __attribute__((noinline)) void block(const T* a, long a_stride, const T* w, long k, T* out, long out_stride, long columns) {
+static __attribute__((noinline)) void block(const T* a, long a_stride, const T* w, long k, T* out, long out_stride, long columns, bool first) {
   constexpr int W = width<T>();
   typedef Vec<T, W> F;
   F sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[r][v] = F{};
+    for (int v = 0; v < V; ++v) {
+      const T* from = out + r * out_stride + v * W;
+      if (first) sum[r][v] = F{};
+      else if (v < V - 1 || columns == V * W) sum[r][v] = load(from, Full<W>{});
+      else sum[r][v] = load(from, Part<W>{columns - v * W});
+    }
   for (long i = 0; i < k; ++i, w += V * W) {
     F x[V];
 #pragma GCC unroll 8
@@ -56,22 +64,22 @@ static __attribute__((noinline)) void block(const T* a, long a_stride, const T* 
 }
 
 template <class T, int V>
-static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k, T* out, long out_stride, long columns) {
+static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k, T* out, long out_stride, long columns, bool first) {
   long blocks = (rows + kRows - 1) / kRows;
   for (long b = 0, done = 0; b < blocks; ++b) {
     long now = (rows - done + (blocks - b) - 1) / (blocks - b);
     const T* from = a + done * a_stride;
     T* to = out + done * out_stride;
     switch (now) {
-      case 1: block<T, 1, V>(from, a_stride, w, k, to, out_stride, columns); break;
-      case 2: block<T, 2, V>(from, a_stride, w, k, to, out_stride, columns); break;
-      case 3: block<T, 3, V>(from, a_stride, w, k, to, out_stride, columns); break;
-      case 4: block<T, 4, V>(from, a_stride, w, k, to, out_stride, columns); break;
+      case 1: block<T, 1, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
+      case 2: block<T, 2, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
+      case 3: block<T, 3, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
+      case 4: block<T, 4, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
 #if defined(__AVX__)
-      case 5: block<T, 5, V>(from, a_stride, w, k, to, out_stride, columns); break;
+      case 5: block<T, 5, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
 #endif
 #if defined(__AVX512F__)
-      case 6: block<T, 6, V>(from, a_stride, w, k, to, out_stride, columns); break;
+      case 6: block<T, 6, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
 #endif
     }
     done += now;
@@ -84,13 +92,17 @@ static void multiply(const T* a, long a_stride, long rows, const T* w, long k, l
   constexpr int W = width<T>(), P = panel<T>();
   for (long c = 0; c < n; c += P) {
     long columns = n - c < P ? n - c : P, vectors = (columns + W - 1) / W;
-    switch (vectors) {
-      case 1: panel_rows<T, 1>(a, a_stride, rows, w, k, out + c, out_stride, columns); break;
-      case 2: panel_rows<T, 2>(a, a_stride, rows, w, k, out + c, out_stride, columns); break;
+    for (long i = 0; i < k; i += kDepth) {
+      long depth = k - i < kDepth ? k - i : kDepth;
+      const T* part = w + i * vectors * W;
+      switch (vectors) {
+        case 1: panel_rows<T, 1>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
+        case 2: panel_rows<T, 2>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
 #if defined(__AVX512F__)
-      case 3: panel_rows<T, 3>(a, a_stride, rows, w, k, out + c, out_stride, columns); break;
-      case 4: panel_rows<T, 4>(a, a_stride, rows, w, k, out + c, out_stride, columns); break;
+        case 3: panel_rows<T, 3>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
+        case 4: panel_rows<T, 4>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
 #endif
+      }
     }
     w += vectors * W * k;
   }
