@@ -353,7 +353,7 @@ def _copy_placeholder(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.N
 
 
 def _input(graph: fx.Graph, source: fx.Node, inputs: list[LoopInput]) -> fx.Node:
-    with graph.inserting_before(next(iter(graph.nodes))):
+    with graph.inserting_after(graph._root):
         node = graph.placeholder(source.name)
     node.meta = dict(source.meta)
     kind = "step" if source.meta["varies"] else "once"

@@ -75,17 +75,28 @@ def call_text(source: Source, node: fx.Node, name_of: Callable[[fx.Node], str]) 
     if node.target is operator.getitem:
         return f"{arguments[0]}[{arguments[1]}]"
     arguments += [f"{k}={print_argument(source, v, name_of)}" for k, v in node.kwargs.items()]
+    # The strides of what a view reads are not those of the capture: rows were packed, copies left out.
+    target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
     # The overload's own C++ entry: calling the Python OpOverload around it costs about as much as a small op.
-    function = getattr(node.target, "_op", node.target)
+    function = getattr(target, "_op", target)
     return f"{source.hold(function, 'f')}({', '.join(arguments)})"
 
 
-def last_uses(nodes: list[fx.Node], kept: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For each node of a straight line: the values nobody needs after it (so that memory is freed early)."""
+def last_uses(
+    nodes: list[fx.Node], kept: set[fx.Node], sums: dict[fx.Node, tuple[fx.Node, fx.Node]]
+) -> dict[fx.Node, list[fx.Node]]:
+    """For each node of a straight line: the values nobody needs after it (so that memory is freed early).
+
+    sums: from `fuse_addmm`; such a sum reads the factors of its product, which is never computed by itself.
+    """
     dying: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set(kept)
+    products = {product for product, _ in sums.values()}
     for node in reversed(nodes):
-        for value in [node, *node.all_input_nodes]:
+        if node in products:
+            continue
+        reads = [*sums[node][0].all_input_nodes, sums[node][1]] if node in sums else node.all_input_nodes
+        for value in [node, *reads]:
             if value not in seen:
                 seen.add(value)
                 dying.setdefault(node, []).append(value)
