@@ -1,9 +1,14 @@
 """The code in README and docs runs; what they point to is there."""
 
+import collections
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import steploop as sl
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,3 +50,61 @@ def test_the_example_runs(steploop, capsys):
     ran = steploop("explain", ROOT / "examples" / "tagger.py")
     assert ran.code == 0, ran.err
     assert "tagger.py:" in ran.out
+
+
+# What the README's table shows, made from real plans: `python tests/cli/test_docs.py` prints it.
+def shown() -> dict:
+    sys.path.insert(0, str(ROOT / "examples"))
+    from tagger import Tagger
+
+    return {
+        "`Tagger` above": Tagger(8, 32, 5),
+        "`sl.nn.GRUCell`": sl.nn.GRUCell(8, 32),
+        "`sl.nn.LSTMCell`": sl.nn.LSTMCell(8, 32),
+        "`sl.nn.LayerNormLSTMCell`": sl.nn.LayerNormLSTMCell(8, 32),
+        "2 GRU cells in a `Stack`": sl.nn.Stack(sl.nn.GRUCell(8, 32), sl.nn.GRUCell(32, 32)),
+    }
+
+
+# They compute nothing: another view of the same numbers, or a copy.
+VIEWS = {
+    "t",
+    "view",
+    "slice",
+    "split",
+    "cat",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "permute",
+    "transpose",
+    "select",
+}
+
+
+def names(ops) -> str:
+    counts = collections.Counter(op.name for op in ops if op.name not in VIEWS)
+    return ", ".join(name + (f" x{count}" if count > 1 else "") for name, count in counts.items()) or "-"
+
+
+def table() -> str:
+    lines = [
+        "| step | | in a loop, step by step | out of it, all steps at once |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, step in shown().items():
+        forward = sl.Loop(step, backend="eager").plan(torch.randn(20, 4, 8))
+        for way, plan in (("forward", forward), ("backward", forward.backward)):
+            inside = "; ".join(names(loop.ops) for loop in plan.loops)
+            outside = names([*plan.before, *plan.after])
+            lines.append(f"| {name if way == 'forward' else ''} | {way} | {inside} | {outside} |")
+    return "\n".join(lines)
+
+
+def test_the_table_in_the_readme_is_what_the_plans_say():
+    written = re.search(r"<!-- plan:begin.*?-->\n(.*?)\n<!-- plan:end -->", PAGES[0].read_text(), re.DOTALL)
+    assert written.group(1) == table(), "to renew it: python tests/cli/test_docs.py"
+
+
+if __name__ == "__main__":
+    print(table())
