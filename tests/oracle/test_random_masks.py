@@ -62,7 +62,7 @@ def run(step, backend, x, **call):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("backend", ["reference", *COMPILED])
+@pytest.mark.parametrize("backend", ["reference", "auto", *COMPILED])
 class TestMasksAreTheForwardsInTheBackward:
     def call(self, ragged):
         generator = torch.Generator().manual_seed(1)
@@ -112,7 +112,7 @@ class TestMasksAreTheForwardsInTheBackward:
                     assert values.numel() == 0 or (values == values[0]).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", *COMPILED])
+@pytest.mark.parametrize("backend", ["reference", "auto", *COMPILED])
 def test_probabilities_and_modes_changed_later_are_seen(backend):
     """Nothing of an earlier call is stale: p, train and eval."""
     x = torch.ones(T, 40, INPUT)
