@@ -220,7 +220,7 @@ def _print_body(source: Source, loop: LoopProgram, names: dict[fx.Node, str]) ->
     keep = set(loop.kept) | set(loop.nexts)
     sums = fuse_addmm(calls, keep)
     skipped = {product for product, _ in sums.values()}
-    dying = last_uses(calls, keep | set(loop.prevs) | {i.node for i in loop.inputs})
+    dying = last_uses(calls, keep | set(loop.prevs) | {i.node for i in loop.inputs}, sums)
     for node in calls:
         if node in skipped:
             continue
@@ -231,7 +231,7 @@ def _print_body(source: Source, loop: LoopProgram, names: dict[fx.Node, str]) ->
         else:
             text = call_text(source, node, names.__getitem__)
         source.add(f"{names[node]} = {text}", 2)
-        gone = [names[d] for d in dying.get(node, []) if d not in skipped and d is not node]
+        gone = [names[d] for d in dying.get(node, []) if d is not node]
         if gone:
             source.add(f"del {', '.join(gone)}", 2)
 

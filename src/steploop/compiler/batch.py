@@ -203,7 +203,7 @@ class _Printer:
         sums = fuse_addmm(plain, keep | self.piece.row_sums)
         sums = {n: p for n, p in sums.items() if all(self._direct(i) for i in (*p[0].args, p[1]))}
         skipped = {product for product, _ in sums.values()}
-        dying = last_uses(nodes, keep | skipped)
+        dying = last_uses(nodes, keep, sums)
         for node in nodes:
             if node in skipped:
                 continue

@@ -429,6 +429,7 @@ class _Lines(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line = _user_line()
         self._tag(self._line)
+        function = _UNCHECKED.get(function, function)
         result = function(*args, **(kwargs or {}))
         self._tag(line)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
@@ -470,6 +471,20 @@ class _Lines(TorchFunctionMode):
     def settle(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
             node.meta.setdefault("line", self._line)
+
+
+def _unchecked(name: str) -> Callable[..., Tensor]:
+    function = getattr(torch.linalg, name)
+    return lambda *args, **kwargs: function(*args, **kwargs)[0]
+
+
+# LAPACK's check for singular matrices reads values, which a trace has not: without it they give inf and nan.
+_UNCHECKED: dict[Any, Callable[..., Tensor]] = {
+    torch.linalg.solve: _unchecked("solve_ex"), torch.linalg.inv: _unchecked("inv_ex"),
+    torch.inverse: _unchecked("inv_ex"), Tensor.inverse: _unchecked("inv_ex"),
+    torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
+    Tensor.cholesky: _unchecked("cholesky_ex"),
+}  # fmt: skip
 
 
 def _value_error(error: Exception) -> StepError:

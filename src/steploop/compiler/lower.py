@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .execute import Executable
-from .graph import StepGraph
+from .graph import Size, StepGraph, expression
 from .partition import Partition, Problem, State, loop_nodes, partition
 from .rows import annotate
 from .simplify import HOISTS, is_random, remove_dead
@@ -306,11 +306,12 @@ def _add_missing_gradients(step: StepGraph, states: list[int]) -> None:
     output = next((n for n in step.graph.nodes if n.op == "output"), None)
     for i in states:
         if step.grad_prevs[i] is None:
-            ct = step.ct_nexts[i]
-            where = step.graph.inserting_before(output) if output else step.graph.inserting_after(
-                list(step.graph.nodes)[-1]
-            )
-            with where:
-                zero = step.graph.call_function(aten.zeros_like.default, (ct,))
-            zero.meta.update(val=ct.meta["val"], line="")
+            like = step.ct_nexts[i].meta["val"]
+            sizes = [e if isinstance(e, int) else Size(e) for e in map(expression, like.shape)]
+            last = output or next(reversed(step.graph.nodes))
+            with step.graph.inserting_before(last) if output else step.graph.inserting_after(last):
+                zero = step.graph.call_function(
+                    aten.zeros.default, (sizes,), {"dtype": like.dtype, "device": like.device}
+                )
+            zero.meta.update(val=like, line="")
             step.grad_prevs[i] = zero

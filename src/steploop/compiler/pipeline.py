@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..errors import UnsupportedError
 from . import captures
 from .captures import Capture
 from .dependencies import Dependencies
-from .graph import LoopProgram, line_of, op_name
+from .graph import LoopProgram, Rows, line_of, op_name
 from .loop_operator import Invocation, Layout
 from .lower import ForwardPlan, Needs, Saving, choose_saved, lower_backward, lower_forward, mixing_reasons
 from .masking import masked_call
@@ -29,6 +30,7 @@ BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
     """Runs a call. Differentiable; see `Loop` for what the arguments mean."""
+    program, call = batch_guessed(program, call)
     capture, dependencies = captures.find(program, call)
     if capture.forward.graph.batch is None and _ragged(call) and program.batched:
         return _run_masked(program, call, backend, save)
@@ -46,6 +48,35 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
         results = invocation.run(tensors, call.steps, batch)
     count, states = invocation.forward.outputs, len(call.initial)
     return Result(list(results[:count]), list(results[count : count + states]), capture.out_spec)
+
+
+def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
+    """A scan does not say where its batch is. If every leaf has the same first axis and rows turn out to be
+    independent along it, that axis is the batch, and the outside pieces run on all rows of all steps at once."""
+    if program.batched or not call.initial:
+        return program, call
+    firsts = {captures.hint(t.shape[1]) if t.dim() > 1 else None for t in call.xs}
+    firsts |= {captures.hint(t.shape[0]) if t.dim() > 0 else None for t in call.initial}
+    if len(firsts) != 1 or not (size := firsts.pop()) or size < 2:
+        return program, call
+    known = program.__dict__.get("_rowwise")
+    guess = known or replace(program, batched=True)
+    program.__dict__["_rowwise"] = guess
+    guessed = replace(call, batch=call.initial[0].shape[0])
+    try:
+        capture, _ = captures.find(guess, guessed)
+    except Exception:
+        return program, call  # the plain way has the better message, or works
+    if "rowwise" not in capture.plans:
+        capture.plans["rowwise"] = _is_rowwise(capture)
+    return (guess, guessed) if capture.plans["rowwise"] else (program, call)
+
+
+def _is_rowwise(capture: Capture) -> bool:
+    graph = capture.forward.graph
+    if graph.batch is None or mixing_reasons(graph):
+        return False
+    return all(n.meta["rows"] == Rows(0) for n in [*graph.outputs, *graph.nexts])
 
 
 def _ragged(call: Call) -> bool:
@@ -193,6 +224,7 @@ def _places(graph: Any, saving: Saving, call: Call) -> tuple[list[tuple[str, int
 
 def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Plan:
     """What `run` would do. The backward plan is there when anything that the call reads requires a gradient."""
+    program, call = batch_guessed(program, call)
     with torch.enable_grad():
         capture, dependencies = captures.find(program, call)
         if capture.forward.graph.batch is None and _ragged(call) and program.batched:
