@@ -84,7 +84,8 @@ class Zoneout(Step):
         if p == 0.0:
             return new
         if self.training:
-            return torch.where(torch.rand_like(new, dtype=torch.float32) < p, prev, new)
+            # torch.rand, not rand_like: numbers that do not depend on a state are drawn for all steps at once
+            return torch.where(torch.rand(new.shape, device=new.device) < p, prev, new)
         return p * prev + (1.0 - p) * new
 
     def _returned(self, y: Any, zoned_in_place_of: dict[int, Tensor]) -> Any:
