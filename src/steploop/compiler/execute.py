@@ -19,7 +19,7 @@ from .graph import Rows
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span
 
-MEMORY_PER_SPAN = 64 << 20  # bytes of batched values that a span may hold before it is cut shorter
+MEMORY_PER_SPAN = 32 << 20  # bytes of batched values that a span may hold before it is cut shorter
 LEAST_STEPS = 16
 
 
@@ -30,6 +30,38 @@ class Run:
     wanted: list[Tensor]
     finals: list[Tensor]
     summed: list[Tensor | None]
+
+
+@dataclass(eq=False)
+class Shifted:
+    """The values of a state before every step, given by those after it; nothing is copied before it is read.
+
+    values: (N, ...) packed (or stacked).  edge: (B, ...) before the first step.  reset_to: (B, ...) or None.
+    """
+
+    values: Tensor
+    edge: Tensor
+    reset_to: Tensor | None
+
+    def cut(self, span: Span) -> Tensor:
+        schedule = span.schedule
+        if span.total == 0:
+            return self.values[:0]
+        first, batch = span.first, schedule.batch
+        if schedule.full:
+            if first == 0:
+                found = torch.cat([self.edge, self.values[: span.total - batch]])
+            else:
+                found = self.values.narrow(0, first - batch, span.total)
+        else:
+            index = schedule.previous[first : first + span.total]
+            found = self.values.index_select(0, (index - batch).clamp(min=0))
+            start = (index < batch).nonzero()[:, 0]
+            found.index_copy_(0, start, self.edge.index_select(0, index[start]))
+        if self.reset_to is not None and span.resets is not None:
+            mark = span.resets.view(-1, *[1] * (found.dim() - 1))
+            found = torch.where(mark, self.reset_to.index_select(0, span.row), found)
+        return found
 
 
 @dataclass(eq=False)
@@ -108,7 +140,7 @@ class Executable:
 
     def run(
         self,
-        given: dict[fx.Node, Tensor],
+        given: dict[fx.Node, Tensor | Shifted],
         initial: dict[fx.Node, Tensor],
         reset_to: dict[fx.Node, Tensor],
         schedule: Schedule,
@@ -136,24 +168,34 @@ class _Runner:
         values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
         self.once_values.update(zip(e.once.nodes, values))
         spans = e.spans(self.schedule, longest)
-        collected: list[list[Tensor]] = [[] for _ in self.problem.wanted]
+        wanted: list[Tensor] = []
         sums: list[Tensor | None] = [None] * len(self.problem.summed)
         for span in spans:
             values = self._span(span, whole=len(spans) == 1)
-            for parts, node in zip(collected, self.problem.wanted):
-                parts.append(self._per_step(node, values))
+            self._collect(wanted, span, values, whole=len(spans) == 1)
             for i, node in enumerate(self.problem.summed):
                 part = self._sum(node, values)
                 sums[i] = part if sums[i] is None else sums[i].add_(part)
             self._advance(values)
-        wanted = [self._join(parts, node) for parts, node in zip(collected, self.problem.wanted)]
+            del values
         return Run(wanted, [self.current[s.prev] for s in self.problem.finals], sums)
 
-    def _join(self, parts: list[Tensor], node: fx.Node) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        rows = node.meta["rows"]
-        return torch.cat(parts[::-1] if self.e.down else parts, 0 if rows is None else rows.dim)
+    def _collect(self, wanted: list[Tensor], span: Span, values: dict[fx.Node, Tensor], whole: bool) -> None:
+        """Writes what is wanted of a span into its place among all steps."""
+        parts = (self._per_step(node, values) for node in self.problem.wanted)
+        if whole:
+            wanted.extend(parts)
+            return
+        for i, (part, node) in enumerate(zip(parts, self.problem.wanted)):
+            rows = node.meta["rows"]
+            dim, first, total = (0, span.start, self.schedule.steps) if rows is None else (
+                rows.dim, span.first * rows.inner, self.schedule.total * rows.inner
+            )  # fmt: skip
+            if i == len(wanted):
+                shape = list(part.shape)
+                shape[dim] = total
+                wanted.append(part.new_empty(shape))
+            wanted[i].narrow(dim, first, part.shape[dim]).copy_(part)
 
     # -- one span ------------------------------------------------------------------------------------------
 
@@ -162,7 +204,8 @@ class _Runner:
         rowwise.reset_to, rowwise.down, rowwise.stacked = self.reset_to, self.e.down, self.stacked
         values = dict(self.once_values)
         for node, sequence in self.sequences.items():
-            values[node] = sequence if whole else self._cut(sequence, node, span)
+            whole_value = whole and isinstance(sequence, Tensor)
+            values[node] = sequence if whole_value else self._cut(sequence, node, span)
         self.after: dict[fx.Node, Tensor] = {}
         for segment in self.e.partition.segments:
             if isinstance(segment, Loop):
@@ -173,7 +216,9 @@ class _Runner:
                 values.update(zip(piece.results, results))
         return values
 
-    def _cut(self, sequence: Tensor, node: fx.Node, span: Span) -> Tensor:
+    def _cut(self, sequence: Tensor | Shifted, node: fx.Node, span: Span) -> Tensor:
+        if isinstance(sequence, Shifted):
+            return sequence.cut(span)
         rows = node.meta["rows"]
         if rows is None:
             return sequence[span.start : span.stop]
@@ -188,7 +233,9 @@ class _Runner:
         after, kept = self.e.runners[loop](inputs, states, reset_to, span, self.e.down, self.sizes)
         for state, value in zip(loop.states, after):
             self.after[state.prev] = value
-        values.update(zip(loop.kept, kept))
+        for node, value in zip(loop.kept, kept):
+            # Outside its loop a sum over rows is one over the rows of all steps.
+            values[node] = value.sum(0) if node.meta["contracted"] is True else value
 
     def _advance(self, values: dict[fx.Node, Tensor]) -> None:
         """Moves every state to its value after the span."""

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ..errors import UnsupportedError
 from .captures import Capture
-from .execute import Run
+from .execute import Run, Shifted
 from .graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs, Saving
 from .program import Call
@@ -103,8 +103,8 @@ class Invocation:
         schedule = self.schedule(parts, steps, 1 if stacked else batch)
         run = self._forward(parts, schedule, batch, self.forward)
         results = run.wanted
-        outputs = [self._outward(v, n, schedule, stacked) for v, n in zip(results, self.forward.step.outputs)]
-        outputs = outputs[: self.forward.outputs]
+        nodes = self.forward.step.outputs[: self.forward.outputs]
+        outputs = [self._outward(v, n, schedule, stacked) for v, n in zip(results, nodes)]
         finals = run.finals if stacked else [schedule.unsort(s) for s in run.finals]
         if self.nested:
             return _apart([*outputs, *finals], tensors)
@@ -189,9 +189,6 @@ class Invocation:
 
     def _add_prevs(self, given, parts, plan: BackwardPlan, following: dict, schedule: Schedule) -> None:
         """The states before every step, from those after it."""
-        from .schedule import Span
-
-        whole = Span(schedule, 0, schedule.steps)
         stacked = plan.step.batch is None
         joint = self.capture.joint.graph
         for i in plan.saving.prevs:
@@ -201,20 +198,7 @@ class Invocation:
             if schedule.resets is not None:
                 reset_to = schedule.sort(parts["reset_to"][i])
             node = joint.nexts[i]
-            values = following.get(node)
-            if values is None:
-                values = self._constant_next(given, plan, i, node, joint, edge, schedule)
-            given[plan.step.prevs[i]] = whole.delay(values, edge, reset_to, down=False)
-
-    def _constant_next(self, given, plan, i: int, node: fx.Node, joint, edge: Tensor, schedule: Schedule) -> Tensor:
-        """The values after every step of a state whose next is an input, another state's prev or a constant."""
-        if node in joint.xs:
-            return given[plan.step.xs[joint.xs.index(node)]]
-        if node in joint.prevs:
-            other = joint.prevs.index(node)
-            if other != i and plan.step.prevs[other] in given:
-                return given[plan.step.prevs[other]]
-        raise AssertionError("the values of a state are needed and were not kept")
+            given[plan.step.prevs[i]] = Shifted(following[node], edge, reset_to)
 
     def _collect(self, run: Run, plan: BackwardPlan, parts, schedule: Schedule, needs: Needs, stacked: bool):
         def shaped(value: Tensor | None, like: Tensor) -> Tensor:

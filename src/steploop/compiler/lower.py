@@ -8,6 +8,7 @@ are recomputed batched over time, or were saved.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +49,13 @@ def copied(step: StepGraph, *also: list[fx.Node]) -> tuple[StepGraph, list[list[
 
 def mixing_reasons(step: StepGraph) -> dict[fx.Node, str]:
     """Nodes of a step that mix rows, results without a batch axis among them."""
-    mixing = annotate(step)
+    results = [*step.outputs, *step.nexts]
+    mixing = annotate(step, results)
     if step.batch is not None:
-        for node in [*step.outputs, *step.nexts]:
+        for node in results:
             if node.meta["rows"] is None and node.meta["varies"] and node.op == "call_function":
-                mixing.setdefault(node, "is a result without a batch axis")
+                source = node.args[0] if node.target is operator.getitem else node
+                mixing.setdefault(source, "is a result without a batch axis")
     return mixing
 
 
@@ -176,11 +179,13 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
         if node in seen or node in known:
             continue
         seen.add(node)
-        if node in following:
+        if node in following and not _storable(following[node], step):
+            known.add(node)  # its next is an input, a constant or another state's prev: keep it as it is
+            nodes[node] = None
+        elif node in following:
             prevs.append(step.prevs.index(node))
-            if following[node] not in known and _storable(following[node], step):
-                known.add(following[node])
-                nodes[following[node]] = None
+            known.add(following[node])
+            nodes[following[node]] = None
         elif _must_keep(node):
             known.add(node)
             nodes[node] = None

@@ -147,7 +147,8 @@ def recurrent_components(problem: Problem, needed: set[fx.Node]) -> list[list[fx
     nodes = [n for n in problem.graph.nodes if n in needed]
     if problem.one_loop:
         prevs = {s.prev for s in problem.states}
-        return [[n for n in nodes if n in prevs or (n.op == "call_function" and n.meta["varies"])]]
+        return [[n for n in nodes if n in prevs or (n.op == "call_function" and n.meta["varies"]
+                                                    and not is_contracted(n))]]  # fmt: skip
     successors: dict[fx.Node, list[fx.Node]] = {n: [u for u in n.users if u in needed] for n in nodes}
     states = [s for s in problem.states if s.prev in needed]
     for state in states:
@@ -165,6 +166,12 @@ def recurrent_components(problem: Problem, needed: set[fx.Node]) -> list[list[fx
         component[:] = [n for n in component if n not in taken]
         taken.update(component)
     return [c for c in found if c]
+
+
+def is_contracted(node: fx.Node) -> bool:
+    """Whether all that a call gives are sums over the rows of the batch."""
+    rows, contracted = node.meta["rows"], node.meta["contracted"]
+    return contracted is True or (isinstance(contracted, tuple) and any(contracted) and not any(rows))
 
 
 def loop_nodes(problem: Problem) -> set[fx.Node]:

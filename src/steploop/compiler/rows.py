@@ -12,7 +12,7 @@ any more; they are harmless when only linear operations lead from them to a grad
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -32,11 +32,22 @@ CONTRACTED = "contracted"  # a sum over rows: what a gradient of something witho
 Axis = Rows | None | str
 
 
-def annotate(step: StepGraph) -> dict[fx.Node, str]:
+def annotate(step: StepGraph, per_step: Sequence[fx.Node] = ()) -> dict[fx.Node, str]:
     """Writes `rows` and `varies` on every node; returns the nodes that mix rows, each with the reason.
 
+    per_step: nodes of which the value of every step is wanted, not only a sum over the steps.
     With no symbolic batch, or once rows are mixed, `rows` is None where it means nothing.
     """
+    forced: set[fx.Node] = set()
+    while True:
+        mixing = _annotate_once(step, forced)
+        more = _needed_each_step(mixing, per_step)
+        if not more:
+            return mixing
+        forced |= more
+
+
+def _annotate_once(step: StepGraph, forced: set[fx.Node]) -> dict[fx.Node, str]:
     mixing: dict[fx.Node, str] = {}
     varying = {*step.xs, *step.prevs, *(n for n in (*step.ct_outputs, *step.ct_nexts) if n is not None)}
     for node in step.graph.nodes:
@@ -46,11 +57,26 @@ def annotate(step: StepGraph) -> dict[fx.Node, str]:
                 node.meta["rows"] = _placeholder_rows(node, step)
             node.meta["contracted"] = False
         elif node.op == "call_function":
-            _annotate_call(node, step, mixing)
+            _annotate_call(node, step, mixing, forced)
     return mixing
 
 
-def _annotate_call(node: fx.Node, step: StepGraph, mixing: dict[fx.Node, str]) -> None:
+def _needed_each_step(mixing: dict[fx.Node, str], per_step: Sequence[fx.Node]) -> set[fx.Node]:
+    """Sums over rows that something uses step by step: they can't be sums over the rows of all steps."""
+    found: set[fx.Node] = set()
+    stack = [i for n in mixing for i in n.all_input_nodes] + list(per_step)
+    while stack:
+        node = stack.pop()
+        if node.target is operator.getitem and node.meta["contracted"] is True:
+            node = node.args[0]
+        contracted = node.meta["contracted"]
+        if node not in found and (contracted is True or (isinstance(contracted, tuple) and any(contracted))):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found - set(mixing)
+
+
+def _annotate_call(node: fx.Node, step: StepGraph, mixing: dict[fx.Node, str], forced: set[fx.Node]) -> None:
     inputs = node.all_input_nodes
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     node.meta["varies"] = random or any(n.meta["varies"] for n in inputs)
@@ -67,6 +93,8 @@ def _annotate_call(node: fx.Node, step: StepGraph, mixing: dict[fx.Node, str]) -
     try:
         if stray is not None:
             raise Mixed(mixing.get(stray, "follows a value without a batch axis"))
+        if node in forced:
+            raise Mixed("sums over the rows of the batch")
         axis = _rule(node, step.batch)
     except Mixed as reason:
         mixing[node] = str(reason)
@@ -157,6 +185,8 @@ def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def _rule(node: fx.Node, batch: sympy.Symbol) -> Axis | tuple[Axis, ...]:
+    if _computes_with(node, batch):
+        raise Mixed("computes with the batch size")
     if not any(isinstance(n.meta["rows"], (Rows, tuple)) for n in node.all_input_nodes):
         return _made_up(node, batch)
     rule = RULES.get(node.target)
@@ -180,8 +210,6 @@ def _made_up(node: fx.Node, batch: sympy.Symbol) -> Axis:
         return None
     dims = [d for d, s in enumerate(_shape(node)) if _has(s, batch)]
     if not dims:
-        if _mentions(node.args, batch) and node.target not in _RESHAPES:
-            raise Mixed("computes with the batch size")
         return None
     size = _shape(node)[dims[0]]
     if len(dims) > 1 or node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
@@ -190,6 +218,25 @@ def _made_up(node: fx.Node, batch: sympy.Symbol) -> Axis:
     if not factor.is_integer or not factor.is_number:
         raise Mixed("has an axis that is not a multiple of the batch")
     return Rows(dims[0], 1, int(factor))
+
+
+def _computes_with(node: fx.Node, batch: sympy.Symbol) -> bool:
+    """Whether the batch size is used as a number, and not only as the size of an axis of the result: run on the
+    rows of all steps at once, the call would see another number."""
+    packet = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    sizes = _SIZES_AT.get(packet, ())
+    args = [a for i, a in enumerate(node.args) if i not in sizes]
+    return _mentions(args, batch) or _mentions(list(node.kwargs.values()), batch)
+
+
+# Which arguments of an operation are the sizes of its result.
+_SIZES_AT = {
+    **dict.fromkeys(["view", "reshape", "expand", "_unsafe_view", "new_zeros", "new_ones", "new_empty", "new_full",
+                     "select_backward", "slice_backward"], (1,)),
+    **dict.fromkeys(["zeros", "ones", "empty", "full", "rand", "randn"], (0,)),
+    "randint": (1, 2), "empty_strided": (0, 1), "new_empty_strided": (1, 2),
+    "native_group_norm": (3,), "native_group_norm_backward": (5,), "loop": (3,), "loop_backward": (5,),
+}  # fmt: skip
 
 
 def _mentions(argument: Any, batch: sympy.Symbol) -> bool:
@@ -462,18 +509,28 @@ def _layer_norm_backward(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]
         isinstance(a, fx.Node) and a.meta["rows"] is not None for a in node.args[5:7]
     ):
         raise Mixed("normalises over the rows of the batch")
-    return (rows.pop(), CONTRACTED, CONTRACTED)
+    axes = (rows.pop(), CONTRACTED, CONTRACTED)
+    return tuple(axis if wanted else None for axis, wanted in zip(axes, node.args[7]))
 
 
-def _group_norm(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
-    return _first_axis()(node, batch)
+def _backward_in_three(count: int, mask_at: int, verb: str) -> Callable:
+    """Gradients of an input with rows and of two parameters; the first `count` operands have rows in front."""
+
+    def rule(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
+        rows = {n.meta["rows"] for n in node.args[:count]}
+        others = [a for a in node.args[count:] if isinstance(a, fx.Node) and a.meta["rows"] is not None]
+        if len(rows) != 1 or None in rows or next(iter(rows)).dim != 0 or others:
+            raise Mixed(f"{verb} over the rows of the batch")
+        axes = (rows.pop(), CONTRACTED, CONTRACTED)
+        return tuple(axis if wanted else None for axis, wanted in zip(axes, node.args[mask_at]))
+
+    return rule
 
 
-def _convolution_backward(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
-    rows = {node.args[0].meta["rows"], node.args[1].meta["rows"]}
-    if len(rows) != 1 or next(iter(rows)) is None or next(iter(rows)).dim != 0:
-        raise Mixed("convolves over the rows of the batch")
-    return (rows.pop(), CONTRACTED, CONTRACTED)
+def _batch_norm_backward(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
+    if node.args[7]:
+        raise Mixed("normalises over the rows of the batch")
+    return _backward_in_three(2, 9, "normalises")(node, batch)
 
 
 def _embedding(node: fx.Node, batch: sympy.Symbol) -> Axis:
@@ -622,7 +679,6 @@ def _loop_operator(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
     return loop_operator.rows_rule(node, batch)
 
 
-_RESHAPES = {aten.view.default, aten.reshape.default, aten.expand.default, aten._unsafe_view.default}
 _PERMUTE = _permutation(lambda node, rank: [d % rank for d in node.args[1]])
 
 RULES: dict[Any, Callable] = {}
@@ -658,8 +714,10 @@ PACKET_RULES: dict[str, Callable] = {
     "cat": _cat, "stack": _stack,
     "mm": _mm, "addmm": _addmm, "bmm": _bmm, "mv": _matvec,
     "native_layer_norm": _layer_norm, "native_layer_norm_backward": _layer_norm_backward,
-    "native_group_norm": _group_norm,
-    "convolution": _first_axis(also=(1, 2)), "convolution_backward": _convolution_backward,
+    "native_group_norm": _first_axis(), "native_group_norm_backward": _backward_in_three(4, 9, "normalises"),
+    "_native_batch_norm_legit_no_training": _first_axis(also=(1, 2, 3, 4)),
+    "native_batch_norm_backward": _batch_norm_backward,
+    "convolution": _first_axis(also=(1, 2)), "convolution_backward": _backward_in_three(2, 10, "convolves"),
     "embedding": _embedding, "embedding_dense_backward": _embedding_backward,
     "index_select": _index_select, "gather": _gather,
     "scatter": _gather, "scatter_add": _gather, "scatter_reduce": _gather,

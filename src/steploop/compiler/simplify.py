@@ -96,6 +96,7 @@ def remove_identities(step: StepGraph) -> None:
 
 
 def _same_as(node: fx.Node) -> fx.Node | None:
+    node.target = _PLAIN_FORMS.get(node.target, node.target)
     target, args = node.target, node.args
     if target is aten.copy.default:
         return _copied(node)
@@ -122,6 +123,12 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     if target in (aten.squeeze.dims, aten.squeeze.dim) and shape_of(args[0]) == shape_of(node):
         return args[0]
     return None
+
+
+_PLAIN_FORMS = {
+    aten.unsafe_split.Tensor: aten.split.Tensor,
+    aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
+}
 
 
 def _copied(node: fx.Node) -> fx.Node:
@@ -217,12 +224,21 @@ def _results(step: StepGraph) -> set[fx.Node]:
     return {n for role in roles for n in role if n is not None}
 
 
+def drop_unread_statistics(step: StepGraph) -> None:
+    """With fixed statistics the gradient of a batch norm reads nothing that its forward computed."""
+    for node in _calls(step, aten.native_batch_norm_backward.default):
+        if not node.args[7]:
+            node.args = (*node.args[:5], None, None, *node.args[7:])
+    remove_dead(step)
+
+
 def split_backward_calls(step: StepGraph) -> None:
     """A backward call that gives the gradients of input and weights becomes two: one may have to stay in the
     loop, the other never."""
     for node in _calls(step):
         where = {aten.native_layer_norm_backward.default: 7, aten.native_group_norm_backward.default: 9,
-                 aten.convolution_backward.default: 10}.get(node.target)  # fmt: skip
+                 aten.convolution_backward.default: 10, aten.native_batch_norm_backward.default: 9,
+                 }.get(node.target)  # fmt: skip
         if where is None or where >= len(node.args):
             continue
         mask = list(node.args[where])
@@ -290,6 +306,7 @@ PASSES: list[Callable[[StepGraph], None]] = [
     remove_identities,
     remove_duplicates,
     expose_products,
+    drop_unread_statistics,
     split_backward_calls,
     remove_identities,
     remove_duplicates,
