@@ -206,12 +206,18 @@ class NestPrinter:
 
     def print(self) -> list[str]:
         self.line(f"// {self._heading()}")
+        scoped = self.nest.serial or any(isinstance(s, Reduce) for s in self.nest.statements)
+        if scoped:
+            self.line("{")
+            self.indent += 1
         if self.nest.serial:
             self._serial(self.nest.statements[0])
         elif self.nest.across:
             self._across()
         else:
             self._along()
+        if scoped:
+            self._close(1)
         return self.lines
 
     def _heading(self) -> str:

@@ -273,19 +273,17 @@ class Lowering:
     def _call(self, node: fx.Node) -> None:
         if any(a not in self.values for a in node.all_input_nodes):
             return  # a reason is known already
-        self._guarded(node, lambda: self._lower(node))
+        self._guarded(node, lambda: self.lower_node(node))
 
-    def _lower(self, node: fx.Node) -> None:
+    def lower_node(self, node: fx.Node) -> None:
         self.check_dtype(node.meta["val"])
         if node.target is operator.getitem:
             value = self.value(node.args[0])[node.args[1]]
             self.values[node] = self._settle(node, value)
             return
         name = op_name(node)
-        if name not in TABLE:
-            raise Unsupported(f"no native form of {name}")
         self._check_batch(node, name)
-        value = TABLE[name](self, node)
+        value = TABLE.get(name, decomposed)(self, node)
         if isinstance(value, (tuple, list)):
             self.values[node] = list(value)
         else:
@@ -370,6 +368,7 @@ def lower(loop: LoopProgram) -> tuple[Program | None, list[tuple[str, str]]]:
     return (None, lowering.reasons) if lowering.reasons else (program, [])
 
 
-from . import ops_index, ops_pointwise, ops_products, ops_reduce, ops_views  # noqa: E402, F401  (they fill TABLE)
+from .decompose import decomposed  # noqa: E402  (both need Lowering)
+from . import ops_index, ops_pointwise, ops_products, ops_reduce, ops_views  # noqa: E402, F401, I001  (they fill TABLE)
 
 __all__ = ["Lowering", "Unsupported", "contiguous", "lower", "lowers"]

@@ -102,6 +102,14 @@ def _max(low: Lowering, node: fx.Node) -> Any:
     return [low.reshape(r, low.sizes(v.shape)) for r, v in zip((best, where), found)]
 
 
+@lowers("aminmax")
+def _aminmax(low: Lowering, node: fx.Node) -> list[Expr]:
+    value = node_arg(low, node, 0)
+    axes = Axes(low, node.args[0], value, option(low, node, 1, "dim"))
+    ends = [axes.reduce(kind, value, value.dtype) for kind in ("amin", "amax")]
+    return [low.reshape(end, low.sizes(v.shape)) for end, v in zip(ends, node.meta["val"])]
+
+
 @lowers("argmax", "argmin")
 def _arg(low: Lowering, node: fx.Node) -> Expr:
     value = node_arg(low, node, 0)

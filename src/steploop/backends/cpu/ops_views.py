@@ -64,7 +64,7 @@ def _slice(low: Lowering, node: fx.Node) -> Expr:
 
 def _covers(low: Lowering, node: fx.Node, dim: int) -> bool:
     before, after = node.args[0].meta["val"].shape[dim], node.meta["val"].shape[dim]
-    return str(before) == str(after) and not node_arg(low, node, 2)
+    return str(before) == str(after) and not node_arg(low, node, 2) and node_arg(low, node, 4, 1) == 1
 
 
 def _clip(index: Dim, size: Dim) -> Dim:
