@@ -98,6 +98,7 @@ class Executable:
         """For each segment: its values that something after it reads."""
         problem = self.problem
         results: set[fx.Node] = {*problem.wanted, *problem.summed, *(s.next for s in problem.finals)}
+        results |= {s.next for s in self.partition.delayed.values()}  # the next span goes on from them
         found = {}
         reads: set[fx.Node] = set(results)
         for segment in reversed(self.partition.segments):
