@@ -233,11 +233,10 @@ class _Printer:
             self.source.add(f"{self.batch} = rowwise.span.total")
 
     def _text(self, node: fx.Node) -> str:
-        if node in self.delayed:
-            state = self.delayed[node]
-            return f"rowwise.delay({self.source.hold(state.prev, 'n')}, {self._rows_name(state.next)})"
         if node in self.piece.row_sums:
             return self._sum_text(node)
+        if node in self.delayed:
+            return self._text_of_delay(node)
         special = self._product_text(node)
         return special or call_text(self.source, node, self._rows_name)
 
