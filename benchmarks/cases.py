@@ -1,0 +1,176 @@
+"""What is measured. A case is a function from a scale to jobs; a job is a dict of plain values (see jobs.py).
+
+Scales: "full" (the sizes of the tables), "quick" (minutes: to see that all works), "tiny" (the tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .data import Workload
+
+Job = dict[str, Any]
+OURS = ("steploop", "steploop-cpu", "steploop-eager")
+THEIRS = ("torch.nn", "eager", "eager-hoisted", "compile-cell", "scan", "jax", "keras")
+NO_LAYER = tuple(name for name in THEIRS if name != "torch.nn")
+ALL_MODES = ("forward", "training", "training_x")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a run is. T of None: the sizes of the tables. budget: seconds of rounds for a column."""
+
+    name: str
+    T: int | None
+    B: int
+    width: int | None
+    budget: float
+    least: int
+    most: int
+    timeout: float
+    grid: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    first: tuple[int, ...]
+    unrolled: tuple[int, ...]
+    unrolled_limit: float
+    calls: int
+
+    def sized(self, work: Workload) -> Workload:
+        """A workload of the tables at this scale."""
+        if self.T is None:
+            return work
+        narrow = {} if self.width is None else {"I": self.width + 1, "H": self.width}
+        return replace(work, T=min(work.T, self.T), B=min(work.B, self.B), S=min(work.S, self.T), **narrow)
+
+
+FULL_GRID = ((1, 16, 64, 128), (64, 512, 2048), (64, 256, 512))
+QUICK_GRID = ((1, 16), (16, 64), (64, 128))
+SCALES = {
+    "full": Scale(
+        "full", None, 64, None, 90.0, 5, 21, 1500.0, FULL_GRID, (64, 4096), (4, 8, 16, 32), 200.0, 500
+    ),
+    "quick": Scale("quick", 50, 16, None, 3.0, 3, 5, 300.0, QUICK_GRID, (16, 256), (4,), 90.0, 100),
+    "tiny": Scale("tiny", 5, 3, 6, 0.05, 1, 2, 120.0, ((2,), (3,), (4,)), (6,), (3,), 60.0, 5),
+}
+
+LSTM = Workload("lstm", 1000, 64, 256, 126)
+GRU = replace(LSTM, kind="gru")
+STRANGER = replace(LSTM, kind="stranger")
+LN_LSTM = replace(LSTM, kind="lnlstm", resets=True)
+DECODER = Workload("decoder", 50, 64, 256, 256, S=50)
+RAGGED = replace(LSTM, ragged=True)
+STREAM = Workload("lstm", 64, 1, 128, 128)
+FIRST_CALL = Workload("lstm", 64, 16, 128, 128)
+
+
+def compare(case: str, scale: Scale, work: Workload, modes: tuple[str, ...], peers: tuple[str, ...]) -> Job:
+    """A job in which these peers run side by side."""
+    return {
+        "action": "compare", "case": case, "work": scale.sized(work).as_dict(), "modes": modes,
+        "peers": peers, "budget": scale.budget, "least": scale.least, "most": scale.most, "timeout": scale.timeout,
+    }  # fmt: skip
+
+
+def lstm(scale: Scale) -> list[Job]:
+    """LSTM as torch.nn has it, and the share of the GEMM roofline."""
+    return [compare("lstm", scale, LSTM, ALL_MODES, (*OURS, *THEIRS, "gemm"))]
+
+
+def gru(scale: Scale) -> list[Job]:
+    """GRU as torch.nn has it."""
+    return [compare("gru", scale, GRU, ALL_MODES, (*OURS, *THEIRS, "gemm"))]
+
+
+def stranger(scale: Scale) -> list[Job]:
+    """An LSTM with peepholes, permuted gates, GELU for tanh and a third state; next to it, our own LSTM."""
+    return [compare("stranger", scale, STRANGER, ALL_MODES, (*OURS, "steploop-lstm", *NO_LAYER))]
+
+
+def lnlstm(scale: Scale) -> list[Job]:
+    """A user-written layer-norm LSTM with resets."""
+    return [compare("lnlstm", scale, LN_LSTM, ALL_MODES, (*OURS, *NO_LAYER))]
+
+
+def decoder(scale: Scale) -> list[Job]:
+    """An attention decoder with input feeding; training_x includes the gradient of the memory."""
+    return [compare("decoder", scale, DECODER, ALL_MODES, (*OURS, *NO_LAYER))]
+
+
+def ragged(scale: Scale) -> list[Job]:
+    """LSTM over lengths uniform in 1..T, against the padded batch and a PackedSequence."""
+    peers = ("steploop", "steploop-padded", "torch.nn", "torch.nn-padded")
+    return [compare("ragged", scale, RAGGED, ("forward", "training"), peers)]
+
+
+def grid(scale: Scale) -> list[Job]:
+    """LSTM against torch.nn over B x T x H, with I = H."""
+    jobs = []
+    for batch in scale.grid[0]:
+        for time in scale.grid[1]:
+            for hidden in scale.grid[2]:
+                work = Workload("lstm", time, batch, hidden, hidden)
+                job = compare("grid", scale, work, ("forward", "training"), ("steploop", "torch.nn", "gemm"))
+                limits = {"budget": min(scale.budget, 12.0), "timeout": min(scale.timeout, 420.0)}
+                jobs.append({**job, "work": work.as_dict(), "least": min(scale.least, 3), **limits})
+    return jobs
+
+
+def unrolled(scale: Scale) -> list[Job]:
+    """torch.compile of the whole layer-norm LSTM loop: first call (mostly compilation), in a cold cache."""
+    jobs = []
+    for time in scale.unrolled:
+        work = replace(scale.sized(LN_LSTM), T=time)
+        for peer in ("steploop", "compile"):
+            job = _first_call("unrolled", scale, work, peer, "cold")
+            jobs.append({**job, "timeout": scale.unrolled_limit, "needs_earlier": True})
+    return jobs
+
+
+def first(scale: Scale) -> list[Job]:
+    """A process's first call, forward and backward, in a cold and a warm cache; then with another T and B."""
+    jobs = []
+    for kind in ("lstm", "lnlstm"):
+        base = replace(FIRST_CALL, kind=kind, B=min(FIRST_CALL.B, scale.B))
+        for time in scale.first:
+            work = replace(base, T=time)
+            peers = ("steploop", "jax") if kind == "lstm" else ("steploop",)
+            for peer in peers:
+                jobs += [_first_call("first", scale, work, peer, cache) for cache in ("cold", "warm")]
+    return jobs
+
+
+def _first_call(case: str, scale: Scale, work: Workload, peer: str, cache: str) -> Job:
+    return {
+        "action": "first_call", "case": case, "work": work.as_dict(), "modes": ("training",),
+        "peers": (peer,), "cache": cache, "imports": [], "repeats": 3 if scale.name == "full" and case == "first" else 1,
+        "timeout": min(scale.timeout, 300.0),
+    }  # fmt: skip
+
+
+def stream(scale: Scale) -> list[Job]:
+    """One streamed LSTM step, B=1 H=128."""
+    job = compare("stream", scale, STREAM, ("forward",), (*OURS, "torch.nn", "jax"))
+    limits = {"budget": min(scale.budget, 20.0), "timeout": min(scale.timeout, 300.0)}
+    return [{**job, "action": "stream", "work": STREAM.as_dict(), "calls": scale.calls, **limits}]
+
+
+def memory(scale: Scale) -> list[Job]:
+    """Peak memory of a training step of the layer-norm LSTM (torch.nn: its LSTM), each in its own process."""
+    jobs = []
+    for peer in ("steploop-states", "steploop-all", "steploop", "eager", "eager-hoisted", "torch.nn"):
+        work = LSTM if peer == "torch.nn" else LN_LSTM
+        work = scale.sized(replace(work, resets=False))
+        jobs.append(
+            {
+                "action": "memory", "case": "memory", "work": work.as_dict(), "modes": ("training",),
+                "peers": (peer,), "timeout": min(scale.timeout, 300.0),
+            }
+        )  # fmt: skip
+    return jobs
+
+
+CASES: dict[str, Callable[[Scale], list[Job]]] = {
+    f.__name__: f
+    for f in (lstm, gru, stranger, lnlstm, decoder, ragged, stream, memory, first, unrolled, grid)
+}
