@@ -464,9 +464,11 @@ def doctor() -> None:
         "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
-        "compiler": _compiler(),
-        **_native_backend(),
     }
+    # The native backend knows best of the compiler it uses; of threads it has something else to say.
+    native = _native_backend()
+    rows |= {f"native {name}" if name in rows else name: value for name, value in native.items()}
+    rows.setdefault("compiler", _compiler())
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {value}")

@@ -71,12 +71,14 @@ def test_a_file_with_an_example(steploop, file, name):
     assert "my_steps.py:" in ran.out
 
 
-def test_as_json(steploop, file, tmp_path):
+def test_as_json_and_as_a_page(steploop, file, tmp_path):
     ran = steploop(
-        "explain", f"{file}:Leaky", "--init", "8, 16", "--input", "20,4,8", "--json", tmp_path / "plan.json"
+        *("explain", f"{file}:Leaky", "--init", "8, 16", "--input", "20,4,8"),
+        *("--json", tmp_path / "plan.json", "--html", tmp_path / "plan.html"),
     )
     assert ran.code == 0, ran.err
     assert json.loads((tmp_path / "plan.json").read_text())
+    assert "my_steps.py" in (tmp_path / "plan.html").read_text()
 
 
 @pytest.mark.parametrize(
