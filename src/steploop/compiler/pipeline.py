@@ -60,7 +60,7 @@ def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
     if len(firsts) != 1 or not (size := firsts.pop()) or size < 2:
         return program, call
     known = program.__dict__.get("_rowwise")
-    guess = known or replace(program, batched=True)
+    guess = known or _with_batch(program)
     program.__dict__["_rowwise"] = guess
     guessed = replace(call, batch=call.initial[0].shape[0])
     try:
@@ -70,6 +70,16 @@ def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
     if "rowwise" not in capture.plans:
         capture.plans["rowwise"] = _is_rowwise(capture)
     return (guess, guessed) if capture.plans["rowwise"] else (program, call)
+
+
+def _with_batch(program: Program) -> Program:
+    def run(*leaves: Any) -> Any:
+        results = program.run(*leaves)
+        guess.out_spec = program.out_spec
+        return results
+
+    guess = replace(program, run=run, batched=True)
+    return guess
 
 
 def _is_rowwise(capture: Capture) -> bool:
