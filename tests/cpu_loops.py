@@ -53,13 +53,15 @@ def make_case(
     with torch.no_grad():
         trace = trace_forward(program, signature, True)
     step = trace.graph
-    mixing = annotate(step)
+    for node in step.graph.nodes:  # the capture drops copies, so a view may have become a copy
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+    annotate(step)
     inputs = [LoopInput(n, "step", Rows(0), n.name) for n in step.xs]
     inputs += [LoopInput(n, "once", Rows(0), n.name) for n in step.constants]
     inputs += [LoopInput(n, "once", None, n.name) for n in step.captured]
     names = [f"s{i}" for i in range(len(states))]
     loop = LoopProgram(step.graph, step.batch, step.prevs, step.nexts, inputs, step.outputs, names)
-    print({n.name: r for n, r in mixing.items()})
     values = {"x": [s[0] for s in steps], "constant": list(constants), "state": list(states)}
     sizes = {
         str(symbol): values[kind][index].shape[dim]
