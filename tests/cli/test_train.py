@@ -24,7 +24,8 @@ def copy(trained, tmp_path):
 
 def test_what_a_run_leaves_behind(trained):
     assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert (trained / "plan.txt").read_text().strip()
+    assert "charlm.py:" in (trained / "plan.txt").read_text()
+    assert "charlm.py:" in (trained / "plan.html").read_text()
     assert list((trained / "tensorboard").rglob("events.out.tfevents.*"))
     rows = list(csv.DictReader((trained / "logs" / "version_0" / "metrics.csv").open()))
     last = [row for row in rows if row["val_nats"]][-1]

@@ -306,7 +306,9 @@ def fit(
     prepare(folder, shape, vocabulary, settings, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
     module = CharTraining(shape, vocabulary, text, settings)
-    (folder / "plan.txt").write_text(str(module.loop.plan(module.train_streams.window(0).inputs)) + "\n")
+    plan = module.loop.plan(module.train_streams.window(0).inputs)
+    (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+    plan.save_html(folder / "plan.html")
     trainer = make_trainer(folder, settings, module.validation_seconds(), console or Console())
     with warnings.catch_warnings():
         # Not for this run: there is nothing for workers to do, and a resumed run begins at the right window.
