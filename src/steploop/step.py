@@ -58,6 +58,15 @@ class Step(nn.Module):
             )
         )
 
+    def sequences_of(
+        self, xs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(positional, keyword) arguments of a call outside a loop, before they are looked at.
+
+        For a Step that takes a sequence by keyword (Masked's `where`): it makes it a positional one.
+        """
+        return xs, named
+
     def begin(self, **constants: Any) -> None:
         """Runs once per call before the first step, and may assign `self.h.prev`. Does nothing by default."""
 
@@ -66,6 +75,10 @@ class Step(nn.Module):
         if frame is None:
             return self.whole_sequence()(*xs, **arguments)
         return _one_step(self, frame, xs, arguments)
+
+    def _step_inside(self, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+        """One step in a running frame; operations that remember put one opaque call here."""
+        return self.step(*xs, **arguments)
 
     def whole_sequence(self) -> Any:
         """The Loop that calling this Step outside a loop goes through; made once."""
@@ -98,7 +111,7 @@ def _one_step(child: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[st
         )
     signature_of(child).check(child, len(xs), arguments, inside=True)
     frame.called[id(child)] = user_line()
-    return child.step(*xs, **arguments)
+    return child._step_inside(frame, xs, arguments)
 
 
 @dataclass
@@ -232,6 +245,11 @@ class Survey:
     states: list[State]
     begins: list[Step]
     parameter: Tensor | None
+
+    @property
+    def unsized(self) -> bool:
+        """Whether some State's shape is told by the first step only."""
+        return any(state.unsized for state in self.states)
 
 
 def survey(root: nn.Module) -> Survey:

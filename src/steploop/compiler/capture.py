@@ -8,12 +8,14 @@ The batch size is a symbol from the start, with a size nothing else has.
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,9 +103,22 @@ def trace_joint(program: Program, signature: Signature, symbolic: bool, tensors:
 
 
 def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[Tensor] | None) -> Trace:
-    # Under another trace (a loop inside a step) this one must see none of the outer modes.
-    with _disable_current_modes(), torch._C._DisableFuncTorch():
+    # Under another trace (a loop inside a step) this one must see none of the outer modes. functorch stays as it
+    # is: a step may use torch.func inside itself.
+    with _disable_current_modes(), _quiet():
         return _Tracer(program, signature, symbolic, wanted).run()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """An error in a step is raised; torch's tracer need not log it as well, least of all where it is only tried."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class _Tracer:

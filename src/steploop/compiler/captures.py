@@ -19,7 +19,10 @@ from torch import Tensor, fx, nn
 from ..errors import SteploopError, StepError
 from .capture import BATCH_HINT, FixedBatch, Leaf, Signature, Trace, trace_forward, trace_joint
 from .dependencies import Dependencies, ambient
+from .memory_operator import calls_in, must_inline, tracing
+from .partition import Problem, State, needed_nodes, recurrent_components
 from .program import Call, Program
+from .rows import annotate
 from .simplify import simplify
 
 
@@ -45,6 +48,7 @@ class Capture:
     slots: list[int | Tensor]
     dependencies: Dependencies
     batch: int | None
+    inline: frozenset[int] = frozenset()
     joint: Trace | None = None
     joint_slots: list[int | Tensor] = field(default_factory=list)
     plans: dict[Hashable, Any] = field(default_factory=dict)
@@ -65,8 +69,9 @@ class Capture:
     def require_joint(self, dependencies: Dependencies) -> Trace:
         if self.joint is None:
             tensors = self.tensors(dependencies)
-            with _Unchanged(self.program, dependencies):
+            with _Unchanged(self.program, dependencies), tracing(set(self.inline)) as memory:
                 self.joint = trace_joint(self.program, self.signature, self.symbolic, tensors)
+            self.joint.keep_alive.extend(memory.calls)
             _check_same(self.forward, self.joint)
             simplify(self.joint.graph)
             self.joint_slots = _slots(self.joint.tensors, dependencies)
@@ -213,7 +218,9 @@ def _same_for_one_row(capture: Capture) -> bool:
             1, capture.signature.dynamic,
         )  # fmt: skip
         try:
-            trace = trace_forward(capture.program, single, symbolic=False)
+            with tracing(set(capture.inline)) as memory:
+                trace = trace_forward(capture.program, single, symbolic=False)
+            trace.keep_alive.extend(memory.calls)
         except Exception:
             capture.one_row = False
         else:
@@ -243,28 +250,54 @@ def _make(
     captured += 1
     if known:
         signature.dynamic = known[-1].signature.dynamic | frozenset(_differences(known[-1].signature, signature))
-    trace, symbolic = _first_trace(program, signature, dependencies)
+    inline: set[int] = set()
+    trace, symbolic = _first_trace(program, signature, dependencies, inline)
+    while more := _memories_in_loops(trace, program) - inline:
+        inline |= more
+        trace, symbolic = _first_trace(program, signature, dependencies, inline)
     if signature.batch == 1 and symbolic:
         # The step may look at the batch size: what it does with one row is what counts here.
-        probe = Capture(program, signature, True, trace, [], dependencies, None)
+        probe = Capture(program, signature, True, trace, [], dependencies, None, frozenset(inline))
         simplify(trace.graph)
         if not _same_for_one_row(probe):
-            trace, symbolic = trace_forward(program, signature, symbolic=False), False
+            trace, symbolic = _fixed_trace(program, signature), False
     sizes = {k: hint(v) for k, v in sizes_of(trace, call).items()}
     if symbolic and signature.batch not in (0, 1) and not trace.holds_for(sizes):
-        trace, symbolic = trace_forward(program, signature, symbolic=False), False
+        trace, symbolic = _fixed_trace(program, signature), False
     simplify(trace.graph)
     slots = _slots(trace.tensors, dependencies)
     fixed = None if symbolic or signature.batch is None else signature.batch
-    return Capture(program, signature, symbolic, trace, slots, dependencies, fixed)
+    return Capture(program, signature, symbolic, trace, slots, dependencies, fixed, frozenset(inline))
 
 
-def _first_trace(program: Program, signature: Signature, dependencies: Dependencies) -> tuple[Trace, bool]:
+def _fixed_trace(program: Program, signature: Signature) -> Trace:
+    """With the real batch size rows can't be told apart: remembering operations run step by step."""
+    return trace_forward(program, signature, symbolic=False)
+
+
+def _memories_in_loops(trace: Trace, program: Program) -> set[int]:
+    """Remembering operations (by id) that must run step by step: something they read depends on them."""
+    graph = trace.graph
+    if not calls_in(graph.graph):
+        return set()
+    simplify(graph)
+    if graph.batch is None or annotate(graph):
+        return {id(call.op) for call in calls_in(graph.graph)}
+    states = [State(p, n, name) for p, n, name in zip(graph.prevs, graph.nexts, program.state_names)]
+    problem = Problem(graph.graph, graph.batch, states, list(graph.outputs), [], states)
+    return must_inline(graph.graph, recurrent_components(problem, needed_nodes(problem)))
+
+
+def _first_trace(
+    program: Program, signature: Signature, dependencies: Dependencies, inline: set[int]
+) -> tuple[Trace, bool]:
     """A trace with a symbolic batch, or with the real one where the step fixes it."""
     if signature.batch is not None:
         try:
-            with _Unchanged(program, dependencies):
-                return trace_forward(program, signature, symbolic=True), True
+            with _Unchanged(program, dependencies), tracing(inline) as memory:
+                trace = trace_forward(program, signature, symbolic=True)
+            trace.keep_alive.extend(memory.calls)
+            return trace, True
         except FixedBatch:
             pass
         except SideEffect:

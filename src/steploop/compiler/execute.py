@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from .batch import OncePiece, Piece, Rowwise, StackedPiece
 from .graph import Rows
+from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span
 
@@ -36,15 +37,17 @@ class Run:
 class Shifted:
     """The values of a state before every step, given by those after it; nothing is copied before it is read.
 
-    values: (N, ...) packed (or stacked).  edge: (B, ...) before the first step.  reset_to: (B, ...) or None.
+    values: (N, ...) packed (or stacked), None where nothing reads them.  edge: (B, ...) before the first step.  reset_to: (B, ...) or None.
     """
 
-    values: Tensor
+    values: Tensor | None
     edge: Tensor
     reset_to: Tensor | None
 
-    def cut(self, span: Span) -> Tensor:
+    def cut(self, span: Span) -> Tensor | Shifted:
         schedule = span.schedule
+        if self.values is None:
+            return self  # only the first value is known, which is all that a sequence form needs
         if span.total == 0:
             return self.values[:0]
         first, batch = span.first, schedule.batch
@@ -132,7 +135,8 @@ class Executable:
         if longest is None:
             per_step = max(1, self.bytes_per_row * max(1, schedule.batch))
             longest = max(LEAST_STEPS, MEMORY_PER_SPAN // per_step)
-        if self.problem.batch is None or steps <= longest * 3 // 2:
+        whole = any(isinstance(r, SequenceRunner) for r in self.runners.values())
+        if whole or self.problem.batch is None or steps <= longest * 3 // 2:
             return [Span(schedule, 0, steps)]
         count = -(-steps // longest)
         edges = [steps * i // count for i in range(count + 1)]

@@ -191,12 +191,14 @@ class Invocation:
         """The states before every step, from those after it."""
         stacked = plan.step.batch is None
         joint = self.capture.joint.graph
-        for i in plan.saving.prevs:
-            edge = parts["initial"][i]
+        for i, edge in enumerate(parts["initial"]):
             edge = edge.unsqueeze(0) if stacked else schedule.sort(edge)
             reset_to = None
             if schedule.resets is not None:
                 reset_to = schedule.sort(parts["reset_to"][i])
+            if i not in plan.saving.prevs:
+                given[plan.step.prevs[i]] = Shifted(None, edge, reset_to)
+                continue
             node = joint.nexts[i]
             given[plan.step.prevs[i]] = Shifted(following[node], edge, reset_to)
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from .execute import Executable
 from .graph import Size, StepGraph, expression
+from .memory_operator import own_prevs
 from .partition import Partition, Problem, State, loop_nodes, partition
 from .rows import annotate
 from .simplify import HOISTS, is_random, remove_dead
@@ -162,7 +163,9 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
     mixing_reasons(step)
     backward = backward_nodes(step)
     needed = gradients(step, needs)
-    inputs = {i for n in needed if n in backward for i in n.all_input_nodes if i not in backward}
+    inputs = {
+        i for n in needed if n in backward for i in n.all_input_nodes if i not in backward and i not in own_prevs(n)
+    }
     inputs |= {n for n in needed if n not in backward and n in _gradient_results(step)}
     values = _savable(inputs, step)
     if policy == "auto":
@@ -274,7 +277,7 @@ def lower_backward(
     xs = [i for i, (g, n) in enumerate(zip(own.grad_xs, needs.xs)) if n and g is not None]
     constants = [i for i, (g, n) in enumerate(zip(own.grad_constants, needs.constants)) if n and g is not None]
     captured = [i for i, (g, n) in enumerate(zip(own.grad_captured, needs.captured)) if n and g is not None]
-    states = [i for i, c in enumerate(own.ct_nexts) if c.meta["val"].dtype.is_floating_point]
+    states = [i for i, c in enumerate(own.ct_nexts) if is_differentiable(c.meta["val"].dtype)]
     _add_missing_gradients(own, states)
     reset_states = [i for i in states if resets and needs.reset_to[i]]
 
@@ -304,6 +307,10 @@ def _as_input(step: StepGraph, node: fx.Node) -> fx.Node:
     for role in (step.grad_xs, step.grad_constants, step.grad_prevs, step.grad_captured):
         role[:] = [given if n is node else n for n in role]
     return given
+
+
+def is_differentiable(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _add_missing_gradients(step: StepGraph, states: list[int]) -> None:

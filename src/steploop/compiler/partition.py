@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from .graph import LoopInput, LoopProgram, Rows
+from .memory_operator import is_memory
 
 aten = torch.ops.aten
 
@@ -157,7 +158,8 @@ def recurrent_components(problem: Problem, needed: set[fx.Node]) -> list[list[fx
     own = {s.prev for s in states if s.next is s.prev}
     for component in components(nodes, successors):
         calls = [n for n in component if n.op == "call_function"]
-        if len(component) > 1 or component[0] in own or any(n in problem.stepwise for n in calls):
+        forced = any(n in problem.stepwise or is_memory(n) for n in calls)
+        if len(component) > 1 or component[0] in own or forced:
             # The parts of a result with several parts are taken where it is made.
             parts = {u for n in component for u in n.users if u.target is operator.getitem and u in needed}
             found.append(sorted({*component, *parts}, key=order.__getitem__))

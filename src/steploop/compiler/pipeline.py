@@ -22,6 +22,7 @@ from .graph import LoopProgram, Rows, line_of, op_name
 from .loop_operator import Invocation, Layout
 from .lower import ForwardPlan, Needs, Saving, choose_saved, lower_backward, lower_forward, mixing_reasons
 from .masking import masked_call
+from .memory_operator import SequenceRunner, is_memory
 from .plan import Plan, describe
 from .program import Call, Program, Result
 
@@ -279,6 +280,9 @@ def chooser(backend: str) -> Callable[[LoopProgram], Any]:
     """Gives a compiled loop, on the backend asked for or the first that takes it."""
 
     def choose(loop: LoopProgram) -> Any:
+        if any(map(is_memory, loop.calls)):
+            loop.backend, loop.reasons = SequenceRunner.backend, []
+            return SequenceRunner(loop)
         name, reasons = select(loop, backend)
         if name is None:
             listed = "\n".join(f"  {line}: {reason}" if line else f"  {reason}" for reason, line in reasons)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from .graph import expression, line_of, op_name
+from .memory_operator import is_memory, operation_name
 from .partition import Loop, Partition, State
 
 
@@ -152,7 +153,10 @@ def _planned(loop: Loop, number: int, mixing: dict[fx.Node, str]) -> PlannedLoop
     for node in loop.nodes:
         if _shown(node):
             why = mixing.get(node) or recurrence(node, loop)
-            ops.append(Op(op_name(node), line_of(node), _shape(node), f"loop {number}", why))
+            name = op_name(node)
+            if is_memory(node):
+                name, why = operation_name(node), "its whole sequence at once: nothing that it reads depends on it"
+            ops.append(Op(name, line_of(node), _shape(node), f"loop {number}", why))
     program = loop.program
     backend = getattr(program, "backend", "")
     reasons = [f"{line}: {text}" if line else text for text, line in getattr(program, "reasons", [])]

@@ -673,6 +673,12 @@ def _linalg(node: fx.Node, batch: sympy.Symbol) -> Axis | tuple[Axis, ...]:
     return found if isinstance(value, Tensor) else tuple(_leading(found, v, batch) for v in value)
 
 
+def _memory_operator(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
+    from . import memory_operator
+
+    return memory_operator.rows_rule(node, batch)
+
+
 def _loop_operator(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
     from . import loop_operator
 
@@ -745,4 +751,5 @@ PACKET_RULES: dict[str, Callable] = {
     "fill": _pointwise, "masked_fill": _pointwise,
     "glu": _along(default=-1), "glu_backward": _along(2, default=-1),
     "loop": _loop_operator, "loop_backward": _loop_operator,
+    "memory": _memory_operator, "memory_backward": _memory_operator,
 }  # fmt: skip

@@ -1,0 +1,358 @@
+"""Operations that remember as single calls of a step graph, and how one runs for a whole sequence at once.
+
+While a step is traced, a remembering operation (`memory.Memory`) is one opaque call that takes its inputs and
+states and gives its outputs and new states; its gradient is one call as well. If such a call turns out to be
+alone in its component, nothing that it reads depends on it: then its component is not looped over but handed
+to the operation's sequence form. Otherwise the step is captured again with the operation's one-step form
+inlined.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .graph import LoopProgram, Rows
+from .schedule import Span
+
+_CALLS: weakref.WeakValueDictionary[int, MemoryCall] = weakref.WeakValueDictionary()
+_handles = itertools.count(1)
+# The operations to be inlined in the running trace, and the calls made so far; None outside a trace.
+_tracing: ContextVar[Trace | None] = ContextVar("steploop_memory_trace", default=None)
+
+
+@dataclass(eq=False)
+class Trace:
+    """Remembering operations in one trace. inline: operations whose one-step form is traced instead."""
+
+    inline: set[int]
+    calls: list[MemoryCall] = field(default_factory=list)
+
+
+@contextmanager
+def tracing(inline: set[int]) -> Iterator[Trace]:
+    """Makes remembering operations opaque, but for those (by id) that are to be inlined."""
+    trace = Trace(inline)
+    token = _tracing.set(trace)
+    try:
+        yield trace
+    finally:
+        _tracing.reset(token)
+
+
+@dataclass(eq=False)
+class MemoryCall:
+    """One call of a remembering operation inside a step.
+
+    run: (xs, constants, prevs) -> (outputs, nexts), the one-step form on flat lists.
+    sequence: (xs, constants, states, reset_to, lengths, resets) -> (outputs, states), the sequence form on flat
+        lists, (T, B, ...) each.
+    xs, constants, states: how many tensors of each kind; then come the operation's parameters.
+    """
+
+    op: Any
+    run: Callable[..., tuple[list[Tensor], list[Tensor]]]
+    sequence: Callable[..., tuple[list[Tensor], list[Tensor]]]
+    xs: int
+    constants: int
+    states: int
+    outputs: int = 0
+    handle: int = 0
+
+    def __post_init__(self) -> None:
+        self.handle = next(_handles)
+        _CALLS[self.handle] = self
+
+    def split(self, tensors: Sequence[Any]) -> tuple[list, list, list, list]:
+        a, b = self.xs, self.xs + self.constants
+        c = b + self.states
+        return list(tensors[:a]), list(tensors[a:b]), list(tensors[b:c]), list(tensors[c:])
+
+
+def call_memory(
+    op: Any, run: Callable, sequence: Callable, xs: list[Tensor], constants: list[Tensor], prevs: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The outputs and new states of one opaque call; None where the one-step form is to be run instead."""
+    trace = _tracing.get()
+    if trace is None or id(op) in trace.inline:
+        return None
+    call = MemoryCall(op, run, sequence, len(xs), len(constants), len(prevs))
+    trace.calls.append(call)
+    parameters = [p for p in op.parameters() if p.requires_grad]
+    with torch.no_grad():
+        outputs, _ = run([x.detach() for x in xs], constants, [p.detach() for p in prevs])
+    call.outputs = len(outputs)
+    results = torch.ops.steploop.memory([*xs, *constants, *prevs, *parameters], call.handle)
+    return list(results[: call.outputs]), list(results[call.outputs :])
+
+
+def calls_in(graph: fx.Graph) -> list[MemoryCall]:
+    """The calls that a graph refers to, so that their owners can keep them alive."""
+    return [_CALLS[n.args[1]] for n in graph.nodes if n.target is torch.ops.steploop.memory.default]
+
+
+def is_memory(node: fx.Node) -> bool:
+    return node.target in (torch.ops.steploop.memory.default, torch.ops.steploop.memory_backward.default)
+
+
+def operation_name(node: fx.Node) -> str:
+    """The class of the operation that a memory call runs."""
+    backward = node.target is torch.ops.steploop.memory_backward.default
+    name = type(_CALLS[node.args[2] if backward else node.args[1]].op).__name__
+    return f"{name}_backward" if backward else name
+
+
+def own_prevs(node: fx.Node) -> set[fx.Node]:
+    """The states among the inputs of a memory_backward call: its sequence form needs only their first values."""
+    if node.target is not torch.ops.steploop.memory_backward.default:
+        return set()
+    return set(_CALLS[node.args[2]].split(node.args[1])[2])
+
+
+def must_inline(graph: fx.Graph, loops: Sequence[Sequence[fx.Node]]) -> set[int]:
+    """Operations (by id) that share a component with anything else."""
+    found: set[int] = set()
+    for component in loops:
+        calls = [n for n in component if n.op == "call_function" and n.target is not operator.getitem]
+        memories = [n for n in calls if n.target is torch.ops.steploop.memory.default]
+        for node in memories:
+            if len(calls) > 1 or not _unread(node, set(component)):
+                found.add(id(_CALLS[node.args[1]].op))
+    return found
+
+
+def _unread(node: fx.Node, component: set[fx.Node]) -> bool:
+    """Whether nobody but the call itself reads its states: the sequence form gives only their last values."""
+    call = _CALLS[node.args[1]]
+    prevs = call.split(node.args[0])[2]
+    if any(u is not node for p in prevs for u in p.users if u.op == "call_function"):
+        return False
+    nexts = [u for u in node.users if u.target is operator.getitem and u.args[1] >= call.outputs]
+    return not any(u.op == "call_function" for n in nexts for u in n.users)
+
+
+# -- the operators -------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("steploop", "FRAGMENT")
+_library.define("memory(Tensor[] tensors, int handle) -> Tensor[]")
+_library.define("memory_backward(Tensor[] cotangents, Tensor[] tensors, int handle, bool[] needs) -> Tensor[]")
+
+
+def _run_step(tensors: list[Tensor], handle: int) -> list[Tensor]:
+    call = _CALLS[handle]
+    xs, constants, prevs, _ = call.split(tensors)
+    outputs, nexts = call.run(xs, constants, prevs)
+    return [t.clone() for t in (*outputs, *nexts)]
+
+
+def _run_backward(cotangents, tensors, handle: int, needs: list[bool]) -> list[Tensor]:
+    raise AssertionError("a remembering operation was left opaque where it had to run step by step")
+
+
+def _fake_backward(cotangents, tensors, handle: int, needs: list[bool]) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(tensors, needs) if n]
+
+
+def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    tensors, handle = inputs
+    ctx.handle, ctx.needs = handle, [t.requires_grad for t in tensors]
+    ctx.shapes = [(o.shape, o.dtype, o.device) for o in output]
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
+    cotangents = [
+        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        for g, (shape, dtype, device) in zip(gradients, ctx.shapes)
+    ]
+    found = iter(torch.ops.steploop.memory_backward(cotangents, list(ctx.saved_tensors), ctx.handle, ctx.needs))
+    return [next(found) if n else None for n in ctx.needs], None
+
+
+_library.impl("memory", _run_step, "CompositeExplicitAutograd")
+_library.impl("memory_backward", _run_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("steploop::memory", _run_step, lib=_library)
+torch.library.register_fake("steploop::memory_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("steploop::memory", _backward, setup_context=_setup, lib=_library)
+
+
+def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
+    """Rows stay apart in a remembering operation; axis 0 is the batch of everything that has one."""
+    from .rows import CONTRACTED, Mixed
+
+    backward = node.target is torch.ops.steploop.memory_backward.default
+    tensors = node.args[1] if backward else node.args[0]
+    call = _CALLS[node.args[2] if backward else node.args[1]]
+    xs, constants, prevs, parameters = call.split(tensors)
+    if any(n.meta["rows"] != Rows(0) for n in (*xs, *prevs)):
+        raise Mixed("a remembering operation whose input has no batch axis in front")
+    if not backward:
+        return (Rows(0),) * len(node.meta["val"])
+    kinds = [Rows(0)] * len(xs) + [n.meta["rows"] or CONTRACTED for n in constants]
+    kinds += [Rows(0)] * len(prevs) + [CONTRACTED] * len(parameters)
+    return tuple(kind for kind, needed in zip(kinds, node.args[3]) if needed)
+
+
+# -- the sequence form in the place of a loop ------------------------------------------------------------------
+
+
+class SequenceRunner:
+    """Runs a component that is one remembering operation, over all steps of a span at once.
+
+    Stands in for a compiled loop; see `backends.eager.Runner` for what it takes and gives.
+    """
+
+    backend = "sequence"
+
+    def __init__(self, loop: LoopProgram):
+        self.loop = loop
+        self.node = next(n for n in loop.calls if is_memory(n))
+        self.backward = self.node.target is torch.ops.steploop.memory_backward.default
+        self.call = _CALLS[self.node.args[2] if self.backward else self.node.args[1]]
+
+    def __call__(
+        self, inputs: Sequence[Any], states: Sequence[Tensor], reset_to: Sequence[Tensor] | None, span: Span,
+        down: bool, sizes: dict[str, int],
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        known: dict[fx.Node, Any] = dict(zip(self.loop.prevs, states))
+        known.update(zip((i.node for i in self.loop.inputs), inputs))
+        resets = dict(zip(self.loop.prevs, reset_to)) if reset_to is not None else {}
+        dense = _Dense(span)
+        run = self._gradient if self.backward else self._values
+        return run(known, resets, dense)
+
+    def _values(self, known: dict, resets: dict, dense: _Dense) -> tuple[list[Tensor], list[Tensor]]:
+        xs, constants, prevs, _ = self.call.split(self.node.args[0])
+        edges = [known[p] for p in prevs]
+        outputs, finals = self.call.sequence(
+            [dense.spread(known[x]) for x in xs], [known[c] for c in constants], edges,
+            [resets.get(p, e) for p, e in zip(prevs, edges)], dense.lengths, dense.resets,
+        )  # fmt: skip
+        after = dict(zip(prevs, finals))
+        kept = [dense.collect(outputs[n.args[1]]) for n in self.loop.kept]
+        return [after[p] for p in self.loop.prevs], kept
+
+    def _gradient(self, known: dict, resets: dict, dense: _Dense) -> tuple[list[Tensor], list[Tensor]]:
+        cotangents, tensors, _, needs = self.node.args
+        xs, constants, prevs, parameters = self.call.split(tensors)
+        edges = [known[p].edge for p in prevs]
+        back = [known[p].reset_to if known[p].reset_to is not None else e for p, e in zip(prevs, edges)]
+        own = [p for p in self.call.op.parameters() if p.requires_grad]
+        count = self.call.outputs
+        given = [dense.spread(known[c]) for c in cotangents[:count]] + [known[c] for c in cotangents[count:]]
+        with _autograd():
+            groups = [
+                [_leaf(dense.spread(known[x])) for x in xs], [_leaf(known[c]) for c in constants],
+                [_leaf(e) for e in edges], [_leaf(b) for b in back],
+            ]  # fmt: skip
+            outputs, finals = self.call.sequence(*groups, dense.lengths, dense.resets)
+            wanted = [*groups[0], *groups[1], *groups[2], *own]
+            found = _grad([*outputs, *finals], [*wanted, *groups[3]], given)
+        gradients = dict(zip(map(id, wanted), found))
+        through_resets = found[len(wanted) :]
+        results = [gradients[id(t)] for t, n in zip(wanted, needs) if n]
+        return self._placed(results, needs, through_resets, prevs, dense)
+
+    def _placed(self, results: list, needs: list[bool], through_resets: list, prevs: list, dense: _Dense):
+        """Gradients in the form of a loop's kept values: per step for inputs, summed for parameters."""
+        kinds = (["x"] * self.call.xs + ["constant"] * self.call.constants + ["state"] * self.call.states
+                 + ["parameter"] * len(needs))  # fmt: skip
+        kinds = [k for k, n in zip(kinds, needs) if n]
+        first_state = kinds.index("state") if "state" in kinds else 0
+        kept = []
+        for node in self.loop.kept:
+            index = node.args[1]
+            kind, value = kinds[index], results[index]
+            if kind == "x":
+                kept.append(dense.collect(value))
+            elif kind == "state":
+                kept.append(dense.at_resets(through_resets[index - first_state]))
+            elif kind == "constant" and node.meta["rows"] is not None:
+                kept.append(dense.at_first(value))
+            else:
+                kept.append(value.unsqueeze(0))
+        after = []
+        for node in self.loop.nexts:
+            after.append(results[node.args[1]] if node.target is operator.getitem else None)
+        return after, kept
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Turns autograd on inside an operator's kernel, where torch's dispatcher leaves it out."""
+    keys = torch._C.DispatchKey
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def _leaf(value: Tensor) -> Tensor:
+    value = value.detach()
+    return value.requires_grad_() if value.is_floating_point() else value
+
+
+def _grad(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+    pairs = [(o, c) for o, c in zip(outputs, cotangents) if o.requires_grad]
+    wanted = [i for i in inputs if i.requires_grad]
+    found: list[Tensor | None] = [None] * len(wanted)
+    if pairs and wanted:
+        found = list(torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [c.expand_as(o) for o, c in pairs], allow_unused=True
+        ))  # fmt: skip
+    given = iter(found)
+    gradients = [next(given) if i.requires_grad else None for i in inputs]
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(gradients, inputs)]
+
+
+class _Dense:
+    """The rows of a span as (P, B, ...), valid steps first."""
+
+    def __init__(self, span: Span):
+        self.span = span
+        self.steps, self.batch = span.stop - span.start, span.schedule.batch
+        full = span.schedule.full
+        self.lengths = None if full else torch.bincount(span.row, minlength=self.batch)
+        marks = span.resets
+        self.resets = None if marks is None else self.spread(marks)
+
+    def spread(self, packed: Tensor) -> Tensor:
+        if self.span.schedule.full:
+            return packed.reshape(self.steps, self.batch, *packed.shape[1:])
+        flat = packed.new_zeros(self.steps * self.batch, *packed.shape[1:])
+        return flat.index_copy_(0, self.span.dense, packed).view(self.steps, self.batch, *packed.shape[1:])
+
+    def collect(self, value: Tensor) -> Tensor:
+        flat = value.reshape(self.steps * self.batch, *value.shape[2:])
+        return flat if self.span.schedule.full else flat.index_select(0, self.span.dense)
+
+    def at_resets(self, value: Tensor) -> Tensor:
+        """(B, ...) as packed values whose sum over the resets of each row it is."""
+        packed = value.new_zeros(self.span.total, *value.shape[1:])
+        if self.span.resets is not None:
+            marked = self.span.resets.nonzero()[:, 0].flip(0)
+            rows = self.span.row[marked]
+            first = torch.full((self.batch,), -1, dtype=torch.long, device=value.device)
+            first[rows] = marked
+            has = first >= 0
+            packed[first[has]] = value[has]
+        return packed
+
+    def at_first(self, value: Tensor) -> Tensor:
+        """(B, ...) as packed values whose sum over the steps of each row it is."""
+        packed = value.new_zeros(self.span.total, *value.shape[1:])
+        has = self.span.first_of_row >= self.batch
+        packed[self.span.first_of_row[has] - self.batch] = value[has]
+        return packed
+
