@@ -68,7 +68,8 @@ def compare(case: str, scale: Scale, work: Workload, modes: tuple[str, ...], pee
     """A job in which these peers run side by side."""
     return {
         "action": "compare", "case": case, "work": scale.sized(work).as_dict(), "modes": modes,
-        "peers": peers, "budget": scale.budget, "least": scale.least, "most": scale.most, "timeout": scale.timeout,
+        "peers": peers, "budget": scale.budget, "least": scale.least, "most": scale.most,
+        "timeout": scale.timeout,
     }  # fmt: skip
 
 
@@ -141,9 +142,10 @@ def first(scale: Scale) -> list[Job]:
 
 
 def _first_call(case: str, scale: Scale, work: Workload, peer: str, cache: str) -> Job:
+    repeats = 3 if scale.name == "full" and case == "first" else 1
     return {
         "action": "first_call", "case": case, "work": work.as_dict(), "modes": ("training",),
-        "peers": (peer,), "cache": cache, "imports": [], "repeats": 3 if scale.name == "full" and case == "first" else 1,
+        "peers": (peer,), "cache": cache, "imports": [], "repeats": repeats,
         "timeout": min(scale.timeout, 300.0),
     }  # fmt: skip
 

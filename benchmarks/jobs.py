@@ -109,7 +109,7 @@ def _first_run(name: str, work: Any, data: Any, mode: str) -> tuple[Any, float, 
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, str]:
-    """The worst difference, as a share of the tensor's largest entry; the name of a tensor beyond tolerance."""
+    """The worst difference as a share of a tensor's largest entry; the name of a tensor beyond tolerance."""
     import numpy as np
 
     worst, where = 0.0, ""
@@ -200,7 +200,7 @@ def memory(job: dict[str, Any], emit: Emit) -> None:
 
 
 def first_call(job: dict[str, Any], emit: Emit) -> None:
-    """Seconds of a process's first forward and backward, of the next ones, and of the first at another T and B.
+    """Seconds of a process's first forward and backward, of the next, and of the first at another T and B.
 
     job["imports"]: modules that an earlier process had after its call; importing them is not counted. What
     the results call `imports` are this process's.

@@ -259,7 +259,11 @@ class Compiled(EagerLoop):
 
 
 class ScanHOP(Peer):
-    """torch's scan, a higher-order operator, compiled by torch.compile; the input product before it."""
+    """torch's scan, a higher-order operator, called as it is; the input product before it.
+
+    In torch 2.13 Inductor cannot compile these scans on CPU (DataDependentOutputException), so nothing is
+    wrapped around the call.
+    """
 
     name, title = "scan", "torch scan"
 
@@ -282,7 +286,6 @@ class ScanHOP(Peer):
             states, y = model.advance(x, states, **constants)
             return states, y.clone()  # its outputs may not alias each other
 
-        @torch.compile
         def whole(x: Tensor, resets: Tensor | None) -> Tensor:
             initial = tuple(x.new_zeros(x.shape[1], work.H) for _ in range(count))
             xs = (model.project(x),) if resets is None else (model.project(x), resets)

@@ -107,7 +107,7 @@ def available_memory() -> float:
 
 
 def _first_call(job: Job, start: Callable[..., dict[str, Any]]) -> Result:
-    """The median of some processes' first calls. One before them fills the warm cache and lists the imports."""
+    """The median of some processes' first calls. One before them fills the warm cache and lists imports."""
     with tempfile.TemporaryDirectory(prefix="steploop-cache-") as folder:
         scout, error = _in_cache(job, Path(folder) / "warm", start)
         if error:
