@@ -1,7 +1,7 @@
 """Prints a fused plan as one C++ function: all steps for a tile of rows.
 
     pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, packed weights
-    numbers   batch, start, stop, down, rows per tile, threads, first packed row, then the symbols
+    numbers   batch, start, stop, down, rows per tile, threads, first packed row, whether to pack weights, the symbols
 Kernels know no number of steps, rows or threads, so new ones need no new kernel.
 """
 
@@ -16,7 +16,7 @@ from .language import Buffer, Load, Product, Program, loads
 
 KERNELS = Path(__file__).parent / "kernels"
 HEADERS = ("vector.h", "math.h", "product.h", "tiles.h")
-NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first")
+NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack")
 TAIL = ("sizes", "offsets", "resets")
 
 
@@ -75,7 +75,7 @@ class Printer:
         self.line("const i64 *sizes, *offsets;", 1)
         self.line("const u8* resets;", 1)
         for w in self.weights:
-            self.line(f"{w.ctype}* {w.name};  // packed", 1)
+            self.line(f"Weight<{w.ctype}> {w.name};", 1)
         self.line(f"long {', '.join((*NUMBERS, *program.symbols))};", 1)
         self.line("};")
         self.line()
@@ -95,7 +95,7 @@ class Printer:
         self.line("long tiles = (call.batch + call.tile_rows - 1) / call.tile_rows;", 1)
         self.line("run_tiles(run_tile, &call, tiles, call.threads, parallel);", 1)
         for w in self.weights:
-            self.line(f"free(call.{w.name});", 1)
+            self.line(f"free(call.{w.name}.packed);", 1)
         self.line("}")
 
     def _pack(self) -> None:
@@ -103,11 +103,10 @@ class Printer:
             self.line(f"long {symbol} = call.{symbol};", 1)
         for w in self.weights:
             k, n = (size_text(s) for s in w.right.shape)
-            bytes_ = f"packed_size<{w.ctype}>({k}, {n}) * sizeof({w.ctype})"
-            self.line(f"call.{w.name} = ({w.ctype}*)aligned_alloc(64, ({bytes_} + 127) / 64 * 64);", 1)
             down, across = (size_text(s) for s in w.right.strides)
-            self.line(f"pack(call.{w.name}, call.{w.right.buffer.name} + {size_text(w.right.offset)}, "
-                      f"{down}, {across}, {k}, {n});", 1)
+            start = f"call.{w.right.buffer.name} + {size_text(w.right.offset)}"
+            self.line(f"call.{w.name} = {{{start}, {down}, {across}, {k}, {n}, 0}};", 1)
+            self.line(f"call.{w.name}.prepare(call.pack);", 1)
 
     # The tile
 
@@ -264,12 +263,12 @@ class Printer:
         where = f"  // {product.line}" if product.line else ""
         start = f"{self._row(left.buffer, '0')} + {size_text(left.offset)}"
         if rows == "1":
-            self.line(f"multiply({start}, {self._row_stride(left.buffer)}, n, call.{weight.name}, {k}, {n}, "
+            self.line(f"multiply({start}, {self._row_stride(left.buffer)}, n, call.{weight.name}, "
                       f"{target.name}_tile, scratch.{target.name}_row);{where}", 2)
             return
         self.line("for (long r = 0; r < n; ++r)", 2)
         self.line(f"multiply({self._row(left.buffer)} + {size_text(left.offset)}, (long){k}, {rows}, call.{weight.name}, "
-                  f"{k}, {n}, {target.name}_tile + r * scratch.{target.name}_row, (long){n});{where}", 3)
+                  f"{target.name}_tile + r * scratch.{target.name}_row, (long){n});{where}", 3)
 
 
 def _weights(plan: Plan) -> list[Weight]:
@@ -278,7 +277,7 @@ def _weights(plan: Plan) -> list[Weight]:
         for product in phase.products:
             right = product.right
             if id(right) not in found:
-                found[id(right)] = Weight(right, f"packed{len(found)}_{right.buffer.name}")
+                found[id(right)] = Weight(right, f"weight{len(found)}_{right.buffer.name}")
     return list(found.values())
 
 

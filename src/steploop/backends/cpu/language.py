@@ -41,6 +41,7 @@ class Buffer:
     place: str
     rows: bool = True
     index: int = -1
+    order: tuple[int, ...] | None = None  # axes from the outermost to the innermost in memory, where not 0, 1, 2...
 
     @property
     def numel(self) -> Dim:
@@ -175,7 +176,11 @@ def contiguous(shape: Sequence[Dim]) -> tuple[Dim, ...]:
 
 
 def whole(buffer: Buffer) -> Load:
-    return Load(buffer, tuple(buffer.shape), contiguous(buffer.shape), 0)
+    if buffer.order is None:
+        return Load(buffer, tuple(buffer.shape), contiguous(buffer.shape), 0)
+    stored = contiguous([buffer.shape[d] for d in buffer.order])
+    strides = tuple(stored[buffer.order.index(d)] for d in range(len(buffer.shape)))
+    return Load(buffer, tuple(buffer.shape), strides, 0)
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:

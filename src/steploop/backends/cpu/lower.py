@@ -260,6 +260,8 @@ class Lowering:
         rows = place == "prev" or self.loop.inputs[index].rows is not None
         hint = self.loop.names[index] if place == "prev" else self.loop.inputs[index].name
         buffer = Buffer(self.unique(hint), node.meta["val"].dtype, self.shape(node), place, rows, index)
+        if not rows and place == "once":
+            buffer.order = _memory_order(node.meta["val"])
         (self.program.prevs if place == "prev" else self.program.inputs)[index] = buffer
         self.values[node] = self.make.load(whole(buffer))
 
@@ -350,6 +352,15 @@ class Lowering:
         buffer = Buffer(self.unique(f"all_{node.name}"), value.dtype, self.shape(node), "kept", True, index)
         self.program.kept.append(buffer)
         self.store(whole(buffer), value)
+
+
+def _memory_order(value: Tensor) -> tuple[int, ...] | None:
+    """The order of the axes in memory where that is not the usual one: a transposed weight stays as it is."""
+    strides = value.stride()
+    if not all(isinstance(n, int) for n in (*value.shape, *strides)) or 0 in strides:
+        return None
+    order = tuple(sorted(range(value.dim()), key=lambda d: -strides[d]))
+    return None if order == tuple(range(value.dim())) else order
 
 
 def _ratio(part: Dim, total: Dim) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .language import Buffer, Dim, Program
 
 # Test-only: "cpu" builds kernels that are wrong on purpose; the oracle must notice.
 BREAK = "STEPLOOP_TEST_BREAK"
+FEW = 2  # rows and steps in all for which packing the weights does not pay
 L2 = 1 << 20  # bytes of temporaries that a tile may have
 
 
@@ -39,7 +40,9 @@ class Runner:
         self._kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self._kernel.restype = None
         self._eager: eager.Runner | None = None
-        self._count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + 3
+        count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + 3
+        self._pointers = ctypes.c_void_p * count
+        self._arrange = [_arrangement(i.rows, b) for i, b in zip(loop.inputs, program.inputs)]
         self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
         self._weight_bytes = sum(_at_least(w.right.shape) * w.right.dtype.itemsize for w in printer.weights)
         scratch = [*program.prevs, *program.nexts, *self.plan.shared]
@@ -60,32 +63,34 @@ class Runner:
             if self._eager is None:
                 self._eager = eager.Runner(self.loop)
             return self._eager(inputs, states, reset_to, span, down, sizes)
-        batch = schedule.batch if self.loop.batch is not None else 1
-        full = schedule.full or self.loop.batch is None
-        given = [self._arranged(v, i.rows) for v, i in zip(inputs, self.loop.inputs)]
+        batched = self.loop.batch is not None
+        batch = schedule.batch if batched else 1
+        full = schedule.full or not batched
+        total = span.total if batched else span.stop - span.start
+        given = [arrange(v) for arrange, v in zip(self._arrange, inputs)]
         before = [s.contiguous() for s in states]
         resets = schedule.resets if reset_to is not None else None
         back = before if resets is None else [r.contiguous() for r in reset_to]
-        after = [torch.empty_like(s) if full and span.stop > span.start else s.clone() for s in before]
-        total = span.total if self.loop.batch is not None else span.stop - span.start
+        after = [torch.empty_like(s) if full and total else s.clone() for s in before]
         kept = [self._empty(b, rows, total, sizes) for b, rows in zip(self.program.kept, self._kept_rows)]
         tables = (None, None) if full else _tables(schedule)
-        numbers = self._numbers(span, batch, full, down, sizes)
-        held = [*given, *before, *back, *after, *kept, *tables, resets]
         if batch and total:
-            self._call(held, numbers)
-        return after, [self._shaped(k, rows, b, sizes) for k, rows, b in zip(kept, self._kept_rows, self.program.kept)]
+            numbers = self._numbers(span, batch, full, down, sizes)
+            self._call([*given, *before, *back, *after, *kept, *tables, resets], numbers)
+        return after, [self._shaped(k, rows) for k, rows in zip(kept, self._kept_rows)]
 
     def _call(self, held: list[Tensor | None], numbers: list[int]) -> None:
-        pointers = (ctypes.c_void_p * len(held))(*[None if t is None else t.data_ptr() for t in held])
+        pointers = self._pointers(*[None if t is None else t.data_ptr() for t in held])
         self._kernel(pointers, (ctypes.c_int64 * len(numbers))(*numbers), threads.entry())
 
     def _numbers(self, span: Span, batch: int, full: bool, down: bool, sizes: dict[str, int]) -> list[int]:
         count = torch.get_num_threads() if batch > 1 else 1
         first = span.first if self.loop.batch is not None else span.start
-        tile = self._tile(batch, count, full)
+        tile = self._tile(batch, count, full) if batch > 1 else 1
         symbols = [sizes[s] for s in self.program.symbols]
-        return [batch, span.start, span.stop, int(down), tile, count, first, *symbols]
+        steps = span.stop - span.start
+        pack = int(batch * steps > FEW)
+        return [batch, span.start, span.stop, int(down), tile, count, first, pack, *symbols]
 
     def _tile(self, batch: int, count: int, full: bool) -> int:
         """Rows per tile: as many as share the weights well, as few as keep the temporaries in the second cache."""
@@ -97,30 +102,35 @@ class Runner:
             pieces = max(pieces, min(4, even // 8))  # rows end at different steps: smaller tiles share the work better
         return max(1, -(-even // max(pieces, 1)))
 
-    def _arranged(self, value: Tensor, rows: Rows | None) -> Tensor:
-        """Rows first, each row's numbers together."""
-        if rows is not None and not (rows.dim == 0 and rows.outer == 1):
-            wide = value.unflatten(rows.dim, (rows.outer, -1, rows.inner))
-            value = wide.movedim(rows.dim + 1, 0)
-        return value.contiguous()
-
-    def _row_shape(self, buffer: Buffer, sizes: dict[str, int]) -> list[int]:
-        return [_at(n, sizes) for n in buffer.shape]
-
     def _empty(self, buffer: Buffer, rows: Rows, total: int, sizes: dict[str, int]) -> Tensor:
-        shape = self._row_shape(buffer, sizes)
+        shape = [n if isinstance(n, int) else _at(n, sizes) for n in buffer.shape]
         if self.loop.batch is None:
             return torch.empty(total, *shape, dtype=buffer.dtype)
         if rows.dim == 0 and rows.outer == 1:
-            return torch.empty(total * shape[0], *shape[1:], dtype=buffer.dtype)
+            shape[0] *= total
+            return torch.empty(shape, dtype=buffer.dtype)
         before, after = shape[: rows.dim], shape[rows.dim + 1 :]
         return torch.empty(total, *before, rows.outer, rows.inner, *after, dtype=buffer.dtype)
 
-    def _shaped(self, value: Tensor, rows: Rows, buffer: Buffer, sizes: dict[str, int]) -> Tensor:
-        """The inverse of `_arranged`."""
+    def _shaped(self, value: Tensor, rows: Rows) -> Tensor:
+        """The inverse of `_arrangement`."""
         if self.loop.batch is None or (rows.dim == 0 and rows.outer == 1):
             return value
         return value.movedim(0, rows.dim + 1).flatten(rows.dim, rows.dim + 2)
+
+
+def _arrangement(rows: Rows | None, buffer: Buffer) -> Callable[[Tensor], Tensor]:
+    """Lays out an input as the kernel wants it: rows first, each row's numbers together."""
+    if buffer.order is not None:
+        return lambda value: value.permute(buffer.order).contiguous()
+    if rows is None or (rows.dim == 0 and rows.outer == 1):
+        return Tensor.contiguous
+
+    def move(value: Tensor) -> Tensor:
+        wide = value.unflatten(rows.dim, (rows.outer, -1, rows.inner))
+        return wide.movedim(rows.dim + 1, 0).contiguous()
+
+    return move
 
 
 def _tables(schedule: object) -> tuple[Tensor, Tensor]:

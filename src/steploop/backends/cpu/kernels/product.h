@@ -86,9 +86,8 @@ static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k,
   }
 }
 
-// out[r, :n] = a[r, :k] @ w for all rows of a tile; w as `pack` left it.
 template <class T>
-static void multiply(const T* a, long a_stride, long rows, const T* w, long k, long n, T* out, long out_stride) {
+static void multiply_packed(const T* a, long a_stride, long rows, const T* w, long k, long n, T* out, long out_stride) {
   constexpr int W = width<T>(), P = panel<T>();
   for (long c = 0; c < n; c += P) {
     long columns = n - c < P ? n - c : P, vectors = (columns + W - 1) / W;
@@ -106,4 +105,71 @@ static void multiply(const T* a, long a_stride, long rows, const T* w, long k, l
     }
     w += vectors * W * k;
   }
+}
+
+// For so few rows that packing would cost more than it saves. Columns together: vectors along n, sums in the order of
+// `block`. Rows together (a transposed weight): vectors along k, so that sums are in another order.
+template <class T>
+static void multiply_once(const T* a, const T* w, long down, long across, long k, long n, T* out) {
+  constexpr int W = width<T>();
+  typedef Vec<T, W> F;
+  if (down == 1) {
+    for (long j = 0; j < n; ++j) {
+      const T* column = w + j * across;
+      F sum = F{}, more = F{};
+      long i = 0;
+      for (; i + 2 * W <= k; i += 2 * W) {
+        sum += load(a + i, Full<W>{}) * load(column + i, Full<W>{});
+        more += load(a + i + W, Full<W>{}) * load(column + i + W, Full<W>{});
+      }
+      span<W>(k - i, [&](long l, auto m) ALWAYS { sum += load(a + i + l, m) * load(column + i + l, m); });
+      out[j] = total(sum + more);
+    }
+  } else if (across == 1) {
+    span<4 * W>(n, [&](long j, auto m) ALWAYS {
+      F sum[4] = {};
+      for (long i = 0; i < k; ++i) {
+        F x = F{} + a[i];
+        const T* row = w + i * down + j;
+        for (int v = 0; v < 4; ++v) {
+          long left = count_of(m) - v * W;
+          if (left >= W) sum[v] += x * load(row + v * W, Full<W>{});
+          else if (left > 0) sum[v] += x * load(row + v * W, Part<W>{left});
+        }
+      }
+      for (int v = 0; v < 4; ++v) {
+        long left = count_of(m) - v * W;
+        if (left >= W) store(out + j + v * W, sum[v], Full<W>{});
+        else if (left > 0) store(out + j + v * W, sum[v], Part<W>{left});
+      }
+    });
+  } else {
+    for (long j = 0; j < n; ++j) {
+      T sum = 0;
+      for (long i = 0; i < k; ++i) sum += a[i] * w[i * down + j * across];
+      out[j] = sum;
+    }
+  }
+}
+
+// A weight (k, n): where it is, and its packed copy (null where it is used as it is).
+template <class T> struct Weight {
+  const T* w;
+  long down, across, k, n;
+  T* packed;
+
+  void prepare(bool pack_it) {
+    packed = 0;
+    if (!pack_it) return;
+    packed = (T*)aligned_alloc(64, (packed_size<T>(k, n) * sizeof(T) + 127) / 64 * 64);
+    pack(packed, w, down, across, k, n);
+  }
+};
+
+// out[r, :n] = a[r, :k] @ weight for all rows of a tile.
+template <class T>
+static void multiply(const T* a, long a_stride, long rows, const Weight<T>& weight, T* out, long out_stride) {
+  if (weight.packed) return multiply_packed(a, a_stride, rows, (const T*)weight.packed, weight.k, weight.n, out, out_stride);
+  for (long r = 0; r < rows; ++r)
+    multiply_once(a + r * a_stride, weight.w, weight.down, weight.across, weight.k, weight.n, out + r * out_stride);
 }
