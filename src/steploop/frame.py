@@ -20,9 +20,10 @@ class Frame:
 
     names: the path of every State of the loop.  prev, next: values by State.  batch: B.
     called: the Steps that have been called in this step.  phase: "begin" or "step".
+    sizing: set while a first step is run only to learn the shapes of States.
     """
 
-    __slots__ = ("names", "prev", "next", "batch", "called", "phase")
+    __slots__ = ("names", "prev", "next", "batch", "called", "phase", "sizing")
 
     def __init__(
         self, names: dict[Any, str], prev: dict[Any, Tensor | None], phase: str, batch: Any = None
@@ -33,6 +34,7 @@ class Frame:
         self.batch = batch
         self.called: dict[int, str] = {}
         self.phase = phase
+        self.sizing: Any = None
 
     def nexts(self, states: Sequence[Any]) -> list[Any]:
         """The states after the step: what was written, else what was there before."""

@@ -21,8 +21,7 @@ def own_values(
     """
     if not tree.states and not tree.begins:
         return []
-    dtype = _dtype(tree, [*xs, *constants])
-    device = _device(tree, xs, constants)
+    dtype, device = dtype_and_device(tree, xs, constants)
     values = [state.start(batch, state.own_dtype() or dtype, device) for state in tree.states]
     return _run_begins(tree, values, batch, named) if tree.begins else values
 
@@ -40,6 +39,13 @@ def require(values: list[Tensor | None], names: list[str]) -> list[Tensor]:
             )
         )
     return values
+
+
+def dtype_and_device(
+    tree: Survey, xs: list[Tensor], constants: list[Tensor]
+) -> tuple[torch.dtype, torch.device]:
+    """Those of States that do not say their own."""
+    return _dtype(tree, [*xs, *constants]), _device(tree, xs, constants)
 
 
 def _dtype(tree: Survey, inputs: list[Tensor]) -> torch.dtype:

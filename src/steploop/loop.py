@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch
+from . import dispatch, sizing
 from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call, Program, Result
 from .errors import InputError, StepError, defined_at, describe, message
-from .initial import own_values, require
+from .initial import require
 from .inputs import (
     check_constants,
     checked_lengths,
@@ -110,6 +110,7 @@ class Loop(nn.Module):
     ) -> Prepared:
         """Everything checked and flat: what a backend runs, and how its result goes back to the caller."""
         check_on_masked(on_masked)
+        xs, constants = self.step.sequences_of(xs, constants)
         packed = None
         if any(isinstance(x, PackedSequence) for x in xs):
             xs = self._time_major(xs)
@@ -134,7 +135,11 @@ class Loop(nn.Module):
             mask = checked_mask(mask, "mask", time, batch, self.batch_first)
         if resets is not None:
             resets = checked_mask(resets, "resets", time, batch, self.batch_first)
-        own = own_values(tree, batch, arguments.xs, arguments.constants, named)
+        begun = sizing.begin(program, tree, arguments, named, batch, state, time)
+        own, state = begun.own, begun.given
+        if begun.tree is not tree:
+            tree = begun.tree
+            program = program_of(self.step, tree, arguments)
         if state is None:
             initial = require(own, tree.names)
         else:

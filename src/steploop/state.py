@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ class State(nn.Module):
     init:  the value before the first step: a number, a tensor of `shape` (kept as a buffer, not in the
            state_dict), "learned" (a parameter named `init`, of `shape`, zeros at first), or None: the
            step's `begin` must assign `.prev`, of any shape (B, ...).
+           State(...) (a literal Ellipsis) is a State whose shape the first step tells, by `sized`. Its `init`
+           is a number, a tensor that broadcasts to the shape, or a function (shape, dtype, device) -> tensor.
+    grows_with: for State(...): the State (B,) that counts how many entries of this one's first axis are in
+           use. That axis is then a history: before a call the loop makes room for all steps of the call.
     dtype: None: that of the first floating parameter of the Loop's step, else of the first floating
            input, else torch's default (a tensor `init` that is not floating keeps its own dtype).
 
@@ -42,17 +47,22 @@ class State(nn.Module):
     def __init__(
         self,
         *shape: int,
-        init: float | Tensor | str | None = 0.0,
+        init: float | Tensor | str | Callable[..., Tensor] | None = 0.0,
         dtype: torch.dtype | None = None,
+        grows_with: State | None = None,
     ) -> None:
         super().__init__()
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
-        self.shape = _checked_shape(shape)
+        self.unsized = shape == (...,)
+        self._counter = (grows_with,)  # in a tuple: it is no child of this module
+        self.shape = () if self.unsized else _checked_shape(shape)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise StateError(message("A State's dtype is a torch.dtype or None.", found=describe(dtype)))
         self.dtype = dtype
-        if isinstance(init, str):
+        if self.unsized:
+            self._unsized_init(init)
+        elif isinstance(init, str):
             self._learn(init)
         elif isinstance(init, Tensor):
             self._keep(init)
@@ -60,6 +70,19 @@ class State(nn.Module):
             self.init = init
         else:
             raise StateError(_bad_init(describe(init)))
+
+    def _unsized_init(self, init: Any) -> None:
+        if init is None or isinstance(init, str):
+            raise StateError(_bad_init(describe(init)))
+        if isinstance(init, Tensor) and not isinstance(init, nn.Parameter):
+            self.register_buffer("init", init, persistent=False)
+        else:
+            self.init = init
+
+    @property
+    def grows_with(self) -> State | None:
+        """The State that counts the entries in use, where this one is a history that grows."""
+        return self._counter[0]
 
     def _learn(self, init: str) -> None:
         if init != "learned":
@@ -81,14 +104,33 @@ class State(nn.Module):
         else:
             self.register_buffer("init", init, persistent=False)
 
-    def start(self, batch: Any, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The value before the first step, (B, *shape), as `init` says; None where `begin` must say."""
+    def start(
+        self, batch: Any, dtype: torch.dtype, device: torch.device, shape: tuple[Any, ...] | None = None
+    ) -> Tensor | None:
+        """The value before the first step, (B, *shape), as `init` says; None where `begin` must say.
+
+        shape: for State(...) what `sized` found; None there gives None.
+        """
         init = self.init
-        if init is None:
+        if init is None or (self.unsized and shape is None):
             return None
+        shape = shape if self.unsized else self.shape
         if isinstance(init, Tensor):
-            return init.to(device=device, dtype=dtype).expand(batch, *self.shape)
-        return torch.full((batch, *self.shape), init, dtype=dtype, device=device)
+            return init.to(device=device, dtype=dtype).expand(batch, *shape)
+        if callable(init):
+            return init(shape, dtype, device).expand(batch, *shape)
+        return torch.full((batch, *shape), init, dtype=dtype, device=device)
+
+    def sized(self, *shape: Any, like: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """`.prev` of a State(...), saying of what shape it is: (B, *shape), or (B, room, *shape) if it grows.
+
+        like: a tensor whose dtype it has, where neither `dtype` nor the State says. Called at every step,
+        before anything else reads the State; it must say the same at all of them.
+        """
+        frame = self._frame("read")
+        if frame.sizing is not None and self not in frame.sizing.found:
+            frame.prev[self] = frame.sizing.size(self, shape, self.dtype or dtype or _dtype_of(like))
+        return self.prev
 
     def own_dtype(self) -> torch.dtype | None:
         """The dtype that this State itself asks for; None where the loop decides."""
@@ -100,6 +142,14 @@ class State(nn.Module):
     def prev(self) -> Tensor:
         frame = self._frame("read")
         value = frame.prev[self]
+        if value is None and self.unsized:
+            raise StateError(
+                message(
+                    f"State '{frame.names[self]}' has no value yet: it was made as sl.State(...).",
+                    expected="`sized` says its shape before anything reads it",
+                    fix="held = self.<name>.sized(*x.shape[1:], like=x)",
+                )
+            )
         if value is None:
             raise StateError(
                 message(
@@ -212,7 +262,7 @@ class State(nn.Module):
 
     def _checked_start(self, value: Any, frame: Frame, name: str) -> Tensor:
         old = frame.prev[self]
-        if self.init is None:
+        if self.init is None or self.unsized:
             dtype = self.dtype if self.dtype is not None or not isinstance(value, Tensor) else value.dtype
             shape = (frame.batch, *value.shape[1:]) if isinstance(value, Tensor) else (frame.batch, "...")
         else:
@@ -236,7 +286,7 @@ class State(nn.Module):
         shown = (
             "learned" if isinstance(init, nn.Parameter) else "tensor" if isinstance(init, Tensor) else init
         )
-        sizes = "".join(f"{n}, " for n in self.shape)
+        sizes = "..., " if self.unsized else "".join(f"{n}, " for n in self.shape)
         return f"{sizes}init={shown!r}" + (f", dtype={self.dtype}" if self.dtype is not None else "")
 
     def forward(self, *_: Any) -> None:
@@ -250,6 +300,10 @@ class State(nn.Module):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+
+def _dtype_of(like: Tensor | None) -> torch.dtype | None:
+    return None if like is None else like.dtype
 
 
 def _checked_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:

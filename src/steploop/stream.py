@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, sizing
 from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call
 from .errors import InputError, UnsupportedError, describe, message
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from .loop import Loop
 
 
+_FIRST_ROOM = 16  # entries for which a stream's histories have room at first
+
+
 class Stream:
     """One step at a time over `batch_size` independent rows. Made by `loop.stream(batch_size, ...)`.
 
@@ -32,6 +36,7 @@ class Stream:
     A masked row keeps its state; its output is zero, or with on_masked="repeat" its last valid one. Streams
     run under the caller's grad mode: use `torch.no_grad()`, or `stream.state = stream.state.detach()`, where
     the graph is not to grow. `begin` runs once, when the stream is made or at its first step.
+    Histories (`sl.memory.CausalSelfAttention` and the like) are preallocated, and doubled when they are full.
     """
 
     def __init__(
@@ -65,16 +70,24 @@ class Stream:
         self._program: Any = None
         self._structure: Any = None
         self._arguments: Arguments | None = None
-        if self._tree.parameter is not None:
+        self._taken = 0  # at least the number of entries that any history has in use
+        if self._tree.parameter is not None and not self._tree.unsized:
             self._start([])
 
-    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None) -> Any:
-        """One step. xs (B, ...) each; mask, resets (B,) bool. Returns what the step returns, (B, ...)."""
+    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None, **named: Any) -> Any:
+        """One step. xs (B, ...) each; mask, resets (B,) bool. Returns what the step returns, (B, ...).
+
+        named: what the step takes by keyword but has a slice per step (Masked's `where`).
+        """
+        xs, named = self.loop.step.sequences_of(xs, named)
+        if named:
+            raise InputError(_not_per_step(next(iter(named))))
         tensors, structure = sequences(xs)
         if self._own is None:
-            self._start(tensors)
+            self._start_with(xs, tensors, structure)
         if structure != self._structure:
             self._set_up(xs, tensors, structure)
+        self._make_room()
         for x, name in zip(tensors, self._program.x_names, strict=True):
             if x.dim() == 0 or x.shape[0] != self.batch_size:
                 raise InputError(_wrong_rows(x, name, self.batch_size))
@@ -100,6 +113,10 @@ class Stream:
     @property
     def state(self) -> States:
         """The States after the last step; assign an sl.States, or a dict by path, to go on from there."""
+        if self._own is None and self._tree.unsized:
+            if self._given is None:
+                raise sizing.not_sized([n for n, s in zip(self._tree.names, self._tree.states) if s.unsized])
+            return States(self._given)
         if self._own is None:
             self._start([])
         names = self._tree.names
@@ -108,9 +125,15 @@ class Stream:
 
     @state.setter
     def state(self, state: Any) -> None:
+        if self._own is None and self._tree.unsized:
+            self._given = state
+            return
         if self._own is None:
             self._start([])
+        if isinstance(state, dict):
+            state = self._with_room(state)
         self._values = given_states(state, self._tree.names, self._own, self.batch_size)
+        self._taken = sizing.used(self._tree.states, self._values)
 
     def _start(self, xs: list[Tensor]) -> None:
         tensors, structure, batched, named = constant_leaves(self.constants)
@@ -121,6 +144,52 @@ class Stream:
         else:
             self._values = given_states(self._given, self._tree.names, own, self.batch_size)
         self._own = own
+
+    def _start_with(self, xs: tuple[Any, ...], tensors: list[Tensor], structure: Any) -> None:
+        if not self._tree.unsized:
+            return self._start(tensors)
+        self._set_up(xs, tensors, structure)
+        for x, name in zip(tensors, self._program.x_names, strict=True):
+            if x.dim() == 0 or x.shape[0] != self.batch_size:
+                raise InputError(_wrong_rows(x, name, self.batch_size))
+        constants, shape, batched, named = constant_leaves(self.constants)
+        check_constants(constants, batched, shape, self.batch_size)
+        arguments = replace(self._arguments, xs=[x.unsqueeze(0) for x in tensors])
+        begun = sizing.begin(
+            self._program, self._tree, arguments, named, self.batch_size, self._given, 1, _FIRST_ROOM
+        )
+        if begun.tree is not self._tree:
+            self._tree = begun.tree
+            self._set_up(xs, tensors, structure)
+        names, own = self._tree.names, begun.own
+        if self._given is None:
+            self._values = require(own, names)
+        else:
+            self._values = given_states(begun.given, names, own, self.batch_size)
+        self._own = own
+        self._taken = sizing.used(self._tree.states, self._values)
+
+    def _make_room(self) -> None:
+        """Double the histories if one may be full before this step."""
+        states = self._tree.states
+        if all(state.grows_with is None for state in states):
+            return
+        room = sizing.room_of(states, self._values)
+        self._taken += 1
+        if self._taken > room:
+            self._taken = sizing.used(states, self._values) + 1  # resets may have emptied some
+        if self._taken > room:
+            self._values = sizing.with_room(states, self._values, max(2 * room, _FIRST_ROOM))
+            self._own = sizing.with_room(states, self._own, max(2 * room, _FIRST_ROOM))
+
+    def _with_room(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A given state whose histories are as long as this stream's; the shorter ones are padded."""
+        states, names = self._tree.states, self._tree.names
+        given = [v if isinstance(v := state.get(name), Tensor) else None for name in names]
+        room = max(sizing.room_of(states, given), sizing.room_of(states, self._own))
+        self._own = sizing.with_room(states, self._own, room)
+        padded = zip(names, sizing.with_room(states, given, room), strict=True)
+        return {**state, **{name: value for name, value in padded if value is not None}}
 
     def _set_up(self, xs: tuple[Any, ...], tensors: list[Tensor], structure: Any) -> None:
         arguments, _ = take_apart(self.loop.step, self._tree, xs, self.constants)
@@ -148,6 +217,15 @@ class Stream:
             torch.where(mask[0].to(o.device).reshape(-1, *[1] * (o.dim() - 1)), o, last)
             for o, last in zip(outputs, self._last, strict=True)
         ]
+
+
+def _not_per_step(name: str) -> str:
+    return message(
+        f"A stream's step got `{name}=`.",
+        expected="this step's slices; constants are given once, where the stream is made",
+        found=f"`{name}=`",
+        fix=f"loop.stream(batch_size, {name}=...)",
+    )
 
 
 def _wrong_rows(x: Tensor, name: str, batch: Any) -> str:
