@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..errors import UnsupportedError
 from .captures import Capture
 from .execute import Run, Shifted
 from .graph import Rows, expression
-from .lower import BackwardPlan, ForwardPlan, Needs, Saving
+from .lower import BackwardPlan, ForwardPlan, Needs
 from .program import Call
 from .schedule import Schedule, make_schedule
 
@@ -58,8 +58,7 @@ class Layout:
 class Invocation:
     """What an operator call does: a capture with the options of the call.
 
-    forward: the plan.  backward: the plan of its gradient, made when it is first needed.
-    saved: for each value that the backward needs, ("output", i) or ("saved", j).
+    lowered: the executables (`pipeline.Lowered`), shared with other calls of the capture.
     """
 
     capture: Capture
@@ -69,17 +68,17 @@ class Invocation:
     training: bool
     nested: bool
     mixing: bool
-    forward: ForwardPlan
-    saving: Saving | None = None
-    make_backward: Any = None
-    forward_again: Any = None
-    places: list[tuple[str, int]] = field(default_factory=list)
+    lowered: Any
     handle: int = 0
     _schedule: tuple | None = None
 
     def __post_init__(self) -> None:
         self.handle = next(_handles)
         _REGISTRY[self.handle] = self
+
+    @property
+    def forward(self) -> ForwardPlan:
+        return self.lowered.forward
 
     # -- running -------------------------------------------------------------------------------------------
 
@@ -155,7 +154,7 @@ class Invocation:
     ) -> list[Tensor]:  # fmt: skip
         """One gradient per tensor that `needs` marks, in the order of the operator's inputs."""
         parts = self.layout.split(tensors)
-        plan: BackwardPlan = self.make_backward(self, needs)
+        plan: BackwardPlan = self.lowered.backward(needs, parts["resets"] is not None)
         stacked = plan.step.batch is None
         schedule = self.schedule(parts, steps, 1 if stacked else batch)
         saved = self._saved(parts, results, schedule, batch)
@@ -174,11 +173,11 @@ class Invocation:
 
     def _saved(self, parts: dict[str, Any], results: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Tensor]:
         if self.nested:
-            run = self._forward(parts, schedule, batch, self.forward_again())
+            run = self._forward(parts, schedule, batch, self.lowered.forward_again())
             return run.wanted[self.forward.outputs :]
         outputs, states = self.forward.outputs, len(parts["initial"])
         found = []
-        for kind, i in self.places:
+        for kind, i in self.lowered.places:
             if kind == "output":
                 value = results[i]
                 stacked = self.capture.forward.graph.batch is None
@@ -327,7 +326,7 @@ def _loop_fake(tensors: list[Tensor], handle: int, steps: Any, batch: Any) -> li
     for state in parts["initial"]:
         made.append(torch.empty_like(state, memory_format=torch.contiguous_format))
     if not invocation.nested:
-        for node, (kind, _) in zip(step.outputs[invocation.forward.outputs :], invocation.places):
+        for node, (kind, _) in zip(step.outputs[invocation.forward.outputs :], invocation.lowered.places):
             if kind == "saved":
                 rows = node.meta["rows"]
                 full = shape(node, False)

@@ -73,7 +73,7 @@ class ForwardPlan:
 
 
 def lower_forward(
-    step: StepGraph, save: Sequence[fx.Node], names: Sequence[str], choose: Callable, ragged: bool
+    step: StepGraph, save: Sequence[fx.Node], names: Sequence[str], choose: Callable, one_loop: bool
 ) -> ForwardPlan:
     own, (saved,) = copied(step, list(save))
     own.ct_outputs, own.ct_nexts = [], []
@@ -86,7 +86,7 @@ def lower_forward(
         mixing = mixing_reasons(own)
         states = [State(p, n, name) for p, n, name in zip(own.prevs, own.nexts, names)]
         return Problem(own.graph, own.batch, states, list(own.outputs), [], list(states), mixing,
-                       one_loop=ragged and bool(mixing))  # fmt: skip
+                       one_loop=one_loop)  # fmt: skip
 
     return ForwardPlan(own, Executable(_improved(own, problem), choose), count)
 
@@ -268,7 +268,7 @@ class BackwardPlan:
 
 
 def lower_backward(
-    step: StepGraph, saving: Saving, needs: Needs, names: Sequence[str], choose: Callable, ragged: bool,
+    step: StepGraph, saving: Saving, needs: Needs, names: Sequence[str], choose: Callable, one_loop: bool,
     resets: bool,
 ) -> BackwardPlan:  # fmt: skip
     own, (known,) = copied(step, saving.nodes)
@@ -288,7 +288,7 @@ def lower_backward(
         summed = [own.grad_constants[i] for i in constants] + [own.grad_captured[i] for i in captured]
         finals = [pairs[i] for i in states if needs.initial[i]]
         return Problem(own.graph, own.batch, list(pairs.values()), wanted, summed, finals, mixing,
-                       one_loop=ragged and bool(mixing))  # fmt: skip
+                       one_loop=one_loop)  # fmt: skip
 
     for grads, chosen in ((own.grad_xs, xs), (own.grad_constants, constants), (own.grad_captured, captured)):
         grads[:] = [g if i in chosen else None for i, g in enumerate(grads)]

@@ -173,43 +173,62 @@ def _needs(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
 def _compile(
     capture: Capture, call: Call, backend: str, save: str, training: bool, nested: bool, tensors: list[Tensor]
 ) -> Invocation:
-    names = capture.program.state_names
-    choose = chooser(backend)
     trace = capture.joint if training else capture.forward
     layout = Layout(
         len(call.xs), len(call.constants), len(call.initial), len(call.reset_to or ()), len(trace.tensors),
         call.lengths is not None, call.mask is not None, call.resets is not None,
     )  # fmt: skip
-    ragged = call.lengths is not None or call.mask is not None
     graph = trace.graph
     mixing = bool(mixing_reasons(graph)) if graph.batch is not None else False
-    if not training:
-        forward = lower_forward(graph, [], names, choose, ragged)
-        return Invocation(capture, layout, call.reverse, call.on_masked, False, nested, mixing, forward)
-    needs = _as_needs(layout, tensors)
-    saving = choose_saved(graph, needs, save, 1)
-    places, extra = _places(graph, saving, call)
-    again: list[ForwardPlan] = []
+    one_loop = mixing and (call.lengths is not None or call.mask is not None)
+    needs = _as_needs(layout, tensors) if training else None
+    # What is lowered does not depend on the direction, nor on masks, unless rows mix: calls share it.
+    key = ("lowered", backend, save, nested, one_loop, needs)
+    lowered = capture.plans.get(key)
+    if lowered is None:
+        lowered = capture.plans[key] = Lowered(graph, capture.program.state_names, backend, save, nested, one_loop, needs)
+    return Invocation(capture, layout, call.reverse, call.on_masked, training, nested, mixing, lowered)
 
-    def forward_again() -> ForwardPlan:
-        if not again:
-            again.append(lower_forward(graph, saving.nodes, names, choose, ragged))
-        return again[0]
 
-    forward = lower_forward(graph, [] if nested else extra, names, choose, ragged)
-    resets = call.resets is not None
-    backwards: dict[Needs, Any] = {}
+class Lowered:
+    """The executables of a graph: forward, and backward for every set of gradients that is asked for.
 
-    def make_backward(invocation: Invocation, asked: Needs) -> Any:
-        if asked not in backwards:
+    places: for each value that the backward needs, ("output", i) or ("saved", j) in what the forward gives.
+    """
+
+    def __init__(
+        self, graph: Any, names: list[str], backend: str, save: str, nested: bool, one_loop: bool,
+        needs: Needs | None,
+    ):  # fmt: skip
+        self.graph, self.names, self.one_loop = graph, names, one_loop
+        self.choose = chooser(backend)
+        self.saving: Saving | None = None
+        self.places: list[tuple[str, int]] = []
+        extra: list = []
+        if needs is not None:
+            self.saving = choose_saved(graph, needs, save, 1)
+            self.places, extra = _places(graph, self.saving)
+        self.forward = self._forward([] if nested else extra)
+        self._again: ForwardPlan | None = None
+        self._backwards: dict[Any, Any] = {}
+
+    def _forward(self, saved: list) -> ForwardPlan:
+        return lower_forward(self.graph, saved, self.names, self.choose, self.one_loop)
+
+    def forward_again(self) -> ForwardPlan:
+        """A forward that gives all that the backward needs, for calls that kept nothing."""
+        if self._again is None:
+            self._again = self._forward(self.saving.nodes)
+        return self._again
+
+    def backward(self, needs: Needs, resets: bool) -> Any:
+        key = (needs, resets and any(needs.reset_to))
+        if key not in self._backwards:
             with torch.no_grad():
-                backwards[asked] = lower_backward(graph, saving, asked, names, choose, ragged, resets)
-        return backwards[asked]
-
-    return Invocation(
-        capture, layout, call.reverse, call.on_masked, True, nested, mixing, forward, saving, make_backward,
-        forward_again, places,
-    )  # fmt: skip
+                self._backwards[key] = lower_backward(
+                    self.graph, self.saving, needs, self.names, self.choose, self.one_loop, key[1]
+                )
+        return self._backwards[key]
 
 
 def _as_needs(layout: Layout, tensors: Sequence[Tensor]) -> Needs:
@@ -218,7 +237,7 @@ def _as_needs(layout: Layout, tensors: Sequence[Tensor]) -> Needs:
     return Needs(*(tuple(parts[n]) for n in ("xs", "constants", "initial")), reset_to, tuple(parts["captured"]))
 
 
-def _places(graph: Any, saving: Saving, call: Call) -> tuple[list[tuple[str, int]], list]:
+def _places(graph: Any, saving: Saving) -> tuple[list[tuple[str, int]], list]:
     """Where each saved value is found afterwards: a value that is an output of the step is not kept twice."""
     places: list[tuple[str, int]] = []
     extra: list = []
@@ -251,7 +270,7 @@ def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "au
     forward = _described(invocation.forward.executable, f"{name} forward", _saved_note(invocation))
     if training:
         needs = _as_needs(invocation.layout, tensors)
-        backward = invocation.make_backward(invocation, needs)
+        backward = invocation.lowered.backward(needs, call.resets is not None)
         forward.backward = _described(backward.executable, f"{name} backward", [])
     return forward
 
@@ -262,12 +281,12 @@ def _described(executable: Any, title: str, notes: list[str]) -> Plan:
 
 
 def _saved_note(invocation: Invocation) -> list[str]:
-    if invocation.saving is None:
+    if invocation.lowered.saving is None:
         return []
     joint = invocation.capture.joint.graph
     names = invocation.capture.program.state_names
-    states = [names[joint.nexts.index(n)] for n in invocation.saving.nodes if n in joint.nexts]
-    others = [f"{op_name(n)} {line_of(n)}".strip() for n in invocation.saving.nodes if n not in joint.nexts]
+    states = [names[joint.nexts.index(n)] for n in invocation.lowered.saving.nodes if n in joint.nexts]
+    others = [f"{op_name(n)} {line_of(n)}".strip() for n in invocation.lowered.saving.nodes if n not in joint.nexts]
     kept = [f"states {', '.join(states)}"] if states else []
     kept += [", ".join(others)] if others else []
     return [f"kept for the backward: {'; '.join(kept) or 'nothing but the inputs'}"]
