@@ -10,8 +10,11 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 from ...compiler.graph import LoopProgram
-from .build import BuildError, compiler, folder, what_to_install
+from .build import BuildError, compiler, folder, problem, what_to_install
 from .lower import lower
 from .runner import Runner
 from .threads import runtime
@@ -21,9 +24,16 @@ name = "cpu"
 
 def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
     """Why this backend can't take a loop, as (reason, source line). Empty: it takes it."""
-    if compiler() is None:
-        return [(f"no C++ compiler was found; {what_to_install()}", "")]
+    trouble = problem()
+    if trouble:
+        _warn_once(trouble)
+        return [(trouble, "")]
     return _lowered(loop)[1]
+
+
+@functools.cache
+def _warn_once(trouble: str) -> None:
+    warnings.warn(f"steploop runs loops without native code, which is slower: {trouble}", stacklevel=3)
 
 
 def compile(loop: LoopProgram) -> Runner:
@@ -47,6 +57,7 @@ def doctor() -> dict[str, str]:
     return {
         "compiler": f"{using.path} ({using.version})" if using else f"none; {what_to_install()}",
         "flags": " ".join(using.flags) if using else "",
+        "builds": problem() or "yes",
         "cache": str(folder()),
         "threads": runtime()[0] or "own threads (no OpenMP runtime is loaded)",
     }

@@ -125,7 +125,7 @@ def build(text: str) -> ctypes.CDLL:
     """The library of a kernel's text, from memory, from the cache, or newly built. BuildError where that fails."""
     using = compiler()
     if using is None:
-        raise BuildError(f"no C++ compiler found (looked for {', '.join(candidates())}); {what_to_install()}")
+        raise BuildError(problem())
     digest = hashlib.sha256("\0".join([text, using.version, *using.flags, cpu()]).encode()).hexdigest()[:40]
     if digest not in _loaded:
         _loaded[digest] = _find(digest) or _make(digest, text, using)
@@ -185,6 +185,30 @@ def _compile(source: Path, library: Path, using: Compiler) -> None:
         if "No space left" in answer.stderr:
             raise OSError("no space left")
     raise BuildError(f"{using.path} could not compile a kernel:\n{message[:2000]}")
+
+
+TRIAL = """#include <math.h>
+#include <pthread.h>
+#include <type_traits>
+extern "C" __attribute__((visibility("default"))) float steploop_trial(float x) { return expf(x); }
+"""
+
+
+@functools.cache
+def _trial(_path: str, _version: str) -> str:
+    try:
+        build(TRIAL)
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
+def problem() -> str:
+    """Why kernels can't be built here; "" when they can. A small trial, kept in the cache like any kernel."""
+    using = compiler()
+    if using is None:
+        return f"no C++ compiler found (looked for {', '.join(candidates())}); {what_to_install()}"
+    return _trial(using.path, using.version)
 
 
 def what_to_install() -> str:
