@@ -105,8 +105,24 @@ def trace_joint(program: Program, signature: Signature, symbolic: bool, tensors:
 def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[Tensor] | None) -> Trace:
     # Under another trace (a loop inside a step) this one must see none of the outer modes. functorch stays as it
     # is: a step may use torch.func inside itself.
-    with _disable_current_modes(), _quiet():
-        return _Tracer(program, signature, symbolic, wanted).run()
+    _inner.append([])
+    try:
+        with _disable_current_modes(), _quiet():
+            trace = _Tracer(program, signature, symbolic, wanted).run()
+        trace.keep_alive.extend(_inner[-1])
+    finally:
+        _inner.pop()
+    return trace
+
+
+# What the traces that are running (one inside the other) must keep alive.
+_inner: list[list[Any]] = []
+
+
+def keep_with_trace(value: Any) -> None:
+    """Keeps something alive as long as the trace that is running: a graph names an inner loop by number only."""
+    if _inner:
+        _inner[-1].append(value)
 
 
 @contextmanager

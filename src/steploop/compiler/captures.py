@@ -7,7 +7,7 @@ is seen, so a new size captures anew at most once per axis.
 
 from __future__ import annotations
 
-import itertools
+import threading
 import types
 import weakref
 from collections.abc import Hashable
@@ -32,21 +32,40 @@ def hint(size: Any) -> int:
     return int(size) if node is None else int(node.hint)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a capture knows of its Program: not the Program itself, which would keep the user's step alive."""
+
+    state_names: list[str]
+    x_names: list[str]
+    constant_names: list[str]
+    constant_batched: list[bool]
+    batched: bool
+
+    @staticmethod
+    def of(program: Program) -> Facts:
+        return Facts(program.state_names, program.x_names, program.constant_names, program.constant_batched,
+                     program.batched)  # fmt: skip
+
+
 @dataclass(eq=False)
 class Capture:
     """A captured step. `joint` is made when a gradient is first asked for.
 
+    It is kept under its step and must not keep that alive: it refers to the step's tensors by number alone.
+
     slots: for every captured tensor its number in the walk, or the tensor itself where the walk has not met
     it (a constant that the step makes).
+    pinned: objects that its key names by their id.
     batch: the only B it holds for, or None.
     """
 
-    program: Program
+    program: Facts
     signature: Signature
     symbolic: bool
     forward: Trace
     slots: list[int | Tensor]
-    dependencies: Dependencies
+    pinned: list[Any]
     batch: int | None
     inline: frozenset[int] = frozenset()
     joint: Trace | None = None
@@ -67,15 +86,20 @@ class Capture:
         return sizes_of(self.forward, call)
 
     def require_joint(self, dependencies: Dependencies) -> Trace:
-        if self.joint is None:
-            tensors = self.tensors(dependencies)
-            with _Unchanged(self.program, dependencies), tracing(set(self.inline)) as memory:
-                self.joint = trace_joint(self.program, self.signature, self.symbolic, tensors)
-            self.joint.keep_alive.extend(memory.calls)
-            _check_same(self.forward, self.joint)
-            simplify(self.joint.graph)
-            self.joint_slots = _slots(self.joint.tensors, dependencies)
+        with lock:
+            if self.joint is None:
+                self.joint = self._trace_joint(dependencies)
         return self.joint
+
+    def _trace_joint(self, dependencies: Dependencies) -> Trace:
+        tensors = self.tensors(dependencies)
+        with _Unchanged(dependencies), tracing(set(self.inline)) as memory:
+            joint = trace_joint(dependencies.program, self.signature, self.symbolic, tensors)
+        joint.keep_alive.extend(memory.calls)
+        _check_same(self.forward, joint)
+        simplify(joint.graph)
+        self.joint_slots = _settle(joint, dependencies)
+        return joint
 
 
 def sizes_of(trace: Trace, call: Call) -> dict[str, Any]:
@@ -94,17 +118,18 @@ def sizes_of(trace: Trace, call: Call) -> dict[str, Any]:
 
 
 _BY_ROOT: weakref.WeakKeyDictionary[Any, dict[Hashable, list[Capture]]] = weakref.WeakKeyDictionary()
-_WALKS: weakref.WeakKeyDictionary[Program, Dependencies] = weakref.WeakKeyDictionary()
-_QUICK: weakref.WeakKeyDictionary[Program, tuple] = weakref.WeakKeyDictionary()
 _OTHERS: dict[Hashable, list[Capture]] = {}
-count = itertools.count()
 captured = 0  # how many captures were made in this process; tests look at it
+# torch's tracer patches classes while it runs: one trace at a time. A trace may start another (an inner loop).
+lock = threading.RLock()
 
 
 def dependencies_of(program: Program) -> Dependencies:
-    walk = _WALKS.get(program)
+    """The walk, kept on the Program: in a table of this module it would keep its own key alive."""
+    walk = program.__dict__.get("_walk")
     if walk is None or not walk.unchanged():
-        walk = _WALKS[program] = Dependencies(program.root)
+        walk = program.__dict__["_walk"] = Dependencies(program.root)
+        walk.program = program
     return walk
 
 
@@ -113,11 +138,12 @@ def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
     dependencies = dependencies_of(program)
     settings = ambient()
     shapes = _quick_key(call)
-    quick = _QUICK.get(program)
+    quick = program.__dict__.get("_quick")
     if quick is not None and quick[0] is dependencies and quick[1] == (settings, shapes):
         return quick[2], dependencies
-    capture = _find(program, call, dependencies, settings)
-    _QUICK[program] = (dependencies, (settings, shapes), capture)
+    with lock:
+        capture = _find(program, call, dependencies, settings)
+    program.__dict__["_quick"] = (dependencies, (settings, shapes), capture)
     return capture, dependencies
 
 
@@ -139,7 +165,7 @@ def _find(program: Program, call: Call, dependencies: Dependencies, settings: Ha
     store = _store(program)
     known = store.setdefault(family, [])
     for capture in known:
-        if _fits(capture, signature, call):
+        if _fits(capture, signature, call, program):
             return capture
     capture = _make(program, signature, known, dependencies, call)
     known.append(capture)
@@ -189,7 +215,7 @@ def _differences(a: Signature, b: Signature) -> set[tuple[str, int, int]]:
     return found
 
 
-def _fits(capture: Capture, signature: Signature, call: Call) -> bool:
+def _fits(capture: Capture, signature: Signature, call: Call, program: Program) -> bool:
     if capture.batch is not None and capture.batch != signature.batch:
         return False
     differing = _differences(capture.signature, signature)
@@ -198,7 +224,7 @@ def _fits(capture: Capture, signature: Signature, call: Call) -> bool:
     sizes = {k: hint(v) for k, v in sizes_of(capture.forward, call).items()}
     if any(size < 2 for name, size in sizes.items() if not _is_batch(capture, name)):
         return False
-    if signature.batch == 1 and capture.batch is None and not _same_for_one_row(capture):
+    if signature.batch == 1 and capture.batch is None and not _same_for_one_row(capture, program):
         return False
     if signature.batch in (0, 1) and capture.batch is None:
         sizes = {name: BATCH_HINT if _is_batch(capture, name) else size for name, size in sizes.items()}
@@ -209,7 +235,7 @@ def _is_batch(capture: Capture, name: str) -> bool:
     return capture.forward.graph.batch is not None and str(capture.forward.graph.batch) == name
 
 
-def _same_for_one_row(capture: Capture) -> bool:
+def _same_for_one_row(capture: Capture, program: Program) -> bool:
     """Whether the step does the same with one row as with several (it may look at the batch size)."""
     if capture.one_row is None:
         single = Signature(
@@ -219,7 +245,7 @@ def _same_for_one_row(capture: Capture) -> bool:
         )  # fmt: skip
         try:
             with tracing(set(capture.inline)) as memory:
-                trace = trace_forward(capture.program, single, symbolic=False)
+                trace = trace_forward(program, single, symbolic=False)
             trace.keep_alive.extend(memory.calls)
         except Exception:
             capture.one_row = False
@@ -257,17 +283,19 @@ def _make(
         trace, symbolic = _first_trace(program, signature, dependencies, inline)
     if signature.batch == 1 and symbolic:
         # The step may look at the batch size: what it does with one row is what counts here.
-        probe = Capture(program, signature, True, trace, [], dependencies, None, frozenset(inline))
+        probe = Capture(Facts.of(program), signature, True, trace, [], [], None, frozenset(inline))
         simplify(trace.graph)
-        if not _same_for_one_row(probe):
+        if not _same_for_one_row(probe, program):
             trace, symbolic = _fixed_trace(program, signature), False
     sizes = {k: hint(v) for k, v in sizes_of(trace, call).items()}
     if symbolic and signature.batch not in (0, 1) and not trace.holds_for(sizes):
         trace, symbolic = _fixed_trace(program, signature), False
     simplify(trace.graph)
-    slots = _slots(trace.tensors, dependencies)
+    slots = _settle(trace, dependencies)
     fixed = None if symbolic or signature.batch is None else signature.batch
-    return Capture(program, signature, symbolic, trace, slots, dependencies, fixed, frozenset(inline))
+    return Capture(
+        Facts.of(program), signature, symbolic, trace, slots, dependencies.pinned, fixed, frozenset(inline)
+    )
 
 
 def _fixed_trace(program: Program, signature: Signature) -> Trace:
@@ -294,7 +322,7 @@ def _first_trace(
     """A trace with a symbolic batch, or with the real one where the step fixes it."""
     if signature.batch is not None:
         try:
-            with _Unchanged(program, dependencies), tracing(inline) as memory:
+            with _Unchanged(dependencies), tracing(inline) as memory:
                 trace = trace_forward(program, signature, symbolic=True)
             trace.keep_alive.extend(memory.calls)
             return trace, True
@@ -306,13 +334,15 @@ def _first_trace(
             # A closed-over tensor with a batch axis, say. If it is a real mistake, the message about real
             # sizes is the better one.
             dependencies.changes()
-    with _Unchanged(program, dependencies):
+    with _Unchanged(dependencies):
         return trace_forward(program, signature, symbolic=False), False
 
 
-def _slots(tensors: list[Tensor], dependencies: Dependencies) -> list[int | Tensor]:
+def _settle(trace: Trace, dependencies: Dependencies) -> list[int | Tensor]:
+    """The slots of a trace's tensors; the trace itself forgets them."""
     number = {id(t): i for i, t in enumerate(dependencies.tensors)}
-    return [number.get(id(t), t) for t in tensors]
+    trace.tensors = [number.get(id(t), t) for t in trace.tensors]
+    return trace.tensors
 
 
 class SideEffect(StepError):
@@ -322,9 +352,8 @@ class SideEffect(StepError):
 class _Unchanged:
     """Checks that a capture left the user's objects as they were, and puts back what it changed."""
 
-    def __init__(self, program: Program, dependencies: Dependencies):
-        self.program, self.dependencies = program, dependencies
-        self.versions = [t._version for t in dependencies.tensors if not t.is_inference()]
+    def __init__(self, dependencies: Dependencies):
+        self.dependencies = dependencies
 
     def __enter__(self) -> None:
         pass

@@ -60,12 +60,15 @@ class Dependencies:
         self.tensors: list[Tensor] = []
         self.paths: list[str] = []
         self.places: list[tuple[dict, Any, Any, str]] = []
+        self._class_places: list[tuple[type, str, Any]] = []
         self._lists: list[tuple[list, tuple]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
         self._lengths: list[tuple[dict, int]] = []
         self._arrays: list[np.ndarray] = []
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []
+        self.program: Any = None
+        self.pinned: list[Any] = []  # objects that the key names by their id, which must not be given away
         self.key: Hashable = self._walk(root, "")
         self._metadata = [_metadata(t) for t in self.tensors]
         self._seen.clear()
@@ -74,6 +77,9 @@ class Dependencies:
         """Whether a new walk would give the same key and the same tensors."""
         for where, key, value, _ in self.places:
             if where.get(key, _MISSING) is not value:
+                return False
+        for cls, name, value in self._class_places:
+            if vars(cls).get(name, _MISSING) is not value:
                 return False
         for where, length in self._lengths:
             if len(where) != length:
@@ -99,6 +105,10 @@ class Dependencies:
             if now is not value and not (type(now) is type(value) and _equal(now, value)):
                 found.append(path)
                 where[key] = value
+        for cls, name, value in self._class_places:
+            if vars(cls).get(name, _MISSING) is not value and not _equal(vars(cls).get(name, _MISSING), value):
+                found.append(f"{cls.__name__}.{name}")
+                setattr(cls, name, value)
         for held, copy in self._lists:
             if len(held) != len(copy) or any(a is not b for a, b in zip(held, copy)):
                 found.append("a list that the step reads")
@@ -140,7 +150,7 @@ class Dependencies:
         if isinstance(value, tuple):
             return (type(value), *(self._walk(v, f"{path}[{i}]") for i, v in enumerate(value)))
         if isinstance(value, (set, frozenset)):
-            return (type(value), frozenset(value) if all(isinstance(v, _VALUES) for v in value) else id(value))
+            return (type(value), frozenset(value) if all(isinstance(v, _VALUES) for v in value) else self._id(value))
         if isinstance(value, types.FunctionType):
             return self._function(value, path)
         if isinstance(value, types.MethodType):
@@ -156,8 +166,13 @@ class Dependencies:
             self._arrays.append(value)
             return ("array", value.dtype.str, value.shape, value.tobytes())
         if isinstance(value, (types.ModuleType, types.BuiltinFunctionType)):
-            return ("object", id(value))
+            return ("object", self._id(value))
         return self._object(value, path)
+
+    def _id(self, value: Any) -> int:
+        """An object's id as part of the key: it must stay taken as long as the key is known."""
+        self.pinned.append(value)
+        return id(value)
 
     def _dict(self, value: dict, path: str, skip: set[str] = frozenset()) -> Hashable:
         self._lengths.append((value, len(value)))
@@ -167,7 +182,7 @@ class Dependencies:
                 continue
             where = f"{path}.{key}" if path else str(key)
             self.places.append((value, key, item, where))
-            label = key if isinstance(key, _VALUES) else id(key)
+            label = key if isinstance(key, _VALUES) else self._id(key)
             found.append((label, self._walk(item, where)))
         return ("dict", *found)
 
@@ -183,25 +198,21 @@ class Dependencies:
             if _is_library(getattr(sys.modules.get(base.__module__), "__file__", None)) or base is object:
                 continue
             for name, item in vars(base).items():
-                if isinstance(item, (staticmethod, classmethod)):
-                    item = item.__func__
-                elif isinstance(item, property):
-                    item = item.fget
-                if isinstance(item, types.FunctionType):
-                    parts.append((name, self._function(item, f"{cls.__name__}.{name}")))
+                function = _function_of(item)
+                path = f"{base.__name__}.{name}"
+                if function is not None:
+                    parts.append((name, type(item), self._function(function, path)))
                 elif isinstance(item, (*_VALUES, list, dict, tuple, Tensor)) and not name.startswith("__"):
-                    parts.append((name, type(item), self._class_value(base, name, item)))
+                    parts.append((name, type(item), self._walk(item, path)))
+                else:
+                    continue
+                self._class_places.append((base, name, item))
         return tuple(parts)
-
-    def _class_value(self, base: type, name: str, item: Any) -> Hashable:
-        # A mappingproxy is not a dict that can be written, but it is one that can be read.
-        self.places.append((vars(base), name, item, f"{base.__name__}.{name}"))
-        return self._walk(item, f"{base.__name__}.{name}")
 
     def _function(self, function: types.FunctionType, path: str) -> Hashable:
         code = function.__code__
         if _is_library(code.co_filename):
-            return ("function", code, id(function) if function.__closure__ else None)
+            return ("function", code, self._id(function) if function.__closure__ else None)
         parts: list[Hashable] = ["function", code]
         for cell in function.__closure__ or ():
             contents = _contents(cell)
@@ -222,8 +233,8 @@ class Dependencies:
         if not isinstance(value, types.ModuleType):
             return self._walk(value, name)
         if _is_library(getattr(value, "__file__", None)):
-            return ("object", id(value))
-        found: list[Hashable] = ["python module", id(value)]
+            return ("object", self._id(value))
+        found: list[Hashable] = ["python module", self._id(value)]
         for attribute in names:
             if attribute in vars(value) and id(vars(value)[attribute]) not in self._seen:
                 item = vars(value)[attribute]
@@ -242,8 +253,15 @@ class Dependencies:
                 parts.append((slot, self._walk(getattr(value, slot), f"{path}.{slot}")))
                 self._arrays.append(np.empty(0))  # a slot can't be watched: walk again at every call
         if attributes is None and not slots:
-            parts.append(id(value))
+            parts.append(self._id(value))
         return tuple(parts)
+
+
+def _function_of(item: Any) -> types.FunctionType | None:
+    """The function behind a method, a static or class method, or a property."""
+    item = getattr(item, "__func__", item) if isinstance(item, (staticmethod, classmethod)) else item
+    item = item.fget if isinstance(item, property) else item
+    return item if isinstance(item, types.FunctionType) else None
 
 
 def _slots(cls: type) -> tuple[str, ...]:

@@ -226,11 +226,11 @@ class SequenceRunner:
         known: dict[fx.Node, Any] = dict(zip(self.loop.prevs, states))
         known.update(zip((i.node for i in self.loop.inputs), inputs))
         resets = dict(zip(self.loop.prevs, reset_to)) if reset_to is not None else {}
-        dense = _Dense(span)
+        dense = Dense(span)
         run = self._gradient if self.backward else self._values
         return run(known, resets, dense)
 
-    def _values(self, known: dict, resets: dict, dense: _Dense) -> tuple[list[Tensor], list[Tensor]]:
+    def _values(self, known: dict, resets: dict, dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
         xs, constants, prevs, _ = self.call.split(self.node.args[0])
         edges = [known[p] for p in prevs]
         outputs, finals = self.call.sequence(
@@ -241,7 +241,7 @@ class SequenceRunner:
         kept = [dense.collect(outputs[n.args[1]]) for n in self.loop.kept]
         return [after[p] for p in self.loop.prevs], kept
 
-    def _gradient(self, known: dict, resets: dict, dense: _Dense) -> tuple[list[Tensor], list[Tensor]]:
+    def _gradient(self, known: dict, resets: dict, dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
         cotangents, tensors, _, needs = self.node.args
         xs, constants, prevs, parameters = self.call.split(tensors)
         edges = [known[p].edge for p in prevs]
@@ -262,7 +262,7 @@ class SequenceRunner:
         results = [gradients[id(t)] for t, n in zip(wanted, needs) if n]
         return self._placed(results, needs, through_resets, prevs, dense)
 
-    def _placed(self, results: list, needs: list[bool], through_resets: list, prevs: list, dense: _Dense):
+    def _placed(self, results: list, needs: list[bool], through_resets: list, prevs: list, dense: Dense):
         """Gradients in the form of a loop's kept values: per step for inputs, summed for parameters."""
         kinds = (["x"] * self.call.xs + ["constant"] * self.call.constants + ["state"] * self.call.states
                  + ["parameter"] * len(needs))  # fmt: skip
@@ -316,7 +316,7 @@ def _grad(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor])
     return [torch.zeros_like(i) if g is None else g for g, i in zip(gradients, inputs)]
 
 
-class _Dense:
+class Dense:
     """The rows of a span as (P, B, ...), valid steps first."""
 
     def __init__(self, span: Span):

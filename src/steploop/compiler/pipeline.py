@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from . import captures
+from .capture import keep_with_trace
 from .captures import Capture
 from .dependencies import Dependencies
 from .graph import LoopProgram, Rows, line_of, op_name
@@ -23,6 +24,7 @@ from .loop_operator import Invocation, Layout
 from .lower import ForwardPlan, Needs, Saving, choose_saved, lower_backward, lower_forward, mixing_reasons
 from .masking import masked_call
 from .memory_operator import SequenceRunner, is_memory
+from .patterns import recognise
 from .plan import Plan, describe
 from .program import Call, Program, Result
 
@@ -42,6 +44,8 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
         tensors = _tensors(call, capture, dependencies, joint=True)
     nested = _traced(tensors)
     invocation = _invocation(capture, call, backend, save, training, nested, tensors)
+    if nested:
+        keep_with_trace(invocation)
     batch = 1 if call.batch is None else call.batch
     if training or nested:
         results = torch.ops.steploop.loop(tensors, invocation.handle, call.steps, batch)
@@ -131,7 +135,7 @@ def _invocation(
     )  # fmt: skip
     found = capture.plans.get(key)
     if found is None:
-        with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
+        with captures.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
             found = capture.plans[key] = _compile(capture, call, backend, policy, training, nested, tensors)
     return found
 
@@ -218,13 +222,14 @@ class Lowered:
     def forward_again(self) -> ForwardPlan:
         """A forward that gives all that the backward needs, for calls that kept nothing."""
         if self._again is None:
-            self._again = self._forward(self.saving.nodes)
+            with captures.lock:
+                self._again = self._forward(self.saving.nodes)
         return self._again
 
     def backward(self, needs: Needs, resets: bool) -> Any:
         key = (needs, resets and any(needs.reset_to))
         if key not in self._backwards:
-            with torch.no_grad():
+            with captures.lock, torch.no_grad():
                 self._backwards[key] = lower_backward(
                     self.graph, self.saving, needs, self.names, self.choose, self.one_loop, key[1]
                 )
@@ -302,6 +307,10 @@ def chooser(backend: str) -> Callable[[LoopProgram], Any]:
         if any(map(is_memory, loop.calls)):
             loop.backend, loop.reasons = SequenceRunner.backend, []
             return SequenceRunner(loop)
+        known = recognise(loop, lambda: backend_module(select(loop, backend)[0] or "eager").compile(loop))
+        if known is not None:
+            loop.backend, loop.reasons = known.backend, []
+            return known
         name, reasons = select(loop, backend)
         if name is None:
             listed = "\n".join(f"  {line}: {reason}" if line else f"  {reason}" for reason, line in reasons)
