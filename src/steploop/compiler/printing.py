@@ -115,7 +115,8 @@ def fuse_addmm(nodes: list[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, tuple[
         for product, other in (node.args, node.args[::-1]):
             if not (isinstance(product, fx.Node) and isinstance(other, fx.Node)):
                 continue
-            single = product in inside and len(product.users) == 1 and product not in keep
+            # (a product added to itself has one user as well)
+            single = product in inside and len(product.users) == 1 and product not in keep and product is not other
             if not single or product.target is not aten.mm.default or product in taken:
                 continue
             if position.get(other, -1) > position[product] and other.target is aten.mm.default:

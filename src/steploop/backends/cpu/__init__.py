@@ -40,7 +40,7 @@ def compile(loop: LoopProgram) -> Runner:
     program, reasons = _lowered(loop)
     if program is None:
         raise BuildError("; ".join(f"{reason} ({line})" for reason, line in reasons))
-    return Runner(loop, program)
+    return Runner(loop, program).build()
 
 
 def _lowered(loop: LoopProgram) -> tuple:

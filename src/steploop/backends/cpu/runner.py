@@ -9,6 +9,8 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,7 @@ class Runner:
         broken = broken or os.environ.get(BREAK) == "cpu"
         printer = Printer(self.plan, broken)
         self.text = printer.text()
-        self._kernel = build(prelude() + "\n" + self.text).steploop_run
-        self._kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-        self._kernel.restype = None
+        self._kernel: Any = None
         self._eager: eager.Runner | None = None
         count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + 3
         self._pointers = ctypes.c_void_p * count
@@ -47,6 +47,16 @@ class Runner:
         self._weight_bytes = sum(_at_least(w.right.shape) * w.right.dtype.itemsize for w in printer.weights)
         scratch = [*program.prevs, *program.nexts, *self.plan.shared]
         self._row_bytes = sum(_at_least(b.shape) * b.dtype.itemsize for b in scratch)
+
+    def bind(self, kernel: Any) -> Runner:
+        """Takes the C function built from `text`."""
+        kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        kernel.restype = None
+        self._kernel = kernel
+        return self
+
+    def build(self) -> Runner:
+        return self.bind(build(prelude() + "\n" + self.text).steploop_run)
 
     def __call__(
         self,
