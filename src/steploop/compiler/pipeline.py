@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import UnsupportedError
+from ..errors import BuildError, UnsupportedError
 from . import captures
 from .capture import keep_with_trace
 from .captures import Capture
@@ -318,7 +318,13 @@ def chooser(backend: str) -> Callable[[LoopProgram], Any]:
                 f'backend="{backend}" can\'t run this loop:\n{listed}\n'
                 'Use backend="auto", which chooses a backend for every loop.'
             )
-        runner = backend_module(name).compile(loop)
+        try:
+            runner = backend_module(name).compile(loop)
+        except BuildError as error:
+            if backend != "auto":
+                raise
+            name, reasons = "eager", [*reasons, (f"its kernel could not be built: {error}", "")]
+            runner = backend_module(name).compile(loop)
         loop.backend = name
         loop.reasons = reasons
         return runner
