@@ -152,7 +152,8 @@ def _policy(capture: Capture, save: str, training: bool, rows: int, tensors: Seq
     if key not in capture.plans:
         joint = capture.joint.graph
         needs = _needs(capture, tensors)
-        everything = choose_saved(joint, needs, "all", 1)
+        with captures.lock:
+            everything = choose_saved(joint, needs, "all", 1)
         capture.plans[key] = sum(_row_bytes(n) for n in everything.nodes)
     from .lower import SAVE_LIMIT
 
