@@ -15,7 +15,6 @@ Job = dict[str, Any]
 OURS = ("steploop", "steploop-cpu", "steploop-eager")
 THEIRS = ("torch.nn", "eager", "eager-hoisted", "compile-cell", "scan", "jax", "keras")
 NO_LAYER = tuple(name for name in THEIRS if name != "torch.nn")
-ALL_MODES = ("forward", "training", "training_x")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Scale:
     unrolled: tuple[int, ...]
     unrolled_limit: float
     calls: int
+    modes: tuple[str, ...] = ("forward", "training", "training_x")
+    kinds: tuple[str, ...] = ("lstm", "lnlstm")  # of first calls
 
     def sized(self, work: Workload) -> Workload:
         """A workload of the tables at this scale."""
@@ -51,7 +52,23 @@ SCALES = {
         "full", None, 64, None, 90.0, 5, 21, 1500.0, FULL_GRID, (64, 4096), (4, 8, 16, 32), 200.0, 500
     ),
     "quick": Scale("quick", 50, 16, None, 3.0, 3, 5, 300.0, QUICK_GRID, (16, 256), (4,), 90.0, 100),
-    "tiny": Scale("tiny", 5, 3, 6, 0.05, 1, 2, 120.0, ((2,), (3,), (4,)), (6,), (3,), 60.0, 5),
+    "tiny": Scale(
+        "tiny",
+        5,
+        3,
+        6,
+        0.05,
+        1,
+        2,
+        120.0,
+        ((2,), (3,), (4,)),
+        (6,),
+        (3,),
+        60.0,
+        5,
+        ("training_x",),
+        ("lstm",),
+    ),
 }
 
 LSTM = Workload("lstm", 1000, 64, 256, 126)
@@ -75,27 +92,27 @@ def compare(case: str, scale: Scale, work: Workload, modes: tuple[str, ...], pee
 
 def lstm(scale: Scale) -> list[Job]:
     """LSTM as torch.nn has it, and the share of the GEMM roofline."""
-    return [compare("lstm", scale, LSTM, ALL_MODES, (*OURS, *THEIRS, "gemm"))]
+    return [compare("lstm", scale, LSTM, scale.modes, (*OURS, *THEIRS, "gemm"))]
 
 
 def gru(scale: Scale) -> list[Job]:
     """GRU as torch.nn has it."""
-    return [compare("gru", scale, GRU, ALL_MODES, (*OURS, *THEIRS, "gemm"))]
+    return [compare("gru", scale, GRU, scale.modes, (*OURS, *THEIRS, "gemm"))]
 
 
 def stranger(scale: Scale) -> list[Job]:
     """An LSTM with peepholes, permuted gates, GELU for tanh and a third state; next to it, our own LSTM."""
-    return [compare("stranger", scale, STRANGER, ALL_MODES, (*OURS, "steploop-lstm", *NO_LAYER))]
+    return [compare("stranger", scale, STRANGER, scale.modes, (*OURS, "steploop-lstm", *NO_LAYER))]
 
 
 def lnlstm(scale: Scale) -> list[Job]:
     """A user-written layer-norm LSTM with resets."""
-    return [compare("lnlstm", scale, LN_LSTM, ALL_MODES, (*OURS, *NO_LAYER))]
+    return [compare("lnlstm", scale, LN_LSTM, scale.modes, (*OURS, *NO_LAYER))]
 
 
 def decoder(scale: Scale) -> list[Job]:
     """An attention decoder with input feeding; training_x includes the gradient of the memory."""
-    return [compare("decoder", scale, DECODER, ALL_MODES, (*OURS, *NO_LAYER))]
+    return [compare("decoder", scale, DECODER, scale.modes, (*OURS, *NO_LAYER))]
 
 
 def ragged(scale: Scale) -> list[Job]:
@@ -124,14 +141,14 @@ def unrolled(scale: Scale) -> list[Job]:
         work = replace(scale.sized(LN_LSTM), T=time)
         for peer in ("steploop", "compile"):
             job = _first_call("unrolled", scale, work, peer, "cold")
-            jobs.append({**job, "timeout": scale.unrolled_limit, "needs_earlier": True})
+            jobs.append({**job, "timeout": scale.unrolled_limit, "needs_earlier": True, "vary": False})
     return jobs
 
 
 def first(scale: Scale) -> list[Job]:
     """A process's first call, forward and backward, in a cold and a warm cache; then with another T and B."""
     jobs = []
-    for kind in ("lstm", "lnlstm"):
+    for kind in scale.kinds:
         base = replace(FIRST_CALL, kind=kind, B=min(FIRST_CALL.B, scale.B))
         for time in scale.first:
             work = replace(base, T=time)
@@ -145,7 +162,7 @@ def _first_call(case: str, scale: Scale, work: Workload, peer: str, cache: str) 
     repeats = 3 if scale.name == "full" and case == "first" else 1
     return {
         "action": "first_call", "case": case, "work": work.as_dict(), "modes": ("training",),
-        "peers": (peer,), "cache": cache, "imports": [], "repeats": repeats,
+        "peers": (peer,), "cache": cache, "imports": [], "vary": True, "repeats": repeats,
         "timeout": min(scale.timeout, 300.0),
     }  # fmt: skip
 

@@ -223,10 +223,11 @@ def first_call(job: dict[str, Any], emit: Emit) -> None:
     importing = _import_all(job["imports"])
     try:
         runner = peers.make_runner(name, work, make_data(work), mode)
-        first, steady = _first_and_steady(runner)
+        first, steady = _first_and_steady(runner, 3 if job["vary"] else 1)
         files = _files(job.get("cache_folder"))
         result = {**common, "first": first, "steady": steady, "importing": importing, "files": files}
-        for axis, other in (("T", replace(work, T=work.T // 2 + 1)), ("B", replace(work, B=work.B + 3))):
+        others = {"T": replace(work, T=work.T // 2 + 1), "B": replace(work, B=work.B + 3)}
+        for axis, other in others.items() if job["vary"] else ():
             runner.again(make_data(other))
             changed, usual = _first_and_steady(runner)
             result |= {f"new_{axis}": changed, f"usual_{axis}": usual}
@@ -238,11 +239,11 @@ def first_call(job: dict[str, Any], emit: Emit) -> None:
     emit({**result, "imports": names})
 
 
-def _first_and_steady(runner: Any) -> tuple[float, float]:
-    """Seconds of the next run, and the median of the three after it."""
+def _first_and_steady(runner: Any, after: int = 3) -> tuple[float, float]:
+    """Seconds of the next run, and the median of those after it."""
     from .measure import timed
 
-    first, *others = [timed(runner.run)[0] for _ in range(4)]
+    first, *others = [timed(runner.run)[0] for _ in range(1 + after)]
     return first, statistics.median(others)
 
 

@@ -15,6 +15,7 @@ from .data import Workload
 from .measure import in_process
 
 Result = dict[str, Any]
+Imports = dict[tuple[str, str], list[str]]
 SLOW = 150e9  # floating point operations per second: what a skipped point's time is judged by
 
 
@@ -29,10 +30,11 @@ def run_cases(
 ) -> list[Result]:
     """All results. `keep` is called with those so far after every job, `start` runs a job."""
     results: list[Result] = []
+    imports: Imports = {}
     for name in names:
         for job in jobs_of(name, scale, threads, peers):
             began = time.perf_counter()
-            new = list(_run(job, results, start))
+            new = list(_run(job, results, start, imports))
             results += new
             keep(results)
             say(f"{label(job)}: {_summary(new)}  [{time.perf_counter() - began:.0f} s]")
@@ -55,12 +57,14 @@ def label(job: Job) -> str:
     return f"{job['case']}{extra} {Workload(**job['work'])}{' ' + job['cache'] if 'cache' in job else ''}"
 
 
-def _run(job: Job, earlier: list[Result], start: Callable[..., dict[str, Any]]) -> Iterator[Result]:
+def _run(
+    job: Job, earlier: list[Result], start: Callable[..., dict[str, Any]], imports: Imports
+) -> Iterator[Result]:
     reason = _skip(job, earlier)
     if reason:
         yield from _blanks(job, f"skipped: {reason}", [])
     elif job["action"] == "first_call":
-        yield _first_call(job, start)
+        yield _first_call(job, start, imports)
     else:
         answer = start(job, job["timeout"])
         yield from answer["results"]
@@ -106,16 +110,23 @@ def available_memory() -> float:
     return next((1024.0 * int(x.split()[1]) for x in lines if x.startswith("MemAvailable")), float("inf"))
 
 
-def _first_call(job: Job, start: Callable[..., dict[str, Any]]) -> Result:
-    """The median of some processes' first calls. One before them fills the warm cache and lists imports."""
+def _first_call(job: Job, start: Callable[..., dict[str, Any]], imports: Imports) -> Result:
+    """The median of some processes' first calls. One before them fills the warm cache and lists the imports.
+
+    `imports` keeps those lists by step and peer: where a cold cache is wanted and the list is known, no
+    process needs to run before.
+    """
+    known = job["work"]["kind"], job["peers"][0]
     with tempfile.TemporaryDirectory(prefix="steploop-cache-") as folder:
-        scout, error = _in_cache(job, Path(folder) / "warm", start)
-        if error:
-            return next(_blanks(job, error, []))
+        if job["cache"] == "warm" or known not in imports:
+            scout, error = _in_cache(job, Path(folder) / "warm", start)
+            if error:
+                return next(_blanks(job, error, []))
+            imports[known] = scout["imports"]
         runs = []
         for index in range(job["repeats"]):
             cache = Path(folder) / ("warm" if job["cache"] == "warm" else f"cold{index}")
-            result, error = _in_cache({**job, "imports": scout["imports"]}, cache, start)
+            result, error = _in_cache({**job, "imports": imports[known]}, cache, start)
             if error:
                 return next(_blanks(job, error, []))
             runs.append(result)
