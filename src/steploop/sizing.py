@@ -150,8 +150,9 @@ def _padded(value: Tensor, room: Any) -> Tensor:
     return F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing))
 
 
-def not_sized(names: Sequence[str]) -> StateError:
+def not_sized(tree: Survey) -> StateError:
     """For a Stream whose state is asked for before its first step."""
+    names = [name for name, state in zip(tree.names, tree.states, strict=True) if state.unsized]
     return StateError(
         message(
             f"The first step tells the shape of State '{names[0]}', and none has run.",

@@ -115,7 +115,7 @@ class Stream:
         """The States after the last step; assign an sl.States, or a dict by path, to go on from there."""
         if self._own is None and self._tree.unsized:
             if self._given is None:
-                raise sizing.not_sized([n for n, s in zip(self._tree.names, self._tree.states) if s.unsized])
+                raise sizing.not_sized(self._tree)
             return States(self._given)
         if self._own is None:
             self._start([])

@@ -5,18 +5,38 @@ Options are arguments of the constructor; sequences are called positionally, con
 """
 
 from .base import Memory
+from .causal_conv1d import CausalConv1d
+from .causal_self_attention import CausalSelfAttention
 from .cumulative import CumLogSumExp, CumMax, CumProd, CumSum
 from .delay import Delay
+from .edit_distance import EditDistance
+from .history import History, Past, RelativePositions
+from .masked import Masked, MaskedFrom, Unmask, masked_from, unmask
+from .positional_encoding import PositionalEncoding
+from .sequence_rnn import SequenceRNN
 from .step_index import StepIndex
 from .window import Window
 
 __all__ = [
+    "CausalConv1d",
+    "CausalSelfAttention",
     "CumLogSumExp",
     "CumMax",
     "CumProd",
     "CumSum",
     "Delay",
+    "EditDistance",
+    "History",
+    "Masked",
+    "MaskedFrom",
     "Memory",
+    "Past",
+    "PositionalEncoding",
+    "RelativePositions",
+    "SequenceRNN",
     "StepIndex",
+    "Unmask",
     "Window",
+    "masked_from",
+    "unmask",
 ]

@@ -241,13 +241,13 @@ def run_child(
     lengths: Tensor | None,
     resets: Tensor | None,
     batch: int,
+    steps: int,
 ) -> tuple[Any, dict[str, Tensor]]:
     """A whole sequence of another Step, from states given by name: (outputs (T, B, ...), final states)."""
     tree = survey(child)
     marked = {name: _marked(value, batch) for name, value in constants.items()}
     arguments, _ = take_apart(child, tree, xs, marked)
     program = program_of(child, tree, arguments)
-    steps = arguments.xs[0].shape[0] if arguments.xs else len(resets)
     call = Call(
         xs=arguments.xs,
         constants=arguments.constants,
