@@ -679,6 +679,41 @@ def _memory_operator(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
     return memory_operator.rows_rule(node, batch)
 
 
+def _leading_axes(node: fx.Node, batch: sympy.Symbol) -> Axis:
+    """Operations that add or take away the last axis."""
+    rows = node.args[0].meta["rows"]
+    if rows.dim >= min(len(_shape(node)), len(_shape(node.args[0]))):
+        raise Mixed("takes the batch axis apart")
+    return rows
+
+
+def _unreduced(reduction_at: int) -> Callable:
+    """Losses: element by element with reduction="none", across the batch otherwise."""
+
+    def rule(node: fx.Node, batch: sympy.Symbol) -> Axis:
+        default = node.kwargs.get("reduction", 1)
+        if (node.args[reduction_at] if reduction_at < len(node.args) else default) != 0:
+            raise Mixed("reduces over the rows of the batch")
+        return _pointwise(node, batch)
+
+    return rule
+
+
+def _diag_embed(node: fx.Node, batch: sympy.Symbol) -> Axis:
+    rows, rank = node.args[0].meta["rows"], len(_shape(node.args[0]))
+    if len(node.args) > 2 or node.kwargs or rows.dim == rank - 1:
+        raise Mixed("spreads the batch over a diagonal")
+    return rows
+
+
+def _outer_axis(node: fx.Node, batch: sympy.Symbol) -> Axis:
+    """Operations on inner axes that take values with and without a leading batch axis."""
+    rows = node.args[0].meta["rows"]
+    if rows.dim != 0 or len(_shape(node.args[0])) < 3:
+        raise Mixed("works across the rows of the batch")
+    return rows
+
+
 def _loop_operator(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
     from . import loop_operator
 
@@ -749,6 +784,25 @@ PACKET_RULES: dict[str, Callable] = {
     "_scaled_dot_product_efficient_attention": _first_axis(),
     "_scaled_dot_product_attention_math": _first_axis(),
     "fill": _pointwise, "masked_fill": _pointwise,
+    **dict.fromkeys([  # element by element, though torch does not tag them so
+        "softplus_backward", "log_sigmoid_backward", "elu_backward", "hardtanh_backward", "hardswish_backward",
+        "leaky_relu_backward", "hardsigmoid_backward", "softshrink_backward", "hardshrink_backward",
+        "_prelu_kernel", "complex", "polar", "_conj", "_neg_view", "floor_divide",
+    ], _pointwise),
+    "log_sigmoid_forward": _pointwise_tuple, "_prelu_kernel_backward": _pointwise_tuple,
+    "view_as_real": _leading_axes, "view_as_complex": _leading_axes,
+    **dict.fromkeys(["mse_loss", "huber_loss", "smooth_l1_loss"], _unreduced(2)),
+    **dict.fromkeys(["mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward"], _unreduced(3)),
+    **dict.fromkeys(["binary_cross_entropy", "binary_cross_entropy_with_logits"], _unreduced(3)),
+    **dict.fromkeys(["linalg_lu_solve", "_linalg_slogdet", "_linalg_det", "linalg_lu", "linalg_qr", "_linalg_eigh",
+                     "_linalg_svd", "linalg_matrix_exp", "cholesky_solve", "triangular_solve",
+                     "linalg_lu_factor"], _linalg),
+    "diag_embed": _diag_embed, "linalg_cross": _along(2, default=-1),
+    "_cdist_forward": _first_axis(), "_euclidean_dist": _first_axis(),
+    **dict.fromkeys(["im2col", "col2im", "pixel_shuffle", "pixel_unshuffle", "grid_sampler_2d"], _first_axis()),
+    **dict.fromkeys(["reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d",
+                     "upsample_linear1d", "upsample_bilinear2d"], _outer_axis),
+    "bucketize": _pointwise,
     "glu": _along(default=-1), "glu_backward": _along(2, default=-1),
     "loop": _loop_operator, "loop_backward": _loop_operator,
     "memory": _memory_operator, "memory_backward": _memory_operator,
