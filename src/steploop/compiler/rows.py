@@ -158,7 +158,8 @@ _LINEAR = {
     aten.cat.default, aten.stack.default, aten._to_copy.default, aten.slice_backward.default,
     aten.select_backward.default, aten.reshape.default, aten._unsafe_view.default, aten.mul.Scalar,
     aten.div.Scalar, aten.constant_pad_nd.default, aten.embedding_dense_backward.default,
-    aten.split_with_sizes.default, aten.split.Tensor, aten.clone.default,
+    aten.split_with_sizes.default, aten.split.Tensor, aten.clone.default, aten.view_as_real.default,
+    aten.view_as_complex.default, aten._conj.default, aten.diagonal.default,
 }  # fmt: skip
 
 
