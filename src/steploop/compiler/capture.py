@@ -9,11 +9,11 @@ The batch size is a symbol from the start, with a size nothing else has.
 from __future__ import annotations
 
 import logging
+import logging
 import operator
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,17 +23,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
-    GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
 )
@@ -43,12 +37,11 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import SteploopError, StepError
 from .graph import Size, StepGraph, expression
+from .inplace import make_functional
 from .program import Program
+from .refusals import is_user_file, refusal
 
 BATCH_HINT = 1031  # a prime that no feature size is likely to have
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
-_USER_PARTS = tuple(os.path.join(_HERE, part) for part in ("nn", "memory", "seq2seq", "search", "recipes"))
 
 
 @dataclass(frozen=True)
@@ -83,12 +76,16 @@ class Signature:
 
 @dataclass(eq=False)
 class Trace:
-    """A captured graph, the real tensors it met (in the order of `graph.captured`), and its conditions on sizes."""
+    """A captured graph, the real tensors it met (in the order of `graph.captured`), and its conditions on sizes.
+
+    numbers: the calls that were traced, each with the floats in it, before anything was simplified.
+    """
 
     graph: StepGraph
     tensors: list[Tensor]
     holds_for: Callable[[dict[str, int]], bool]
     out_spec: Any
+    numbers: list[tuple[Any, list[float]]] = field(default_factory=list)
     keep_alive: list[Any] = field(default_factory=list)
 
 
@@ -140,7 +137,7 @@ def _quiet() -> Iterator[None]:
 class _Tracer:
     def __init__(self, program: Program, signature: Signature, symbolic: bool, wanted: list[Tensor] | None):
         self.program, self.signature, self.wanted = program, signature, wanted
-        self.env = ShapeEnv(duck_shape=False)
+        self.env = ShapeEnv(duck_shape=False, allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.symbols: dict[sympy.Symbol, tuple[str, int, int]] = {}
         self.batch: Any = None
@@ -161,14 +158,18 @@ class _Tracer:
                 return function(*arguments)
 
         try:
-            with enable_python_dispatcher(), self.mode:
+            with enable_python_dispatcher(), self.mode, _quiet():
                 functional = dispatch_functionalize(traced, FunctionalTensorMode())
                 module = make_fx(functional, tracing_mode="real", _error_on_data_dependent_ops=True)(*leaves)
         except SteploopError:
             raise
-        except (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException) as error:
-            raise _value_error(error) from error
+        except Exception as error:
+            refused = refusal(error)
+            if refused is None:
+                raise
+            raise refused from error
         lines.settle(module.graph)
+        make_functional(module.graph)
         return self._finish(module)
 
     # -- the function that is traced -----------------------------------------------------------------------
@@ -282,7 +283,8 @@ class _Tracer:
         if self.wanted is not None:
             self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured)
         guards = [g.expr for g in self.env.guards]
-        return Trace(step, captured.tensors, _condition(guards, self.symbols), self.out_spec)
+        numbers = [(n.target, _numbers(n)) for n in graph.nodes if n.op == "call_function"]
+        return Trace(step, captured.tensors, _condition(guards, self.symbols), self.out_spec, numbers)
 
     def _name(self, step: StepGraph) -> None:
         """Gives inputs the names that the user knows them by, so that printed code can be read."""
@@ -305,10 +307,24 @@ class _Tracer:
         step.grad_captured = [by_tensor.get(id(t)) for t in captured.tensors]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A trace may fail where another will do (a step that fixes the batch): torch need not print that."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class FixedBatch(Exception):
     """The captured function only holds for one batch size."""
 
 
+def _numbers(node: fx.Node) -> list[float]:
+    return [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
 
 
 def _own(value: Tensor) -> Tensor:
@@ -429,12 +445,6 @@ def _size(env: ShapeEnv, value: Any) -> Any:
 # -- source lines --------------------------------------------------------------------------------------------
 
 
-def is_user_file(filename: str) -> bool:
-    if filename.startswith(_TORCH) or "<frozen" in filename or filename.startswith("<steploop"):
-        return False
-    return filename.startswith(_USER_PARTS) or not filename.startswith(_HERE)
-
-
 def _user_line() -> str:
     frame = sys._getframe(2)
     while frame is not None:
@@ -516,28 +526,3 @@ _UNCHECKED: dict[Any, Callable[..., Tensor]] = {
     torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
     Tensor.cholesky: _unchecked("cholesky_ex"),
 }  # fmt: skip
-
-
-def _value_error(error: Exception) -> StepError:
-    where, text = _innermost_user_frame(error)
-    return StepError(
-        f"the step uses the value of a tensor in Python{where}:\n    {text}\n"
-        "A step is captured once for all steps and rows, so it can't branch on, print or convert what a tensor "
-        "holds. Write torch.where(condition, a, b) instead of `if`, keep counts in an sl.State instead of "
-        ".item(), and use sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. "
-        'backend="reference" runs it as it stands.'
-    )
-
-
-def _innermost_user_frame(error: BaseException) -> tuple[str, str]:
-    chosen = None
-    while error is not None:
-        for frame in traceback.extract_tb(error.__traceback__):
-            if is_user_file(frame.filename):
-                chosen = frame
-        error = error.__cause__ or error.__context__
-        if chosen is not None:
-            break
-    if chosen is None:
-        return "", "(line not known)"
-    return f" ({chosen.filename}:{chosen.lineno})", (chosen.line or "").strip()

@@ -54,7 +54,7 @@ class MemoryCall:
     """One call of a remembering operation inside a step.
 
     run: (xs, constants, prevs) -> (outputs, nexts), the one-step form on flat lists.
-    sequence: (xs, constants, states, reset_to, lengths, resets) -> (outputs, states), the sequence form on flat
+    sequence: (xs, constants, states, reset_to, lengths, resets, T) -> (outputs, states), the sequence form on flat
         lists, (T, B, ...) each.
     xs, constants, states: how many tensors of each kind; then come the operation's parameters.
     """
@@ -226,16 +226,27 @@ class SequenceRunner:
         known: dict[fx.Node, Any] = dict(zip(self.loop.prevs, states))
         known.update(zip((i.node for i in self.loop.inputs), inputs))
         resets = dict(zip(self.loop.prevs, reset_to)) if reset_to is not None else {}
+        if span.total == 0:
+            return self._nothing(known, span)
         dense = Dense(span)
         run = self._gradient if self.backward else self._values
         return run(known, resets, dense)
+
+    def _nothing(self, known: dict, span: Span) -> tuple[list[Tensor], list[Tensor]]:
+        """No steps: the states as they are, and nothing per step."""
+        kept = []
+        for node in self.loop.kept:
+            value, summed = node.meta["val"], node.meta["rows"] is None
+            feature = [int(s) for s in value.shape[0 if summed else 1 :]]
+            kept.append(torch.zeros([1 if summed else 0, *feature], dtype=value.dtype, device=span.schedule.device))
+        return [known[p] for p in self.loop.prevs], kept
 
     def _values(self, known: dict, resets: dict, dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
         xs, constants, prevs, _ = self.call.split(self.node.args[0])
         edges = [known[p] for p in prevs]
         outputs, finals = self.call.sequence(
             [dense.spread(known[x]) for x in xs], [known[c] for c in constants], edges,
-            [resets.get(p, e) for p, e in zip(prevs, edges)], dense.lengths, dense.resets,
+            [resets.get(p, e) for p, e in zip(prevs, edges)], dense.lengths, dense.resets, dense.steps,
         )  # fmt: skip
         after = dict(zip(prevs, finals))
         kept = [dense.collect(outputs[n.args[1]]) for n in self.loop.kept]
@@ -248,13 +259,15 @@ class SequenceRunner:
         back = [known[p].reset_to if known[p].reset_to is not None else e for p, e in zip(prevs, edges)]
         own = [p for p in self.call.op.parameters() if p.requires_grad]
         count = self.call.outputs
-        given = [dense.spread(known[c]) for c in cotangents[:count]] + [known[c] for c in cotangents[count:]]
+        # A cotangent that is not known here is one of the zeros that stand for "not differentiable".
+        given = [dense.spread(known[c]) if c in known else None for c in cotangents[:count]]
+        given += [known.get(c) for c in cotangents[count:]]
         with _autograd():
             groups = [
                 [_leaf(dense.spread(known[x])) for x in xs], [_leaf(known[c]) for c in constants],
                 [_leaf(e) for e in edges], [_leaf(b) for b in back],
             ]  # fmt: skip
-            outputs, finals = self.call.sequence(*groups, dense.lengths, dense.resets)
+            outputs, finals = self.call.sequence(*groups, dense.lengths, dense.resets, dense.steps)
             wanted = [*groups[0], *groups[1], *groups[2], *own]
             found = _grad([*outputs, *finals], [*wanted, *groups[3]], given)
         gradients = dict(zip(map(id, wanted), found))
@@ -303,8 +316,8 @@ def _leaf(value: Tensor) -> Tensor:
     return value.requires_grad_() if value.is_floating_point() else value
 
 
-def _grad(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
-    pairs = [(o, c) for o, c in zip(outputs, cotangents) if o.requires_grad]
+def _grad(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor | None]) -> list[Tensor]:
+    pairs = [(o, c) for o, c in zip(outputs, cotangents) if o.requires_grad and c is not None]
     wanted = [i for i in inputs if i.requires_grad]
     found: list[Tensor | None] = [None] * len(wanted)
     if pairs and wanted:

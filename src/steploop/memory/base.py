@@ -18,9 +18,11 @@ from ..arguments import take_apart
 from ..backends.reference import valid_steps
 from ..compiler.program import Call, Program, Result
 from ..errors import InputError, describe, message
+from ..frame import Frame
 from ..step import Step, Unbatched, survey
 from ..step_program import program_of
 from ..tree import flatten, unflatten
+from .opaque import opaque_step
 
 
 class Memory(Step):
@@ -62,6 +64,9 @@ class Memory(Step):
     def has_sequence(cls) -> bool:
         """Whether there is a whole-sequence form."""
         return cls.sequence is not None and cls.sequence is not Memory.sequence
+
+    def _step_inside(self, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+        return opaque_step(self, frame, xs, arguments) if self.has_sequence() else self.step(*xs, **arguments)
 
     def run_whole(self, program: Program, call: Call) -> Result | None:
         """A call of this operation alone, by its whole-sequence form; None where it has to go step by step."""

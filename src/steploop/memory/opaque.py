@@ -14,8 +14,6 @@ from ..tree import flatten, unflatten
 
 def opaque_step(op: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
     """One step of `op` inside a running step: an opaque call while the compiler traces, else its step form."""
-    if getattr(op, "sequence", None) is None:
-        return op.step(*xs, **arguments)
     named = list(states_below(op))
     names, states = [n for n, _ in named], [s for _, s in named]
     x_leaves, x_tree = flatten(xs)
@@ -30,12 +28,13 @@ def opaque_step(op: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str
         return leaves, inner.nexts(states)
 
     def whole_sequence(
-        x: list[Tensor], c: list[Tensor], start: list[Tensor], back: list[Tensor], lengths: Any, resets: Any
+        x: list[Tensor], c: list[Tensor], start: list[Tensor], back: list[Tensor], lengths: Any, resets: Any,
+        steps: int,
     ) -> tuple[list[Tensor], list[Tensor]]:
         with run_in(None):
             result, after = op.sequence(
                 unflatten(x, x_tree), unflatten(c, constant_tree), dict(zip(names, start)),
-                dict(zip(names, back)), lengths, resets,
+                dict(zip(names, back)), lengths, resets, **({"steps": steps} if op.takes_steps else {}),
             )  # fmt: skip
         return flatten(result)[0], [after[n] for n in names]
 
