@@ -7,19 +7,23 @@ Options are arguments of the constructor; sequences are called positionally, con
 from .base import Memory
 from .causal_conv1d import CausalConv1d
 from .causal_self_attention import CausalSelfAttention
+from .choice import Choice
 from .cumulative import CumLogSumExp, CumMax, CumProd, CumSum
 from .delay import Delay
 from .edit_distance import EditDistance
 from .history import History, Past, RelativePositions
 from .masked import Masked, MaskedFrom, Unmask, masked_from, unmask
+from .ngram_scorer import NGramScorer
 from .positional_encoding import PositionalEncoding
 from .sequence_rnn import SequenceRNN
 from .step_index import StepIndex
+from .two_d_lstm import TwoDLSTM
 from .window import Window
 
 __all__ = [
     "CausalConv1d",
     "CausalSelfAttention",
+    "Choice",
     "CumLogSumExp",
     "CumMax",
     "CumProd",
@@ -30,11 +34,13 @@ __all__ = [
     "Masked",
     "MaskedFrom",
     "Memory",
+    "NGramScorer",
     "Past",
     "PositionalEncoding",
     "RelativePositions",
     "SequenceRNN",
     "StepIndex",
+    "TwoDLSTM",
     "Unmask",
     "Window",
     "masked_from",

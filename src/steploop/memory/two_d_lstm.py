@@ -1,0 +1,211 @@
+"""TwoDLSTM: an LSTM over a grid of target steps and source positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InputError, describe, message
+from ..loop import Loop
+from ..state import State
+from ..step import Step, unbatched
+from .base import Memory, check_step_input, cleaned, is_valid, one_of, whole_number
+
+POOLINGS = ("last", "max", "mean", "weighted", None)
+
+
+class TwoDLSTM(Memory):
+    """Multidimensional LSTM (Leifert et al. 2016; Bahar et al. 2018, arXiv:1810.03975), over (target y, source x).
+
+        a[y,x] = weight_source s_x + weight_target t_y + weight_h h[y,x-1] + weight_v h[y-1,x] + bias
+        i, f, l, o = sigmoid of its parts;  g the last part             (order: input, forget, lambda, output, cell)
+        c[y,x] = i tanh(g) + f (l c[y-1,x] + (1 - l) c[y,x-1]);  h[y,x] = o tanh(c[y,x])
+
+    Missing neighbours are 0, and so is everything at source positions x >= the source length. RETURNN's
+    TwoDLSTMLayer, which has no CPU kernel.  One step is one target row, an inner loop over the source. A whole
+    sequence goes by anti-diagonals: T + S - 1 steps, each over all cells that it can reach.
+
+    source_size, target_size, hidden_size: features.  bias: whether there is one (RETURNN: none).
+    pooling: over the source positions of a row: "last", "max", "mean", "weighted" (a softmax of weight_pool . h),
+        or None: all of them.
+
+    lstm(target_x, source=..., source_lengths=None): target_x (B, target_size), source (B, S, source_size),
+    source_lengths (B,) -> (B, hidden_size), zeros where the source is empty; without pooling (B, S, hidden_size).
+
+    Raises InputError for sizes, a pooling or a source that do not fit.
+    """
+
+    def __init__(
+        self,
+        source_size: int,
+        target_size: int,
+        hidden_size: int,
+        pooling: str | None = "last",
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, size in (
+            ("source_size", source_size),
+            ("target_size", target_size),
+            ("hidden_size", hidden_size),
+        ):
+            setattr(self, name, whole_number("TwoDLSTM", name, size, 1))
+        self.pooling = one_of("TwoDLSTM", "pooling", pooling, POOLINGS)
+        gates = 5 * hidden_size
+        self.weight_source = nn.Parameter(torch.empty(gates, source_size))
+        self.weight_target = nn.Parameter(torch.empty(gates, target_size))
+        self.weight_h = nn.Parameter(torch.empty(gates, hidden_size))
+        self.weight_v = nn.Parameter(torch.empty(gates, hidden_size))
+        self.bias = nn.Parameter(torch.empty(gates)) if bias else None
+        self.weight_pool = nn.Parameter(torch.empty(hidden_size)) if pooling == "weighted" else None
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(hidden_size**-0.5), hidden_size**-0.5)
+        self.row = Loop(_Row(hidden_size))
+        self.h = State(...)
+        self.c = State(...)
+
+    def step(self, target_x: Tensor, *, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        check_step_input("TwoDLSTM", "target_x", target_x, features=self.target_size)
+        self._check_source(source, source_lengths)
+        positions = source.shape[1]
+        above_h = self.h.sized(positions, self.hidden_size, like=self.weight_h)
+        above_c = self.c.sized(positions, self.hidden_size, like=self.weight_h)
+        gates = self._of_source(source, source_lengths) + F.linear(target_x, self.weight_target).unsqueeze(1)
+        gates = gates + F.linear(above_h, self.weight_v)
+        (h, c), _ = self.row(
+            gates.transpose(0, 1),
+            above_c.transpose(0, 1),
+            lengths=source_lengths,
+            weight=unbatched(self.weight_h),
+        )
+        h, c = h.transpose(0, 1), c.transpose(0, 1)
+        self.h.next, self.c.next = h, c
+        return self._pooled(h, source_lengths)
+
+    def _of_source(self, source: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B, S, 5H), what does not depend on the target."""
+        source = cleaned(source.transpose(0, 1), lengths).transpose(0, 1)
+        return F.linear(source, self.weight_source, self.bias)
+
+    def _check_source(self, source: Any, lengths: Any) -> None:
+        if not isinstance(source, Tensor) or source.dim() != 3 or source.shape[2] != self.source_size:
+            raise InputError(
+                message(
+                    "TwoDLSTM: source is the other axis of the grid.",
+                    expected=f"(B, S, {self.source_size})",
+                    found=describe(source),
+                    fix="lstm(target_x, source=encoder_outputs, source_lengths=lengths)",
+                )
+            )
+        if lengths is not None and (not isinstance(lengths, Tensor) or lengths.dim() != 1):
+            raise InputError(
+                message(
+                    "TwoDLSTM: source_lengths has one entry per row.",
+                    expected="(B,) of integers",
+                    found=describe(lengths),
+                )
+            )
+
+    def _pooled(self, h: Tensor, lengths: Tensor | None) -> Tensor:
+        """h (..., B, S, H) -> (..., B, H)."""
+        if self.pooling is None:
+            return h.clone()
+        if self.pooling == "last":
+            if lengths is None:
+                return h[..., -1, :]
+            index = (lengths - 1).clamp(min=0).to(torch.int64).reshape(-1, 1, 1)
+            return h.gather(-2, index.expand(*h.shape[:-2], 1, h.shape[-1])).squeeze(-2)
+        if lengths is None:
+            if self.pooling == "mean":
+                return h.mean(-2)
+            if self.pooling == "max":
+                return h.amax(-2)
+            return (torch.softmax(torch.matmul(h, self.weight_pool), -1).unsqueeze(-1) * h).sum(-2)
+        valid = torch.arange(h.shape[-2], device=h.device) < lengths.unsqueeze(-1)  # (B, S)
+        some = (lengths > 0).reshape(-1, 1)
+        if self.pooling == "mean":
+            return h.sum(-2) / lengths.clamp(min=1).to(h.dtype).unsqueeze(-1)
+        if self.pooling == "max":
+            largest = torch.where(valid.unsqueeze(-1), h, float("-inf")).amax(-2)
+            return torch.where(some, largest, torch.zeros_like(largest))
+        # rows without a source get a softmax over zeros: finite, and their h are zeros
+        scores = torch.where(valid | ~some, torch.matmul(h, self.weight_pool), float("-inf"))
+        return (torch.softmax(scores, -1).unsqueeze(-1) * h).sum(-2)
+
+    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+        target = cleaned(xs[0], lengths)
+        source, source_lengths = constants["source"], constants.get("source_lengths")
+        steps, batch = target.shape[:2]
+        positions = source.shape[1]
+        grid = _Grid(steps, positions, is_valid(lengths, steps, batch, target.device), resets)
+        exists = is_valid(source_lengths, positions, batch, target.device).t().unsqueeze(-1)  # (B, S, 1)
+        of_source = self._of_source(source, source_lengths)
+        of_target = F.linear(target, self.weight_target)
+        weight = torch.cat([self.weight_h, self.weight_v], 1)
+        h, c = state["h"], state["c"]
+        rows = []
+        for diagonal in range(steps + positions - 1):
+            active, reset, y = grid.cells(diagonal)  # (B, S, 1) each, (S,)
+            above_h, above_c = h, c
+            if reset is not None:
+                above_h = torch.where(reset, reset_to["h"], h)
+                above_c = torch.where(reset, reset_to["c"], c)
+            left_h, left_c = F.pad(h[:, :-1], (0, 0, 1, 0)), F.pad(c[:, :-1], (0, 0, 1, 0))
+            gates = of_source + of_target[y].transpose(0, 1) + F.linear(torch.cat([left_h, above_h], -1), weight)
+            new_h, new_c = _cell(gates, left_c, above_c)
+            h = torch.where(active, torch.where(exists, new_h, 0.0), h)
+            c = torch.where(active, torch.where(exists, new_c, 0.0), c)
+            rows.append(h)
+        every = torch.stack(rows)  # (T + S - 1, B, S, H)
+        time = torch.arange(steps, device=target.device)[:, None]
+        place = torch.arange(positions, device=target.device)[None, :]
+        every = every[time + place, :, place].transpose(1, 2)  # (T, B, S, H)
+        return self._pooled(every, source_lengths), {"h": h, "c": c}
+
+    def extra_repr(self) -> str:
+        return f"{self.source_size}, {self.target_size}, {self.hidden_size}, pooling={self.pooling!r}"
+
+
+class _Row(Step):
+    """One target row: steps over the source positions."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.h = State(hidden_size)
+        self.c = State(hidden_size)
+
+    def step(self, gates: Tensor, above_c: Tensor, *, weight: Tensor) -> tuple[Tensor, Tensor]:
+        h, c = _cell(gates + F.linear(self.h.prev, weight), self.c.prev, above_c)
+        self.h.next, self.c.next = h, c
+        return h, c
+
+
+def _cell(gates: Tensor, left_c: Tensor, above_c: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, mix, o, g = gates.chunk(5, -1)
+    mix = torch.sigmoid(mix)
+    c = torch.sigmoid(i) * torch.tanh(g) + torch.sigmoid(f) * (mix * above_c + (1 - mix) * left_c)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+class _Grid:
+    """Which cells of (T, S) stand on an anti-diagonal x + y = d, seen along x.
+
+    A position x whose cell on this diagonal is no valid one (y < 0, y >= T, a row that is over) keeps what it has:
+    before the first row that is the initial state, after the last one the final state.
+    """
+
+    def __init__(self, steps: int, positions: int, valid: Tensor, resets: Tensor | None) -> None:
+        self.steps, self.valid, self.resets = steps, valid, resets
+        self.x = torch.arange(positions, device=valid.device)
+
+    def cells(self, diagonal: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(active (B, S, 1), reset (B, S, 1) or None, y (S,) within 0 ... T-1)."""
+        y = diagonal - self.x
+        inside = (y >= 0) & (y < self.steps)
+        y = y.clamp(0, self.steps - 1)
+        active = (self.valid[y] & inside.unsqueeze(1)).t().unsqueeze(-1)
+        reset = None if self.resets is None else self.resets[y].t().unsqueeze(-1)
+        return active, reset, y
