@@ -9,7 +9,6 @@ The batch size is a symbol from the start, with a size nothing else has.
 from __future__ import annotations
 
 import logging
-import logging
 import operator
 import os
 import re
@@ -158,7 +157,7 @@ class _Tracer:
                 return function(*arguments)
 
         try:
-            with enable_python_dispatcher(), self.mode, _quiet():
+            with enable_python_dispatcher(), self.mode:
                 functional = dispatch_functionalize(traced, FunctionalTensorMode())
                 module = make_fx(functional, tracing_mode="real", _error_on_data_dependent_ops=True)(*leaves)
         except SteploopError:
@@ -305,18 +304,6 @@ class _Tracer:
         step.grad_prevs = [next(left) if m else None for m in marks["grad_prevs"]]
         by_tensor = {id(t): next(left) for t, m in zip(self.wanted, marks["grad_captured"]) if m}
         step.grad_captured = [by_tensor.get(id(t)) for t in captured.tensors]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A trace may fail where another will do (a step that fixes the batch): torch need not print that."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 class FixedBatch(Exception):
