@@ -36,6 +36,15 @@ def plan(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
     return pipeline.plan(program, call, backend=backend, save=save)
 
 
+def stream_step(program: Program, call: Call, backend: str) -> Any:
+    """What runs single steps like this call without gradients, with little around it; None where nothing does."""
+    if backend == "reference":
+        return None
+    from .compiler import stream_step as steps
+
+    return steps.prepare(program, call, backend)
+
+
 def checked_backend(backend: str) -> str:
     """InputError unless `backend` is in BACKENDS."""
     if backend not in BACKENDS:

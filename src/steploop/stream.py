@@ -15,7 +15,7 @@ from .errors import InputError, UnsupportedError, describe, message
 from .initial import own_values, require
 from .inputs import check_constants, checked_mask, constant_leaves, sequences
 from .states import States, given_states
-from .step import survey
+from .step import Step, survey
 from .step_program import program_of
 from .tree import unflatten
 
@@ -70,6 +70,8 @@ class Stream:
         self._program: Any = None
         self._structure: Any = None
         self._arguments: Arguments | None = None
+        self._fast: Any = None  # runs single steps without gradients, once the first has gone the usual way
+        self._count = -1
         self._taken = 0  # at least the number of entries that any history has in use
         if self._tree.parameter is not None and not self._tree.unsized:
             self._start([])
@@ -79,6 +81,12 @@ class Stream:
 
         named: what the step takes by keyword but has a slice per step (Masked's `where`).
         """
+        if self._fast is not None and mask is None and resets is None and not named and len(xs) == self._count:
+            done = self._fast(xs, self._values)
+            if done is not None:
+                outputs, self._values = done
+                return unflatten(outputs, self._fast.out_spec)
+            self._fast = None
         xs, named = self.loop.step.sequences_of(xs, named)
         if named:
             raise InputError(_not_per_step(next(iter(named))))
@@ -104,11 +112,21 @@ class Stream:
             call.resets = self._flags(resets, "resets")
             call.reset_to = require(self._own, self._tree.names)
         result = dispatch.run(self._program, call, self.loop.backend, self.loop.save)
+        if mask is None and resets is None and not torch.is_grad_enabled():
+            self._prepare(xs, call)
         self._values = result.states
         outputs = [output[0] for output in result.outputs]
         if self.on_masked == "repeat":
             outputs = self._last = self._repeated(outputs, mask)
         return unflatten(outputs, result.out_spec if result.out_spec is not None else self._program.out_spec)
+
+    def _prepare(self, xs: tuple[Any, ...], call: Call) -> None:
+        """From the next step on, take the short way where there is one."""
+        plain = all(isinstance(x, Tensor) for x in xs) and type(self.loop.step).sequences_of is Step.sequences_of
+        grows = any(state.grows_with is not None for state in self._tree.states)
+        if plain and not grows and self.on_masked == "zero":
+            self._fast = dispatch.stream_step(self._program, call, self.loop.backend)
+            self._count = len(xs)
 
     @property
     def state(self) -> States:

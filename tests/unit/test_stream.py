@@ -1,5 +1,6 @@
 """Stream: the same as the Loop, one step at a time."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -68,3 +69,48 @@ def test_two_streams_of_one_module_are_independent():
     a, b = loop.stream(1), loop.stream(1)
     a(torch.randn(1, 2))
     assert (b.state["h"] == 0).all() and (a.state["h"] != 0).any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_the_short_way_of_a_stream_sees_every_change(backend):
+    """Without gradients a stream keeps a prepared step; nothing it depends on may grow stale."""
+
+    class Scaled(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+            self.scale = 2.0
+            self.h = sl.State(3)
+
+        def step(self, x):
+            h = torch.tanh(self.linear(x) * self.scale + self.h.prev)
+            self.h.next = h
+            return h, x.sum(1)
+
+    step = Scaled()
+    stream, plain = (sl.Loop(step, backend=b).stream(2) for b in (backend, "reference"))
+
+    def agree(*args, **kwargs):
+        for a, b in zip(stream(*args, **kwargs), plain(*args, **kwargs)):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(dict(stream.state), dict(plain.state))
+
+    with torch.no_grad():
+        x = torch.randn(4, 2, 3)
+        for _ in range(3):
+            agree(x[0])
+        step.linear.weight.mul_(0.5)
+        agree(x[1])
+        step.linear.bias = torch.nn.Parameter(torch.ones(3))
+        agree(x[1])
+        step.scale = 0.3
+        agree(x[2])
+        agree(x[2], mask=torch.tensor([True, False]), resets=torch.tensor([True, False]))
+        agree(x[3].t().contiguous().t())
+        stream.state = plain.state = {"h": torch.ones(2, 3)}
+        agree(x[0])
+    agree(x[1])
+    with torch.no_grad():
+        stream.state, plain.state = stream.state.detach(), plain.state.detach()
+        for _ in range(3):
+            agree(x[1])

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import enum
 import functools
+import random
 import sys
 import sysconfig
 import types
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
@@ -50,6 +52,10 @@ def ambient() -> Hashable:
     )  # fmt: skip
 
 
+# Types of values that compare by identity or by content, without surprises.
+_COMPARED = {type(None), bool, int, float, str, tuple, dict, list, set, OrderedDict, torch.dtype, torch.device}
+
+
 class Dependencies:
     """One walk from a root: its key, and the tensors it met, each once, in order.
 
@@ -65,23 +71,32 @@ class Dependencies:
         self._cells: list[tuple[types.CellType, Any]] = []
         self._lengths: list[tuple[dict, int]] = []
         self._arrays: list[np.ndarray] = []
+        self._generators: list[Any] = []
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []
         self.program: Any = None
         self.pinned: list[Any] = []  # objects that the key names by their id, which must not be given away
         self.key: Hashable = self._walk(root, "")
         self._metadata = [_metadata(t) for t in self.tensors]
+        self._quick: tuple[list, list, list] | None = None
+        self._held: list[tuple[Tensor, str, Tensor, int]] = []
         self._seen.clear()
 
     def unchanged(self) -> bool:
         """Whether a new walk would give the same key and the same tensors."""
-        for where, key, value, _ in self.places:
+        if self._quick is None:
+            self._quick = self._prepared()
+        wholes, singles, lengths = self._quick
+        for where, copy in wholes:
+            if where != copy:  # the same objects compare by identity, at the speed of C
+                return False
+        for where, key, value in singles:
             if where.get(key, _MISSING) is not value:
                 return False
         for cls, name, value in self._class_places:
             if vars(cls).get(name, _MISSING) is not value:
                 return False
-        for where, length in self._lengths:
+        for where, length in lengths:
             if len(where) != length:
                 return False
         for cell, value in self._cells:
@@ -97,9 +112,44 @@ class Dependencies:
                 return False
         return True
 
+    def _prepared(self) -> tuple[list, list, list]:
+        """What `unchanged` looks at: dictionaries to compare whole, single entries, and lengths.
+
+        A dictionary that was walked whole and holds nothing but plain values and containers is compared whole.
+        Anything else could compare equal (or refuse to) without being the same object.
+        """
+        entries: dict[int, list] = {}
+        for where, key, value, _ in self.places:
+            entries.setdefault(id(where), []).append((where, key, value))
+        walked = {id(where): where for where, _ in self._lengths}
+        wholes, singles = [], []
+        for number, found in entries.items():
+            where = walked.get(number)
+            if type(where) is dict and all(map(_compares_safely, where.values())):
+                wholes.append((where, dict(where)))
+            else:
+                singles.extend({key: (w, key, value) for w, key, value in found}.values())
+        compared = {id(where) for where, _ in wholes}
+        return wholes, singles, [(w, n) for w, n in self._lengths if id(w) not in compared]
+
+    def watch(self) -> None:
+        """Remembers where the memory of every tensor is, for `changes`."""
+        plain = [(t, p) for t, p in zip(self.tensors, self.paths)
+                 if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_inference()]  # fmt: skip
+        self._held = [(t, p, t.data, t._version) for t, p in plain]
+
+    def random_states(self) -> list[Any]:
+        """The states of Python's and numpy's random generators, those among the objects that the walk met too."""
+        return [_state_of(g) for g in (random, np.random, *self._generators)]
+
     def changes(self) -> list[str]:
         """The paths of Python values that are not what the walk found; puts them back."""
         found = []
+        for tensor, path, held, version in self._held:
+            if not _same_memory(tensor, held) or tensor._version != version:
+                found.append(f"the tensor {path}")
+                tensor.data = held
+        self._held = []
         for where, key, value, path in self.places:
             now = where.get(key, _MISSING)
             if now is not value and not (type(now) is type(value) and _equal(now, value)):
@@ -162,6 +212,9 @@ class Dependencies:
             return self._class(value, path)
         if isinstance(value, enum.Enum):
             return (type(value), value.name)
+        if isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
+            self._generators.append(value)
+            return ("generator", self._id(value))
         if isinstance(value, np.ndarray):
             self._arrays.append(value)
             return ("array", value.dtype.str, value.shape, value.tobytes())
@@ -262,6 +315,32 @@ def _function_of(item: Any) -> types.FunctionType | None:
     item = getattr(item, "__func__", item) if isinstance(item, (staticmethod, classmethod)) else item
     item = item.fget if isinstance(item, property) else item
     return item if isinstance(item, types.FunctionType) else None
+
+
+def _compares_safely(value: Any) -> bool:
+    return type(value) in _COMPARED or (isinstance(value, nn.Module) and type(value).__eq__ is object.__eq__)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    try:
+        return a.data_ptr() == b.data_ptr()
+    except RuntimeError:  # one of them was made by a tracer
+        return False
+
+
+def same_states(a: Any, b: Any) -> bool:
+    """Whether two states of random generators are equal."""
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(same_states(x, y) for x, y in zip(a, b))
+    if isinstance(a, dict):
+        return all(same_states(a[k], b[k]) for k in a)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if hasattr(generator, "get_state") else generator.getstate()
 
 
 def _slots(cls: type) -> tuple[str, ...]:
