@@ -136,7 +136,8 @@ class Printer:
         self.line()
 
     def _scratch_buffers(self) -> list[Buffer]:
-        return [*self.program.prevs, *self.program.nexts, *self.plan.shared, *self.plan.local]
+        nexts = [b for b in self.program.nexts if b.index not in self.plan.in_place]
+        return [*self.program.prevs, *nexts, *self.plan.shared, *self.plan.local]
 
     def _tile(self) -> None:
         program = self.program
@@ -201,7 +202,7 @@ class Printer:
     def _swap(self) -> None:
         written = {id(s.target.buffer) for p in self.plan.phases for n in p.nests for s in n.statements}
         for prev, after in zip(self.program.prevs, self.program.nexts):
-            if id(after) in written:
+            if id(after) in written and after.index not in self.plan.in_place:
                 self.line(f"{{ auto old = {prev.name}_tile; {prev.name}_tile = {after.name}_tile; "
                           f"{after.name}_tile = old; }}", 2)
 
@@ -214,7 +215,8 @@ class Printer:
         used: dict[int, Buffer] = {}
         body: list[str] = []
         program = self.program
-        taken = {b.name for b in (*program.inputs, *program.kept, *self._scratch_buffers())} | set(program.symbols)
+        known = (*program.inputs, *program.kept, *program.nexts, *self._scratch_buffers())
+        taken = {b.name for b in known} | set(program.symbols)
 
         def base(buffer: Buffer) -> str:
             used[id(buffer)] = buffer
@@ -242,6 +244,8 @@ class Printer:
         size = size_text(b.numel)
         if b.place == "temp" and id(b) in {id(x) for x in self.plan.local}:
             return f"{b.name}_tile"
+        if b.place == "next" and b.index in self.plan.in_place:
+            b = self.program.prevs[b.index]
         if b.place in ("temp", "prev", "next"):
             return f"{b.name}_tile + {row} * scratch.{b.name}_row"
         if b.place == "kept" or (b.place == "step" and b.rows):

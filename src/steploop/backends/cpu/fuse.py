@@ -61,6 +61,7 @@ class Plan:
     phases: list[Phase]
     shared: list[Buffer]
     local: list[Buffer]
+    in_place: set[int]  # indices of states whose next value may overwrite the previous one
 
 
 def fuse(program: Program) -> Plan:
@@ -70,7 +71,44 @@ def fuse(program: Program) -> Plan:
     phases = _schedule(statements)
     _silence(phases)
     shared, local = _scopes(program, phases)
-    return Plan(program, phases, shared, local)
+    return Plan(program, phases, shared, local, _in_place(program, phases))
+
+
+def _in_place(program: Program, phases: list[Phase]) -> set[int]:
+    """States that are only read before, or at the very place where, their next value is written."""
+    order: list[tuple[int, Nest | None, Statement]] = []
+    number = 0
+    for phase in phases:
+        for group, statements in [(None, phase.products), *((nest, nest.statements) for nest in phase.nests)]:
+            number += 1
+            order += [(number, group, statement) for statement in statements]
+    return {
+        index for index, (prev, after) in enumerate(zip(program.prevs, program.nexts))
+        if _overwrites_nothing(order, prev, after)
+    }  # fmt: skip
+
+
+def _overwrites_nothing(order: list[tuple[int, Nest | None, Statement]], prev: Buffer, after: Buffer) -> bool:
+    writes = [i for i, (_, _, statement) in enumerate(order) if statement.target.buffer is after]
+    if len(writes) != 1:
+        return False
+    number, nest, store = order[writes[0]]
+    seen: set[int] = set()  # loads that stand in a register when the store comes
+    for i, (when, _, statement) in enumerate(order):
+        for load in loads(statement):
+            if load.buffer is not prev or when < number:
+                continue
+            if when > number or not _same_place(load, store, nest) or (i > writes[0] and id(load) not in seen):
+                return False
+            seen.add(id(load))
+    return True
+
+
+def _same_place(load: Load, store: Statement, nest: Nest) -> bool:
+    target = store.target
+    if load.at or nest.reduced or nest.serial or load.shape != target.shape:
+        return False
+    return load.strides == target.strides and same(load.offset, target.offset)
 
 
 def _alive(program: Program) -> list[Statement]:

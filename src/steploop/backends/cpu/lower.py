@@ -87,6 +87,7 @@ class Lowering:
         self.make = Expressions()
         self.values: dict[fx.Node, Lowered] = {}
         self.reasons: list[tuple[str, str]] = []
+        self.pieces: dict[int, list[Load]] = {}  # load of a concatenation -> where its parts were written
         self._symbols: set[sympy.Symbol] = set()
         self._taken: set[str] = set()
         self._line = ""
@@ -201,6 +202,13 @@ class Lowering:
 
     def store(self, target: Load, value: Expr) -> None:
         self.emit(Store(target, value))
+
+    def store_parts(self, target: Load, value: Expr) -> None:
+        """A concatenation is stored part by part, each beside the computation of the part."""
+        for part in self.pieces.get(id(value), ()):
+            self.store(Load(target.buffer, part.shape, part.strides, part.offset), part)
+        if id(value) not in self.pieces:
+            self.store(target, value)
 
     def copy(self, expr: Expr, hint: str = "") -> Load:
         """The value in a contiguous buffer of its own."""
@@ -341,7 +349,7 @@ class Lowering:
         self.program.nexts.append(after)
         if node is not prev:
             value = self.as_expr(self.values[node], before.shape, before.dtype)
-            self.store(whole(after), value)
+            self.store_parts(whole(after), value)
 
     def _keep(self, index: int, node: fx.Node) -> None:
         value = self.values[node]
@@ -351,7 +359,7 @@ class Lowering:
             raise Unsupported("a value without batch axis is wanted from every step")
         buffer = Buffer(self.unique(f"all_{node.name}"), value.dtype, self.shape(node), "kept", True, index)
         self.program.kept.append(buffer)
-        self.store(whole(buffer), value)
+        self.store_parts(whole(buffer), value)
 
 
 def _memory_order(value: Tensor) -> tuple[int, ...] | None:

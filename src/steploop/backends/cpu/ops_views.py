@@ -160,13 +160,16 @@ def place(low: Lowering, node: fx.Node, parts: list[Expr], dim: int) -> Expr:
         return parts[0]
     target = whole(low.temp(shape, node.meta["val"].dtype))
     start: Dim = 0
+    slots = []
     for part in parts:
         size = part.shape[dim]
-        slot = low.make.view(target, geometry.narrow(dim, start, size))
         if size != 0:
-            low.store(slot, low.make.cast(part, target.dtype))
+            slots.append(low.make.view(target, geometry.narrow(dim, start, size)))
+            low.store(slots[-1], low.make.cast(part, target.dtype))
         start = start + size
-    return low.make.load(target)
+    found = low.make.load(target)
+    low.pieces[id(found)] = slots
+    return found
 
 
 @lowers("cat", "concat")
