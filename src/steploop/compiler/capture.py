@@ -36,7 +36,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import SteploopError, StepError
 from .graph import Size, StepGraph, expression
-from .inplace import make_functional
+from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .program import Program
 from .refusals import is_user_file, refusal
 
@@ -163,10 +163,12 @@ class _Tracer:
         except SteploopError:
             raise
         except Exception as error:
-            refused = refusal(error)
+            refused = lines.refused or refusal(error)
             if refused is None:
                 raise
             raise refused from error
+        if lines.refused is not None:
+            raise lines.refused
         lines.settle(module.graph)
         make_functional(module.graph)
         return self._finish(module)
@@ -453,9 +455,14 @@ class _Lines(TorchFunctionMode):
         super().__init__()
         self._tail: fx.Node | None = None
         self._line = ""
+        self.refused: StepError | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line = _user_line()
+        if writes_real_tensor(function, args, kwargs or {}):
+            # Kept as well: for `x += 1` Python takes a TypeError to mean that it should try x = x + 1.
+            self.refused = self.refused or changes_in_place(line)
+            raise self.refused
         self._tag(self._line)
         function = _UNCHECKED.get(function, function)
         result = function(*args, **(kwargs or {}))

@@ -10,19 +10,22 @@ from __future__ import annotations
 import threading
 import types
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import SteploopError, StepError
 from .capture import BATCH_HINT, FixedBatch, Leaf, Signature, Trace, trace_forward, trace_joint
-from .dependencies import Dependencies, ambient
+from .dependencies import Dependencies, ambient, same_states
 from .memory_operator import calls_in, must_inline, tracing
 from .partition import Problem, State, needed_nodes, recurrent_components
 from .program import Call, Program
 from .rows import annotate
+from .refusals import KEEP
 from .simplify import simplify
 
 
@@ -320,12 +323,16 @@ def _first_trace(
     program: Program, signature: Signature, dependencies: Dependencies, inline: set[int]
 ) -> tuple[Trace, bool]:
     """A trace with a symbolic batch, or with the real one where the step fixes it."""
+
+    def symbolic() -> Trace:
+        with tracing(inline) as memory:
+            trace = trace_forward(program, signature, symbolic=True)
+        trace.keep_alive.extend(memory.calls)
+        return trace
+
     if signature.batch is not None:
         try:
-            with _Unchanged(dependencies), tracing(inline) as memory:
-                trace = trace_forward(program, signature, symbolic=True)
-            trace.keep_alive.extend(memory.calls)
-            return trace, True
+            return _watched(symbolic, dependencies), True
         except FixedBatch:
             pass
         except SideEffect:
@@ -334,8 +341,21 @@ def _first_trace(
             # A closed-over tensor with a batch axis, say. If it is a real mistake, the message about real
             # sizes is the better one.
             dependencies.changes()
-    with _Unchanged(dependencies):
-        return trace_forward(program, signature, symbolic=False), False
+    return _watched(lambda: _fixed_trace(program, signature), dependencies), False
+
+
+def _watched(trace: Callable[[], Trace], dependencies: Dependencies) -> Trace:
+    """A trace of a step without side effects, and without numbers that differ from one run to the next."""
+    watch = _Unchanged(dependencies)
+    with watch:
+        first = trace()
+    if watch.drawn:
+        # Some thread drew a number; if it was the step, a second run comes out otherwise.
+        with _Unchanged(dependencies):
+            again = trace()
+        _check_same(first, again)
+        _check_same_constants(first, again)
+    return first
 
 
 def _settle(trace: Trace, dependencies: Dependencies) -> list[int | Tensor]:
@@ -349,6 +369,12 @@ class SideEffect(StepError):
     """The step changed something in Python."""
 
 
+_DRAW = (
+    "A number from Python's or numpy's random generator, or from the clock, is drawn once when the step is captured. "
+    "Draw it with torch (torch.rand) inside the step, or pass it in as a sequence."
+)
+
+
 class _Unchanged:
     """Checks that a capture left the user's objects as they were, and puts back what it changed."""
 
@@ -356,11 +382,24 @@ class _Unchanged:
         self.dependencies = dependencies
 
     def __enter__(self) -> None:
-        pass
+        with _disable_current_modes():
+            self.dependencies.watch()
+            self.states = self.dependencies.random_states()
+            self.seed = torch.initial_seed()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        changed = self.dependencies.changes()
-        if changed and (error is None or isinstance(error, SteploopError)):
+        with _disable_current_modes():
+            changed = self.dependencies.changes()
+            self.drawn = not same_states(self.states, self.dependencies.random_states())
+            seeded = self.seed != torch.initial_seed()
+        if error is not None:
+            return
+        if seeded:
+            raise SideEffect("the step calls torch.manual_seed, which would happen once. Seed before the call.")
+        tensors = [c for c in changed if c.startswith("the tensor ")]
+        if tensors:
+            raise SideEffect(f"the step changes {', '.join(tensors)} in place. {KEEP}")
+        if changed:
             names = ", ".join(dict.fromkeys(changed))
             raise SideEffect(
                 f"the step changes a Python value: {names}. A step is captured once and not run again, so the "
@@ -371,18 +410,19 @@ class _Unchanged:
 
 def _check_same(forward: Trace, joint: Trace) -> None:
     """A second run of the step must do what the first did; otherwise Python decided differently."""
-    first = [n for n in forward.graph.graph.nodes if n.op == "call_function"]
-    second = [n for n in joint.graph.graph.nodes if n.op == "call_function"][: len(first)]
-    if [n.target for n in first] != [n.target for n in second]:
-        return  # with gradients some operations take another form; nothing can be said
-    for a, b in zip(first, second):
-        if _numbers(a) != _numbers(b):
+    for (one, first), (two, second) in zip(forward.numbers, joint.numbers):
+        if one is not two:
+            return  # with gradients some operations take another form; nothing can be said of what follows
+        if repr(first) != repr(second):
             raise SideEffect(
-                f"two runs of the step computed with different numbers ({a.meta.get('line', '')}): {_numbers(a)} "
-                f"and {_numbers(b)}. A number from Python's or numpy's random generator, or from the clock, is drawn "
-                "once when the step is captured. Draw it with torch (torch.rand) inside the step, or pass it in."
+                f"two runs of the step computed with different numbers ({one}): {first} and {second}. {_DRAW}"
             )
 
 
-def _numbers(node: fx.Node) -> list[float]:
-    return [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
+def _check_same_constants(first: Trace, again: Trace) -> None:
+    """The same for tensors that the step made of Python's numbers, and for what it calls."""
+    calls = [[target for target, _ in t.numbers] for t in (first, again)]
+    pairs = list(zip(first.tensors, again.tensors))
+    same = calls[0] == calls[1] and len(first.tensors) == len(again.tensors)
+    if not same or any(a is not b and not torch.equal(a, b) for a, b in pairs):
+        raise SideEffect(f"two runs of the step did different things. {_DRAW}")

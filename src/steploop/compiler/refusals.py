@@ -1,0 +1,71 @@
+"""What a capture says when a step does something that can't be captured, with the user's line."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ..errors import StepError
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_USER_PARTS = tuple(os.path.join(_HERE, part) for part in ("nn", "memory", "seq2seq", "search", "recipes"))
+VALUE_ERRORS = (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException)
+_REFERENCE = 'backend="reference" runs it as it stands.'
+
+
+def is_user_file(filename: str) -> bool:
+    if filename.startswith(_TORCH) or "<frozen" in filename or filename.startswith("<steploop"):
+        return False
+    return filename.startswith(_USER_PARTS) or not filename.startswith(_HERE)
+
+
+def refusal(error: Exception) -> StepError | None:
+    """The StepError to raise for an error of torch's tracer; None where the error speaks for itself."""
+    text = str(error)
+    where, line = innermost_user_frame(error)
+    if isinstance(error, VALUE_ERRORS) or ".numpy() is not supported" in text:
+        return _uses_value(where, line)
+    if "non-functional tensor" in text:
+        return StepError(f"the step changes a tensor in place that is not its own{where}:\n    {line}\n{KEEP}")
+    if isinstance(error, TypeError) and "__torch_dispatch__ handlers returned NotImplemented" in text:
+        return StepError(
+            f"torch can't trace this{where}:\n    {line}\n"
+            f"If it reads `.data`, write .detach() instead; a step can't assign to it. {_REFERENCE}"
+        )
+    return None
+
+
+KEEP = (
+    "A step is captured once and the change would happen once instead of at every step. Keep what changes from "
+    "step to step in an sl.State (self.average = sl.State(size)), change a copy (x = x + 1 instead of x += 1), "
+    f"or put a module with running statistics in eval mode. {_REFERENCE}"
+)
+
+
+def _uses_value(where: str, line: str) -> StepError:
+    return StepError(
+        f"the step uses the value of a tensor in Python{where}:\n    {line}\n"
+        "A step is captured once for all steps and rows, so it can't branch on, print or convert what a tensor "
+        "holds. Write torch.where(condition, a, b) instead of `if`, keep counts in an sl.State instead of "
+        ".item(), and use sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. " + _REFERENCE
+    )
+
+
+def innermost_user_frame(error: BaseException | None) -> tuple[str, str]:
+    """(" (file.py:14)", the source of that line), or ("", "(line not known)")."""
+    chosen = None
+    while error is not None:
+        for frame in traceback.extract_tb(error.__traceback__):
+            if is_user_file(frame.filename):
+                chosen = frame
+        error = error.__cause__ or error.__context__
+        if chosen is not None:
+            break
+    if chosen is None:
+        return "", "(line not known)"
+    return f" ({chosen.filename}:{chosen.lineno})", (chosen.line or "").strip()
