@@ -126,23 +126,35 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, 
 def _measure(
     job: dict[str, Any], work: dict[str, Any], mode: str, ready: dict, blanks: dict[str, str], emit: Emit
 ) -> None:
-    """Second runs tell how many rounds fit the budget; then the rounds."""
+    """Second runs tell how many rounds fit the budget; then the rounds, without what is too slow for them."""
     from .measure import interleaved, timed
 
     second = {name: timed(runner.run)[0] for name, (runner, _, _) in ready.items()}
-    runs = {name: runner.run for name, (runner, _, _) in ready.items()}
-    times = interleaved(runs, job["budget"], second, job["least"], job["most"])
+    slow = too_slow(second, job["budget"] / job["least"])
+    runs = {name: runner.run for name, (runner, _, _) in ready.items() if name not in slow}
+    fast = {name: second[name] for name in runs}
+    times = interleaved(runs, job["budget"], fast, job["least"], job["most"])
+    times |= {name: [second[name]] for name in slow}
     common = {"action": job["action"], "work": work, "mode": mode}
     for name, (runner, first, worst) in ready.items():
         seconds = [t / runner.calls for t in times[name]]
         emit(
             {
                 **common, "peer": name, "times": seconds, "median": statistics.median(seconds),
-                "first": first, "off_by": worst, "note": _note(runner),
+                "first": first, "off_by": worst,
+                "note": "one run only: too slow for more" if name in slow else _note(runner),
             }
         )  # fmt: skip
     for name, reason in blanks.items():
         emit({**common, "peer": name, "blank": reason})
+
+
+def too_slow(seconds: dict[str, float], a_round: float) -> set[str]:
+    """Those that take most of a round's budget, and far longer than most others."""
+    if not seconds:
+        return set()
+    usual = statistics.median(seconds.values())
+    return {name for name, taken in seconds.items() if taken > max(a_round / 2, 5 * usual)}
 
 
 def _note(runner: Any) -> str:

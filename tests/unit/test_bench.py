@@ -144,6 +144,9 @@ def test_rounds_are_interleaved_and_fit_the_budget():
     assert order == ["a", "b", "c", "c", "b", "a"]
     assert all(len(seconds) == 2 for seconds in times.values())
     assert measure.paired_ratio([1.0, 4.0, 9.0], [2.0, 2.0, 3.0]) == 2.0
+    assert measure.paired_ratio([1.0, 4.0, 9.0], [2.0]) == 2.0
+    assert jobs.too_slow({"a": 1.0, "b": 1.2, "scan": 15.0}, 4.0) == {"scan"}
+    assert jobs.too_slow({"a": 4.0, "b": 5.0, "c": 6.0}, 4.0) == set()
 
 
 def test_a_time_limit_ends_python_code():
