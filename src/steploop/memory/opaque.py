@@ -14,6 +14,9 @@ from ..tree import flatten, unflatten
 
 def opaque_step(op: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
     """One step of `op` inside a running step: an opaque call while the compiler traces, else its step form."""
+    if frame.sizing is not None:
+        return op.step(*xs, **arguments)
+    xs, arguments = op.sequences_of(xs, arguments)  # what has a slice per step is no constant
     named = list(states_below(op))
     names, states = [n for n, _ in named], [s for _, s in named]
     x_leaves, x_tree = flatten(xs)
