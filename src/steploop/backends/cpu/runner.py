@@ -32,6 +32,8 @@ L2 = 1 << 20  # bytes of temporaries that a tile may have
 class Runner:
     """One compiled loop."""
 
+    writes_into = True  # takes memory for kept values, see __call__
+
     def __init__(self, loop: LoopProgram, program: Program, broken: bool = False):
         self.loop, self.program = loop, program
         self.plan: Plan = fuse(program)
@@ -66,8 +68,9 @@ class Runner:
         span: Span,
         down: bool,
         sizes: dict[str, int],
+        into: Sequence[Tensor | None] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """See `eager.Runner`."""
+        """See `eager.Runner`. into: contiguous memory for kept values, None where there is none."""
         schedule = span.schedule
         if schedule.members is not None:
             if self._eager is None:
@@ -82,7 +85,11 @@ class Runner:
         resets = schedule.resets if reset_to is not None else None
         back = before if resets is None else [r.contiguous() for r in reset_to]
         after = [torch.empty_like(s) if full and total else s.clone() for s in before]
-        kept = [self._empty(b, rows, total, sizes) for b, rows in zip(self.program.kept, self._kept_rows)]
+        into = into or [None] * len(self._kept_rows)
+        kept = [
+            self._empty(b, rows, total, sizes) if given_memory is None else given_memory
+            for b, rows, given_memory in zip(self.program.kept, self._kept_rows, into)
+        ]
         tables = (None, None) if full else _tables(schedule)
         if batch and total:
             numbers = self._numbers(span, batch, full, down, sizes)

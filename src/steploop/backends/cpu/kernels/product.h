@@ -13,15 +13,23 @@ template <class T> constexpr int width() { return kBytes / sizeof(T); }
 template <class T> constexpr int panel() { return kVectors * width<T>(); }
 template <class T> INLINE long packed_size(long k, long n) { return k * ((n + width<T>() - 1) / width<T>() * width<T>()); }
 
-template <class T> static void pack(T* to, const T* w, long row_stride, long column_stride, long k, long n) {
+template <class T> static void pack(T* to, const T* w, long down, long across, long k, long n) {
   constexpr int W = width<T>(), P = panel<T>();
   for (long c = 0; c < n; c += P) {
     long left = n - c < P ? n - c : P, wide = (left + W - 1) / W * W;
-    const T* from = w + c * column_stride;
-    for (long i = 0; i < k; ++i, to += wide) {
-      for (long j = 0; j < left; ++j) to[j] = from[i * row_stride + j * column_stride];
-      for (long j = left; j < wide; ++j) to[j] = 0;
+    const T* from = w + c * across;
+    for (long i = 0; i < k; i += W, to += W * wide) {  // blocks of W x wide, read along the axis that is contiguous
+      long deep = k - i < W ? k - i : W;
+      if (left < wide) memset(to, 0, deep * wide * sizeof(T));
+      if (down == 1) {
+        for (long j = 0; j < left; ++j)
+          for (long l = 0; l < deep; ++l) to[l * wide + j] = from[i + l + j * across];
+      } else {
+        for (long l = 0; l < deep; ++l)
+          for (long j = 0; j < left; ++j) to[l * wide + j] = from[(i + l) * down + j * across];
+      }
     }
+    to -= (W - k % W) % W * wide;  // the last block was shorter
   }
 }
 
