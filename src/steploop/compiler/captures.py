@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import SteploopError, StepError
+from ..errors import StepError
 from .capture import BATCH_HINT, FixedBatch, Leaf, Signature, Trace, trace_forward, trace_joint
 from .dependencies import Dependencies, ambient, same_states
 from .memory_operator import calls_in, must_inline, tracing
 from .partition import Problem, State, needed_nodes, recurrent_components
 from .program import Call, Program
-from .rows import annotate
 from .refusals import KEEP
+from .rows import annotate
 from .simplify import simplify
 
 

@@ -18,7 +18,6 @@ import random
 import sys
 import sysconfig
 import types
-from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
@@ -52,9 +51,6 @@ def ambient() -> Hashable:
     )  # fmt: skip
 
 
-# Types of values that compare by identity or by content, without surprises.
-_COMPARED = {type(None), bool, int, float, str, tuple, dict, list, set, OrderedDict, torch.dtype, torch.device}
-
 
 class Dependencies:
     """One walk from a root: its key, and the tensors it met, each once, in order.
@@ -85,10 +81,14 @@ class Dependencies:
     def unchanged(self) -> bool:
         """Whether a new walk would give the same key and the same tensors."""
         if self._quick is None:
+            if any(where.get(key, _MISSING) is not value for where, key, value, _ in self.places):
+                return False
+            if any(len(where) != length for where, length in self._lengths):
+                return False
             self._quick = self._prepared()
         wholes, singles, lengths = self._quick
-        for where, copy in wholes:
-            if where != copy:  # the same objects compare by identity, at the speed of C
+        for where, ids, _ in wholes:
+            if [*map(id, where), *map(id, where.values())] != ids:
                 return False
         for where, key, value in singles:
             if where.get(key, _MISSING) is not value:
@@ -115,8 +115,8 @@ class Dependencies:
     def _prepared(self) -> tuple[list, list, list]:
         """What `unchanged` looks at: dictionaries to compare whole, single entries, and lengths.
 
-        A dictionary that was walked whole and holds nothing but plain values and containers is compared whole.
-        Anything else could compare equal (or refuse to) without being the same object.
+        A dictionary that was walked whole is compared whole, by the ids of what it holds (which a copy keeps
+        taken): values that compare equal may still be computed with differently, as 1 and 1.0 are.
         """
         entries: dict[int, list] = {}
         for where, key, value, _ in self.places:
@@ -125,11 +125,11 @@ class Dependencies:
         wholes, singles = [], []
         for number, found in entries.items():
             where = walked.get(number)
-            if type(where) is dict and all(map(_compares_safely, where.values())):
-                wholes.append((where, dict(where)))
+            if type(where) is dict:
+                wholes.append((where, [*map(id, where), *map(id, where.values())], dict(where)))
             else:
                 singles.extend({key: (w, key, value) for w, key, value in found}.values())
-        compared = {id(where) for where, _ in wholes}
+        compared = {id(where) for where, *_ in wholes}
         return wholes, singles, [(w, n) for w, n in self._lengths if id(w) not in compared]
 
     def watch(self) -> None:
@@ -315,10 +315,6 @@ def _function_of(item: Any) -> types.FunctionType | None:
     item = getattr(item, "__func__", item) if isinstance(item, (staticmethod, classmethod)) else item
     item = item.fget if isinstance(item, property) else item
     return item if isinstance(item, types.FunctionType) else None
-
-
-def _compares_safely(value: Any) -> bool:
-    return type(value) in _COMPARED or (isinstance(value, nn.Module) and type(value).__eq__ is object.__eq__)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
