@@ -25,7 +25,7 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
     valid = valid.to(device)
     resets = torch.zeros_like(valid) if call.resets is None else call.resets.to(device)
     source = _nearest(valid, call.reverse)
-    xs = [_reread(x, source) for x in call.xs]
+    xs = [_never_nan(_reread(x, source), x, valid) for x in call.xs]
     back = call.reset_to if call.reset_to is not None else call.initial
     states = len(call.initial)
     inner = _program(program, len(call.xs), len(call.constants), states)
@@ -89,6 +89,15 @@ def _any_valid(valid: Tensor) -> Tensor:
 def _reread(x: Tensor, source: Tensor) -> Tensor:
     index = source.view(*source.shape, *[1] * (x.dim() - 2)).expand(x.shape)
     return x.gather(0, index)
+
+
+def _never_nan(reread: Tensor, x: Tensor, valid: Tensor) -> Tensor:
+    """A row without any valid step sees the x of another row: what stands in its own may be anything."""
+    some = valid.any(0)
+    if bool(some.all()) or not bool(some.any()):
+        return reread if len(valid) and bool(some.any()) else torch.zeros_like(reread)
+    step, row = valid.nonzero()[0].tolist()
+    return torch.where(_wide(some, x[0]), reread, x[step, row].detach())
 
 
 def _repeated(y: Tensor, held: Tensor) -> Tensor:
