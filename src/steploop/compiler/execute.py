@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, fx
 
 from .batch import OncePiece, Piece, Rowwise, StackedPiece
-from .graph import Rows
+from .graph import Rows, expression
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span
 
-MEMORY_PER_SPAN = 32 << 20  # bytes of batched values that a span may hold before it is cut shorter
+# Bytes of batched values that a span may hold before it is cut shorter: what stays in the caches between a
+# batched piece and a native loop, and much more where every span costs a Python loop's overhead.
+MEMORY_PER_NATIVE_SPAN = 8 << 20
+MEMORY_PER_SPAN = 32 << 20
 LEAST_STEPS = 16
 
 
@@ -134,7 +137,8 @@ class Executable:
         steps = schedule.steps
         if longest is None:
             per_step = max(1, self.bytes_per_row * max(1, schedule.batch))
-            longest = max(LEAST_STEPS, MEMORY_PER_SPAN // per_step)
+            native = all(getattr(r, "writes_into", False) for r in self.runners.values())
+            longest = max(LEAST_STEPS, (MEMORY_PER_NATIVE_SPAN if native else MEMORY_PER_SPAN) // per_step)
         whole = any(isinstance(r, SequenceRunner) for r in self.runners.values())
         if whole or self.problem.batch is None or steps <= longest * 3 // 2:
             return [Span(schedule, 0, steps)]
@@ -158,6 +162,10 @@ class Executable:
             return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest)
 
 
+def _at(expr: Any, sizes: dict[str, int]) -> int:
+    return expr if isinstance(expr, int) else int(expr.subs({s: sizes[str(s)] for s in expr.free_symbols}))
+
+
 class _Runner:
     def __init__(self, executable: Executable, given, initial, reset_to, schedule: Schedule, sizes):
         self.e, self.schedule, self.sizes = executable, schedule, sizes
@@ -173,6 +181,7 @@ class _Runner:
         values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
         self.once_values.update(zip(e.once.nodes, values))
         spans = e.spans(self.schedule, longest)
+        self.places = {} if len(spans) == 1 else {n: self._allocate(n) for n in self.problem.wanted}
         wanted: list[Tensor] = []
         sums: list[Tensor | None] = [None] * len(self.problem.summed)
         for span in spans:
@@ -187,20 +196,41 @@ class _Runner:
 
     def _collect(self, wanted: list[Tensor], span: Span, values: dict[fx.Node, Tensor], whole: bool) -> None:
         """Writes what is wanted of a span into its place among all steps."""
-        parts = (self._per_step(node, values) for node in self.problem.wanted)
+        parts = [self._per_step(node, values) for node in self.problem.wanted]
         if whole:
             wanted.extend(parts)
             return
-        for i, (part, node) in enumerate(zip(parts, self.problem.wanted)):
+        for part, node in zip(parts, self.problem.wanted):
+            place = self._place(node, span)
+            if place.data_ptr() != part.data_ptr():
+                place.copy_(part)
+        if not wanted:
+            wanted.extend(self.places[n] for n in self.problem.wanted)
+
+    def _allocate(self, node: fx.Node) -> Tensor:
+        """Memory for a value of all steps."""
+        value, rows = node.meta["val"], node.meta["rows"]
+        sizes = {**self.sizes, str(self.problem.batch): self.schedule.total}
+        shape = [_at(expression(s), sizes) for s in value.shape]
+        if rows is None:
+            shape = [self.schedule.steps, *shape]
+        return torch.empty(shape, dtype=value.dtype, device=self.schedule.device)
+
+    def _place(self, node: fx.Node, span: Span) -> Tensor:
+        """Where the values of a span stand among those of all steps."""
+        rows, whole = node.meta["rows"], self.places[node]
+        if rows is None:
+            return whole[span.start : span.stop]
+        return whole.narrow(rows.dim, span.first * rows.inner, span.total * rows.inner)
+
+    def _memory(self, loop: Loop, span: Span) -> list[Tensor | None]:
+        """Places for the kept values of a loop that are wanted, where a span of them is one piece of memory."""
+        found = []
+        for node in loop.kept:
             rows = node.meta["rows"]
-            dim, first, total = (0, span.start, self.schedule.steps) if rows is None else (
-                rows.dim, span.first * rows.inner, self.schedule.total * rows.inner
-            )  # fmt: skip
-            if i == len(wanted):
-                shape = list(part.shape)
-                shape[dim] = total
-                wanted.append(part.new_empty(shape))
-            wanted[i].narrow(dim, first, part.shape[dim]).copy_(part)
+            fits = node in self.places and node.meta["varies"] and rows is not None and (rows.dim, rows.outer) == (0, 1)
+            found.append(self._place(node, span) if fits else None)
+        return found
 
     # -- one span ------------------------------------------------------------------------------------------
 
@@ -235,7 +265,9 @@ class _Runner:
         if self.reset_to and loop.states:
             reset_to = [self.reset_to[s.prev] for s in loop.states]
         inputs = [values[n] for n in loop.inputs]
-        after, kept = self.e.runners[loop](inputs, states, reset_to, span, self.e.down, self.sizes)
+        runner = self.e.runners[loop]
+        into = (self._memory(loop, span),) if self.places and getattr(runner, "writes_into", False) else ()
+        after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)
         for state, value in zip(loop.states, after):
             self.after[state.prev] = value
         for node, value in zip(loop.kept, kept):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-
 from typing import Any
 
 import torch
@@ -110,13 +109,15 @@ class Runner:
         return [batch, span.start, span.stop, int(down), tile, count, first, pack, *symbols]
 
     def _tile(self, batch: int, count: int, full: bool) -> int:
-        """Rows per tile: as many as share the weights well, as few as keep the temporaries in the second cache."""
+        """Rows per tile: many, to share the weights; few enough that the temporaries stay in the second cache."""
         even = -(-batch // count)
         fitting = max(6, L2 // max(self._row_bytes, 1))
         most = 64 if self._weight_bytes < (1 << 20) else 192
         pieces = -(-even // min(fitting, most))
         if not full:
-            pieces = max(pieces, min(4, even // 8))  # rows end at different steps: smaller tiles share the work better
+            pieces = max(
+                pieces, min(4, even // 8)
+            )  # rows end at different steps: smaller tiles share the work better
         return max(1, -(-even // max(pieces, 1)))
 
     def _empty(self, buffer: Buffer, rows: Rows, total: int, sizes: dict[str, int]) -> Tensor:
