@@ -38,11 +38,13 @@ def make_case(
     states: Sequence[Tensor],
     constants: Sequence[Tensor] = (),
     dynamic: Sequence[tuple[str, int, int]] = (),
+    names: Sequence[str] = (),
 ) -> Case:
-    """`function` may close over tensors that are the same for all rows."""
+    """`function` may close over tensors that are the same for all rows. `names`: of the states."""
+    names = list(names) or [f"s{i}" for i in range(len(states))]
     batch = steps[0].shape[1] if steps else states[0].shape[0]
     program = Program(
-        run=function, root=function, key=None, state_names=[f"s{i}" for i in range(len(states))],
+        run=function, root=function, key=None, state_names=names,
         x_names=[f"x{i}" for i in range(len(steps))], constant_names=[f"k{i}" for i in range(len(constants))],
         constant_batched=[True] * len(constants),
     )  # fmt: skip
@@ -60,7 +62,6 @@ def make_case(
     inputs = [LoopInput(n, "step", Rows(0), n.name) for n in step.xs]
     inputs += [LoopInput(n, "once", Rows(0), n.name) for n in step.constants]
     inputs += [LoopInput(n, "once", None, n.name) for n in step.captured]
-    names = [f"s{i}" for i in range(len(states))]
     loop = LoopProgram(step.graph, step.batch, step.prevs, step.nexts, inputs, step.outputs, names)
     values = {"x": [s[0] for s in steps], "constant": list(constants), "state": list(states)}
     sizes = {
@@ -70,7 +71,14 @@ def make_case(
     return Case(loop, list(steps), list(constants), trace.tensors, list(states), sizes)
 
 
-def run(runner: Callable, case: Case, schedule: Schedule, down: bool = False, reset_to=None, span: Span | None = None):
+def run(
+    runner: Callable,
+    case: Case,
+    schedule: Schedule,
+    down: bool = False,
+    reset_to=None,
+    span: Span | None = None,
+):
     span = span or Span(schedule, 0, schedule.steps)
     packed = [schedule.pack(x)[span.first : span.first + span.total] for x in case.steps]
     inputs = [*packed, *(schedule.sort(c) for c in case.constants), *case.onces]

@@ -25,8 +25,8 @@ ROUNDS = 12  # operations of a step
 
 
 def unary(rng, v):
-    choices = [torch.tanh, torch.sigmoid, torch.relu, F.gelu, F.softplus, torch.neg, torch.abs, torch.sin, torch.exp2,
-               lambda x: x * 0.5 + 1, lambda x: x.clamp(-1, 1), lambda x: torch.where(x > 0, x, 0.1 * x),
+    choices = [torch.tanh, torch.sigmoid, torch.relu, F.gelu, F.softplus, torch.neg, torch.abs, torch.sin,
+               torch.exp2, lambda x: x * 0.5 + 1, lambda x: x.clamp(-1, 1), lambda x: torch.where(x > 0, x, 0.1 * x),
                lambda x: (x > 0).to(x.dtype), lambda x: x.double().mul(2).to(x.dtype)]  # fmt: skip
     return rng.choice(choices)(v)
 
@@ -34,8 +34,8 @@ def unary(rng, v):
 def binary(rng, v, values):
     same = [u for u in values if u.shape == v.shape]
     other = rng.choice(same)
-    choices = [torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, lambda a, b: torch.where(a > b, a, b - 1),
-               lambda a, b: a / (b.abs() + 1)]  # fmt: skip
+    choices = [torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum,
+               lambda a, b: torch.where(a > b, a, b - 1), lambda a, b: a / (b.abs() + 1)]  # fmt: skip
     return rng.choice(choices)(v, other)
 
 
@@ -53,14 +53,18 @@ def shaping(rng, v, values):
     n = v.shape[-1]
     if v.dim() == 3:
         return rng.choice([lambda x: x.flatten(1), lambda x: x.sum(1), lambda x: x.transpose(1, 2).flatten(1),
-                           lambda x: x.softmax(1).flatten(1), lambda x: torch.bmm(x, x.transpose(1, 2)).flatten(1),
+                           lambda x: x.softmax(1).flatten(1), lambda x: x.bmm(x.transpose(1, 2)).flatten(1),
                            lambda x: x[:, rng.randrange(x.shape[1])]])(v)  # fmt: skip
     cut = rng.randrange(1, n) if n > 1 else 0
     choices = [lambda x: torch.cat([x[:, cut:], x[:, :cut]], -1), lambda x: x.flip(-1), lambda x: x[:, cut:],
                lambda x: F.pad(x, (1, 2)), lambda x: torch.cat([x, x * 2], -1)[:, : n + 1],
                lambda x: torch.stack([x, x.tanh()], -1).flatten(1)[:, :n]]  # fmt: skip
     if n % 2 == 0:
-        choices += [lambda x: x.view(-1, 2, n // 2), lambda x: x.chunk(2, -1)[1], lambda x: sum(x.chunk(2, -1))]
+        choices += [
+            lambda x: x.view(-1, 2, n // 2),
+            lambda x: x.chunk(2, -1)[1],
+            lambda x: sum(x.chunk(2, -1)),
+        ]
     return rng.choice(choices)(v)
 
 

@@ -1,4 +1,4 @@
-"""Building and keeping kernels: whatever happens to the cache or the compiler, nothing wrong is ever loaded."""
+"""Building and keeping kernels: whatever happens to cache or compiler, nothing wrong is ever loaded."""
 
 from __future__ import annotations
 

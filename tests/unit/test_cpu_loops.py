@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cpu_loops import assert_same, both, make_case, run
 
-from steploop.backends import cpu
+from steploop.backends import cpu, eager
 from steploop.compiler.schedule import Span, make_schedule
 
 T, B, H = 6, 9, 21
@@ -155,7 +158,10 @@ def test_look_ups():
         chosen = (h @ table.t()).argmax(-1)
         picked = memory.gather(1, (chosen % 4)[:, None, None].expand(-1, 1, 6))[:, 0]
         counts = torch.zeros_like(h).scatter(1, (chosen % 6)[:, None], 1.0)
-        return [picked.clone(), counts.clone(), table.index_select(0, chosen), table[token].clone()], [chosen, h]
+        return [picked.clone(), counts.clone(), table.index_select(0, chosen), table[token].clone()], [
+            chosen,
+            h,
+        ]
 
     tokens = torch.randint(0, 10, (T, B))
     states = [torch.randint(0, 10, (B,)), torch.randn(B, 6)]
@@ -188,6 +194,56 @@ def test_normalised_lstm():
 
     case = make_case(step, [torch.randn(T, B, 4 * H)], [torch.randn(B, H), torch.randn(B, H)])
     assert_same(case, lengths_of(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_index_that_is_overwritten_in_its_own_nest():
+    jump, value = torch.tensor([3, 0, 1, 2]), torch.randn(4)
+
+    def step(xs, constants, states):
+        (x,), (place,) = xs, states
+        return [value[place].clone()], [jump[place] + 0 * x]
+
+    case = make_case(step, [torch.zeros(T, B, dtype=torch.long)], [torch.arange(B) % 4])
+    assert_same(case)
+
+
+def test_several_python_threads_at_once():
+    case = lstm(40, batch=12, time=30)
+    schedule = make_schedule(30, 12, torch.device("cpu"))
+    runner = cpu.compile(case.loop)
+    _, (wanted, *_) = run(runner, case, schedule)
+    with ThreadPoolExecutor(4) as pool:
+        for _, (found, *_) in pool.map(lambda _: run(runner, case, schedule), range(16)):
+            assert torch.equal(wanted, found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_fork():
+    case = lstm(40, batch=12, time=30)
+    schedule = make_schedule(30, 12, torch.device("cpu"))
+    runner = cpu.compile(case.loop)
+    _, (wanted, *_) = run(runner, case, schedule)
+    child = os.fork()
+    if child == 0:
+        _, (found, *_) = run(runner, case, schedule)
+        os._exit(0 if torch.equal(wanted, found) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_weights_changed_in_place_are_seen():
+    weight = torch.randn(H, H)
+    case = make_case(
+        lambda xs, constants, states: ([], [torch.tanh(states[0] @ weight + xs[0])]),
+        [torch.randn(T, B, H)], [torch.zeros(B, H)],
+    )  # fmt: skip
+    schedule = make_schedule(T, B, torch.device("cpu"))
+    runner = cpu.compile(case.loop)
+    (before,), _ = run(runner, case, schedule)
+    weight.data.mul_(0.5)
+    (after,), _ = run(runner, case, schedule)
+    (wanted,), _ = run(eager.Runner(case.loop), case, schedule)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_what_it_declines():

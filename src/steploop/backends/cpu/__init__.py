@@ -1,11 +1,11 @@
 """Loops as native code: one C++ function runs all steps for a tile of rows.
 
-    lower.py, ops_*.py   ATen calls on batches -> the loop language (language.py), one row's program
-    fuse.py              statements -> phases of loop nests
-    emit.py              phases -> C++;  kernels/ holds what every kernel includes
-    build.py             C++ -> a library, kept per user
-    runner.py            calls it
-    interpret.py         what the loop language means, in plain torch
+lower.py, ops_*.py   ATen calls on batches -> the loop language (language.py), one row's program
+fuse.py              statements -> phases of loop nests
+emit.py              phases -> C++;  kernels/ holds what every kernel includes
+build.py             C++ -> a library, kept per user
+runner.py            calls it
+interpret.py         what the loop language means, in plain torch
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Builds a kernel with the C++ compiler of the machine, and keeps what was built.
 
 The cache belongs to the user (mode 0700). A library's name is the digest of everything that it depends on:
-its text, the compiler's version, the flags and the CPU. It is written under a temporary name and then renamed, so that nobody ever
-sees half of one: builds may be killed, run twice at the same time, or find the folder full or read-only (then a
-folder for this process takes its place).
+its text, the compiler's version, the flags and the CPU. It is written under a temporary name and then
+renamed, so that nobody ever sees half of one: builds may be killed, run twice at the same time, or find the
+folder full or read-only (then a folder for this process takes its place).
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def cpu() -> str:
     """What the machine's instruction set is, for the digest."""
     try:
         with open("/proc/cpuinfo") as info:
-            lines = [x for x in info.read().split("\n\n")[0].splitlines() if x.startswith(("flags", "model name"))]
+            lines = [
+                x for x in info.read().split("\n\n")[0].splitlines() if x.startswith(("flags", "model name"))
+            ]
     except OSError:
         lines = []
     return "\n".join([platform.machine(), platform.processor(), *lines])
@@ -122,7 +124,7 @@ _loaded: dict[str, ctypes.CDLL] = {}
 
 
 def build(text: str) -> ctypes.CDLL:
-    """The library of a kernel's text, from memory, from the cache, or newly built. BuildError where that fails."""
+    """The library of a kernel's text: from memory, from the cache, or newly built, else BuildError."""
     using = compiler()
     if using is None:
         raise BuildError(problem())
@@ -214,4 +216,7 @@ def problem() -> str:
 def what_to_install() -> str:
     if platform.system() == "Darwin":
         return "run `xcode-select --install`"
-    return "install g++ (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; conda: `conda install cxx-compiler`)"
+    return (
+        "install g++ (Debian, Ubuntu: `apt install g++`; Fedora: `dnf install gcc-c++`; "
+        "conda: `conda install cxx-compiler`)"
+    )

@@ -1,4 +1,4 @@
-"""Operations without a lowering of their own, through torch's decompositions: traced for one row, then lowered."""
+"""Operations without a lowering of their own: torch's decompositions, traced for one row, then lowered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def decomposed(low: Lowering, node: fx.Node) -> Any:
         key = torch._C.DispatchKey.CompositeImplicitAutograd
         function = node.target.decompose if node.target.has_kernel_for_dispatch_key(key) else None
     if function is None:
-        raise Unsupported(f"no native form of {getattr(node.target, '__name__', node.target)}".replace(".default", ""))
+        raise Unsupported(
+            f"no native form of {getattr(node.target, '__name__', node.target)}".replace(".default", "")
+        )
     tensors: list[fx.Node] = list(dict.fromkeys(node.all_input_nodes))
     examples = [_example(low, n) for n in tensors]
 

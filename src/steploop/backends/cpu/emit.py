@@ -1,7 +1,8 @@
 """Prints a fused plan as one C++ function: all steps for a tile of rows.
 
-    pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, packed weights
-    numbers   batch, start, stop, down, rows per tile, threads, first packed row, whether to pack weights, the symbols
+    pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets
+    numbers   batch, start, stop, down, rows per tile, threads, first packed row, whether to pack weights,
+              then the symbols
 Kernels know no number of steps, rows or threads, so new ones need no new kernel.
 """
 
@@ -82,7 +83,10 @@ class Printer:
 
     def _entry(self) -> None:
         program = self.program
-        self.line('extern "C" __attribute__((visibility("default"))) void steploop_run(void** pointers, const i64* numbers, Parallel parallel) {')
+        self.line(
+            'extern "C" __attribute__((visibility("default"))) void steploop_run('
+            "void** pointers, const i64* numbers, Parallel parallel) {"
+        )
         self.line("Call call;", 1)
         names = [f"call.{b.name}" for b in program.inputs]
         names += [f"call.{prefix}_{b.name}" for prefix in ("in", "to", "out") for b in program.prevs]
@@ -144,7 +148,9 @@ class Printer:
         self.line("static void run_tile(void* given, long tile) {")
         self.line("const Call& call = *(const Call*)given;", 1)
         self.line("const long row0 = tile * call.tile_rows;", 1)
-        self.line("const long rows = call.batch - row0 < call.tile_rows ? call.batch - row0 : call.tile_rows;", 1)
+        self.line(
+            "const long rows = call.batch - row0 < call.tile_rows ? call.batch - row0 : call.tile_rows;", 1
+        )
         for symbol in program.symbols:
             self.line(f"const long {symbol} = call.{symbol};", 1)
         symbols = "".join(f", {s}" for s in program.symbols)
@@ -153,10 +159,22 @@ class Printer:
         for b in self._scratch_buffers():
             ctype = CTYPES[b.dtype]
             self.line(f"{ctype}* {b.name}_tile = ({ctype}*)(memory + scratch.{b.name});", 1)
-        self._rows_function("load_rows", "to", lambda b: (f"{b.name}_tile + r * scratch.{b.name}_row",
-                            f"call.in_{b.name} + (row0 + r) * {size_text(b.numel)}"))
-        self._rows_function("save_rows", "to", lambda b: (f"call.out_{b.name} + (row0 + r) * {size_text(b.numel)}",
-                            f"{b.name}_tile + r * scratch.{b.name}_row"))
+        self._rows_function(
+            "load_rows",
+            "to",
+            lambda b: (
+                f"{b.name}_tile + r * scratch.{b.name}_row",
+                f"call.in_{b.name} + (row0 + r) * {size_text(b.numel)}",
+            ),
+        )
+        self._rows_function(
+            "save_rows",
+            "to",
+            lambda b: (
+                f"call.out_{b.name} + (row0 + r) * {size_text(b.numel)}",
+                f"{b.name}_tile + r * scratch.{b.name}_row",
+            ),
+        )
         self.line("long loaded = 0;", 1)
         self.line("for (long step = 0; step < call.stop - call.start; ++step) {", 1)
         self.line("const long p = call.down ? call.stop - 1 - step : call.start + step;", 2)
@@ -195,16 +213,22 @@ class Printer:
         self.line("for (long r = 0; r < n; ++r)", 3)
         self.line("if (call.resets[at + r]) {", 4)
         for b in self.program.prevs:
-            self.line(f"memcpy({b.name}_tile + r * scratch.{b.name}_row, call.to_{b.name} + "
-                      f"(row0 + r) * {size_text(b.numel)}, {size_text(b.numel)} * sizeof({CTYPES[b.dtype]}));", 5)
+            self.line(
+                f"memcpy({b.name}_tile + r * scratch.{b.name}_row, call.to_{b.name} + "
+                f"(row0 + r) * {size_text(b.numel)}, {size_text(b.numel)} * sizeof({CTYPES[b.dtype]}));",
+                5,
+            )
         self.line("}", 4)
 
     def _swap(self) -> None:
         written = {id(s.target.buffer) for p in self.plan.phases for n in p.nests for s in n.statements}
         for prev, after in zip(self.program.prevs, self.program.nexts):
             if id(after) in written and after.index not in self.plan.in_place:
-                self.line(f"{{ auto old = {prev.name}_tile; {prev.name}_tile = {after.name}_tile; "
-                          f"{after.name}_tile = old; }}", 2)
+                self.line(
+                    f"{{ auto old = {prev.name}_tile; {prev.name}_tile = {after.name}_tile; "
+                    f"{after.name}_tile = old; }}",
+                    2,
+                )
 
     def _phase(self, phase: Phase) -> None:
         for product in phase.products:
@@ -267,12 +291,18 @@ class Printer:
         where = f"  // {product.line}" if product.line else ""
         start = f"{self._row(left.buffer, '0')} + {size_text(left.offset)}"
         if rows == "1":
-            self.line(f"multiply({start}, {self._row_stride(left.buffer)}, n, call.{weight.name}, "
-                      f"{target.name}_tile, scratch.{target.name}_row);{where}", 2)
+            self.line(
+                f"multiply({start}, {self._row_stride(left.buffer)}, n, call.{weight.name}, "
+                f"{target.name}_tile, scratch.{target.name}_row);{where}",
+                2,
+            )
             return
         self.line("for (long r = 0; r < n; ++r)", 2)
-        self.line(f"multiply({self._row(left.buffer)} + {size_text(left.offset)}, (long){k}, {rows}, call.{weight.name}, "
-                  f"{target.name}_tile + r * scratch.{target.name}_row, (long){n});{where}", 3)
+        self.line(
+            f"multiply({self._row(left.buffer)} + {size_text(left.offset)}, (long){k}, {rows}, "
+            f"call.{weight.name}, {target.name}_tile + r * scratch.{target.name}_row, (long){n});{where}",
+            3,
+        )
 
 
 def _weights(plan: Plan) -> list[Weight]:

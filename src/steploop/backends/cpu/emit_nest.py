@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from .fuse import Nest
-from .language import Const, Dim, Expr, Iota, Load, Op, Reduce, Scan, Scatter, Statement, Store, same, walk
+from .language import Const, Dim, Expr, Iota, Load, Reduce, Scan, Scatter, Statement, Store, same, walk
 from .lower import RESERVED
 from .scalars import SCALARS
 
@@ -48,7 +48,9 @@ def _monomial(term: sympy.Expr) -> str:
 class NestPrinter:
     """One nest. `base` names the row pointer of a buffer."""
 
-    def __init__(self, nest: Nest, base: Callable[[object], str], names: dict[int, str], taken: set[str], indent: int):
+    def __init__(
+        self, nest: Nest, base: Callable[[object], str], names: dict[int, str], taken: set[str], indent: int
+    ):
         self.nest, self.base, self.names, self.indent = nest, base, names, indent
         self.lines: list[str] = []
         self.values: dict[int, str] = {}  # expression -> variable
@@ -138,7 +140,8 @@ class NestPrinter:
         if isinstance(expr, Const):
             return self.constant(expr)
         if isinstance(expr, Iota):
-            return f"counting<{self.lanes}>({self.address(expr.strides, expr.offset)}, {size_text(self.stride(expr.strides))})"
+            step = size_text(self.stride(expr.strides))
+            return f"counting<{self.lanes}>({self.address(expr.strides, expr.offset)}, {step})"
         if isinstance(expr, Load):
             return self.loaded(expr)
         args = [self.value(a) for a in expr.args]
@@ -190,8 +193,10 @@ class NestPrinter:
         along = self.stride(load.strides)
         start = "" if same(along, 0) else f" + i * {size_text(along)}"
         kind = "gather_mask" if load.dtype == torch.bool else "gather"
-        return (f"{kind}({pointer}{start}, {self.value(index)}, {size_text(step)}, {size_text(size)}, "
-                f"{size_text(along)}, m)")
+        return (
+            f"{kind}({pointer}{start}, {self.value(index)}, {size_text(step)}, {size_text(size)}, "
+            f"{size_text(along)}, m)"
+        )
 
     def save(self, target: Load, value: str) -> None:
         stride = self.stride(target.strides)
@@ -299,8 +304,10 @@ class NestPrinter:
         assert reduce.axes <= 1
         test = f"better_{reduce.kind.removeprefix('arg')}({value}, {best})"
         wins = self.new("wins")
-        self.line(f"auto {wins} = only(m, {test} | less({best}_at, every<{self.lanes}>((i64)0)), "
-                  f"every_mask<{self.lanes}>(false));")
+        self.line(
+            f"auto {wins} = only(m, {test} | less({best}_at, every<{self.lanes}>((i64)0)), "
+            f"every_mask<{self.lanes}>(false));"
+        )
         self.line(f"{best} = choose({wins}, {value}, {best});")
         start = "i" if self.nest.reduced else "0"
         self.line(f"{best}_at = choose({wins}, counting<{self.lanes}>({start}, 1), {best}_at);")

@@ -1,8 +1,8 @@
 """From a list of statements to phases: what a tile does one after the other at one step.
 
-A phase first multiplies all rows of the tile with weights, then takes the rows one by one through loop nests. A nest runs
-several statements with the same index space; a value that only its own nest reads stays in registers.
-Arrays that only one phase touches need the space of one row and stay in the first cache.
+A phase first multiplies all rows of the tile with weights, then takes the rows one by one through loop nests.
+A nest runs several statements with the same index space; a value that only its own nest reads stays in
+registers. Arrays that only one phase touches need the space of one row and stay in the first cache.
 """
 
 from __future__ import annotations
@@ -98,10 +98,20 @@ def _overwrites_nothing(order: list[tuple[int, Nest | None, Statement]], prev: B
         for load in loads(statement):
             if load.buffer is not prev or when < number:
                 continue
-            if when > number or not _same_place(load, store, nest) or (i > writes[0] and id(load) not in seen):
+            # (an index is read from memory wherever it is used)
+            late = i > writes[0] and (id(load) not in seen or _is_index(load, statement))
+            if when > number or late or not _same_place(load, store, nest):
                 return False
             seen.add(id(load))
     return True
+
+
+def _is_index(load: Load, statement: Statement) -> bool:
+    found: list[Load] = []
+    for outer in loads(statement):
+        for index, _, _ in outer.at:
+            walk(index, lambda e: found.append(e) if e is load else None)
+    return bool(found)
 
 
 def _same_place(load: Load, store: Statement, nest: Nest) -> bool:
@@ -155,7 +165,9 @@ class _Placement:
     def __init__(self) -> None:
         self.nests: list[tuple[int, Nest]] = []  # (level, nest) in order of execution within a level
         self.products: list[tuple[int, Product]] = []
-        self.writers: dict[int, list[tuple[Statement, int, int]]] = {}  # buffer -> (statement, level, nest or -1)
+        self.writers: dict[
+            int, list[tuple[Statement, int, int]]
+        ] = {}  # buffer -> (statement, level, nest or -1)
 
     def needs(self, statement: Statement) -> tuple[int, int]:
         """(level, first nest that may hold the statement)."""
@@ -268,7 +280,9 @@ def _silence(phases: list[Phase]) -> None:
                 if not isinstance(statement, Store) or target.buffer.place != "temp":
                     continue
                 found = readers.get(id(target.buffer), [])
-                if writers[id(target.buffer)] == 1 and all(load is target and where is nest for load, where in found):
+                if writers[id(target.buffer)] == 1 and all(
+                    load is target and where is nest for load, where in found
+                ):
                     nest.silent.add(id(statement))
 
 

@@ -1,7 +1,7 @@
 """Views as arithmetic on (shape, strides): each function gives the shape, strides and added offset of a view.
 
-Every view of ATen that keeps addresses affine is one function here; `expressions.py` pushes them through pointwise
-operations down to the loads.
+Every view of ATen that keeps addresses affine is one function here; `expressions.py` pushes them through
+pointwise operations down to the loads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the loop language means: statements one after the other, in plain torch, on all rows at once.
 
-`Interpreter` has the contract of the Runners. It is slow and short; the property tests hold it against torch on many graphs,
-and the compiled kernels against it.
+`Interpreter` has the contract of the Runners. It is slow and short; the property tests hold it, and the
+compiled kernels, against torch on many graphs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 from ...compiler.graph import LoopProgram, Rows, rows_of
 from ...compiler.schedule import Span
 from .fuse import Plan
-from .language import Buffer, Const, Dim, Expr, Iota, Load, Op, Product, Reduce, Scan, Scatter, Statement
+from .language import Buffer, Const, Dim, Expr, Iota, Load, Product, Reduce, Scan, Scatter, Statement
 from .scalars import SCALARS
 
 _REDUCE = {
     "sum": lambda x: x.sum(-1, dtype=x.dtype), "prod": lambda x: x.prod(-1, dtype=x.dtype),
-    "amax": lambda x: x.amax(-1), "amin": lambda x: x.amin(-1), "any": lambda x: x.any(-1), "all": lambda x: x.all(-1),
+    "amax": lambda x: x.amax(-1), "amin": lambda x: x.amin(-1), "any": lambda x: x.any(-1),
+    "all": lambda x: x.all(-1),
     "argmax": lambda x: x.argmax(-1), "argmin": lambda x: x.argmin(-1),
 }  # fmt: skip
 _SCAN = {"sum": torch.cumsum, "prod": torch.cumprod}
@@ -61,7 +62,7 @@ class Interpreter:
             one = Step(memory, rows, sizes)
             for statement in self.statements:
                 one.run(statement)
-            for state, prev, after in zip(states, self.program.prevs, self.program.nexts):
+            for state, after in zip(states, self.program.nexts):
                 if after in memory:
                     state[:rows] = memory[after].view(rows, *state.shape[1:])
             if flags is not None and down:
@@ -70,7 +71,9 @@ class Interpreter:
                 found.append(memory[buffer])
         return states, [self._join(k, b, down, sizes) for k, b in zip(kept, self.program.kept)]
 
-    def _memory(self, inputs: Sequence[Tensor], states: list[Tensor], rows: int, at: int) -> dict[Buffer, Tensor]:
+    def _memory(
+        self, inputs: Sequence[Tensor], states: list[Tensor], rows: int, at: int
+    ) -> dict[Buffer, Tensor]:
         """Every buffer as (rows, numbers of one row); (1, numbers) where all rows share it."""
         memory = {}
         for buffer, value, item in zip(self.program.inputs, inputs, self.loop.inputs):
@@ -91,7 +94,9 @@ class Interpreter:
         assert (rows_of(node) or Rows(0)) == Rows(0)
         shape = [_number(n, sizes) for n in buffer.shape]
         values = values[::-1] if down else values
-        flat = torch.cat(values) if values else torch.empty(0, _number(buffer.numel, sizes), dtype=buffer.dtype)
+        flat = (
+            torch.cat(values) if values else torch.empty(0, _number(buffer.numel, sizes), dtype=buffer.dtype)
+        )
         return flat.reshape(-1, *shape[1:])
 
 
@@ -129,7 +134,11 @@ class Step:
         if isinstance(expr, Load):
             return self._read(expr)
         args = [self.value(a) for a in expr.args]
-        return args[0].to(expr.dtype) if expr.name == "cast" else SCALARS[expr.name].meaning(*args).to(expr.dtype)
+        return (
+            args[0].to(expr.dtype)
+            if expr.name == "cast"
+            else SCALARS[expr.name].meaning(*args).to(expr.dtype)
+        )
 
     def _shape(self, shape: tuple[Dim, ...]) -> list[int]:
         return [_number(n, self.sizes) for n in shape]
@@ -169,7 +178,9 @@ class Step:
 
     def _write(self, target: Load, value: Tensor) -> None:
         storage = self._storage(target.buffer)
-        storage[:, self._address(target)] = value.expand(self.rows, *self._shape(target.shape)).to(storage.dtype)
+        storage[:, self._address(target)] = value.expand(self.rows, *self._shape(target.shape)).to(
+            storage.dtype
+        )
 
     def _scatter(self, scatter: Scatter) -> None:
         storage = self._storage(scatter.target.buffer)

@@ -1,8 +1,8 @@
 """The loop language: what one row of a loop computes at one step, as assignments over small dense arrays.
 
-Rows of the batch are independent here, so every value is that of ONE row: an array of a fixed shape (a size may be
-a symbol, e.g. the length of a memory), written B := 1 in the shapes of the captured graph. A program is a
-list of statements over buffers:
+Rows of the batch are independent here, so every value is that of ONE row: an array of a fixed shape (a size
+may be a symbol, e.g. the length of a memory), which is the captured graph's shape with B := 1. A program is
+a list of statements over buffers:
 
     Store    target[i, j] = expression(i, j)
     Reduce   target[i] = sum over j of expression(i, j)       (or prod, amax, argmax, ...)
@@ -10,8 +10,8 @@ list of statements over buffers:
     Scan     target[i, j] = target[i, j-1] (+) expression(i, j)
     Scatter  target[.., index(i, j), ..] = expression(i, j)   (or +=), one after the other
 
-An expression is a tree of pointwise operations over loads; a load addresses its buffer by an affine function of
-the statement's indices, so slices, transposes and broadcasts cost nothing. `interpret.py` gives the
+An expression is a tree of pointwise operations over loads; a load addresses its buffer by an affine function
+of the statement's indices, so slices, transposes and broadcasts cost nothing. `interpret.py` gives the
 language its meaning, `emit.py` prints it as C++.
 """
 
@@ -24,15 +24,15 @@ from typing import Any, Union
 import sympy
 import torch
 
-Dim = Union[int, sympy.Expr]
+Dim = Union[int, sympy.Expr]  # noqa: UP007  (a runtime value)
 
 
 @dataclass(eq=False)
 class Buffer:
     """An array per row (`rows`), or one for all rows.
 
-    place: "step" and "once" are inputs; "prev" and "next" a state before and after the step; "kept" is wanted from
-    every step; "temp" lives within one step.
+    place: "step" and "once" are inputs; "prev" and "next" a state before and after the step; "kept" is wanted
+    from every step; "temp" lives within one step.
     """
 
     name: str
@@ -41,7 +41,9 @@ class Buffer:
     place: str
     rows: bool = True
     index: int = -1
-    order: tuple[int, ...] | None = None  # axes from the outermost to the innermost in memory, where not 0, 1, 2...
+    order: tuple[int, ...] | None = (
+        None  # axes from the outermost to the innermost in memory, where not 0, 1, 2...
+    )
 
     @property
     def numel(self) -> Dim:
@@ -88,7 +90,7 @@ class Op:
     dtype: torch.dtype
 
 
-Expr = Union[Const, Load, Iota, Op]
+Expr = Union[Const, Load, Iota, Op]  # noqa: UP007
 
 
 @dataclass(eq=False)
@@ -115,7 +117,7 @@ class Reduce(Statement):
 
 @dataclass(eq=False)
 class Product(Statement):
-    """(M, K) @ (K, N): `left` has one such matrix per row of the batch, `right` is a "once" input without rows."""
+    """(M, K) @ (K, N): `left` has such a matrix per row of the batch, `right` is one "once" input for all."""
 
     left: Load
     right: Load
@@ -139,8 +141,7 @@ class Scatter(Statement):
 
 @dataclass(eq=False)
 class Program:
-    """One step of one row. `buffers` are the inputs, states and kept values in the order of the loop; the rest is
-    in `temps`."""
+    """One step of one row: inputs, states and kept values in the order of the loop, and temporaries."""
 
     inputs: list[Buffer] = field(default_factory=list)
     prevs: list[Buffer] = field(default_factory=list)

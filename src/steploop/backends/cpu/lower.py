@@ -5,7 +5,8 @@ as long as that is free: a value is written to a buffer when more than one place
 statement needs an array (products, reductions, concatenations). `fuse.py` later drops the
 buffers that only one nest reads.
 
-Every ATen operation is one row of TABLE (files ops_*.py): a function of (lowering, node) that gives an expression, or a tuple.
+Every ATen operation is one row of TABLE (files ops_*.py): a function of (lowering, node) that gives an
+expression, or several.
 """
 
 from __future__ import annotations
@@ -39,7 +40,16 @@ from .language import (
     whole,
 )
 
-DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 
 Lowered = Any  # Expr or a tuple of them
 TABLE: dict[str, Callable[[Lowering, fx.Node], Lowered]] = {}
@@ -61,18 +71,20 @@ def lowers(*names: str, view: bool = False) -> Callable[[Callable], Callable]:
 
 # Words that a generated name must not be: C++ keywords, and what the kernels' own text calls something.
 RESERVED = frozenset(
-    """alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr continue
-    decltype default delete do double else enum explicit export extern false float for friend goto if inline int long
-    mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public register return short
-    signed sizeof static struct switch template this throw true try typedef typeid typename union unsigned using virtual
-    void volatile wchar_t while xor xor_eq NAN INFINITY ALWAYS INLINE Call Scratch Tiles Vec Full Part Parallel
-    absolute all_of any_of at block call choose convert count_of counting equal error_function every every_mask
-    exponential first_best floor_divide fmaximum fminimum fmod_of fold free from from_mask gather gather_mask given
-    greater greater_equal here hyperbolic_tangent i i64 is_infinite is_nan largest less less_equal load load_mask
-    load_rows loaded logarithm logarithm_1p m main maximum memcpy memory minimum move multiply n not_equal numbers
-    old only p pack packed_size pointers prelude r reciprocal reciprocal_root remainder_of resets row0 rows run_tile
-    run_tiles save_rows scratch sigmoid sign_of sizes smallest span square_root step stop store t tile tiles to to_mask
-    total total_product trunc_divide u8 wrap batch start down tile_rows threads first offsets active linux unix""".split()
+    """alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
+    continue decltype default delete do double else enum explicit export extern false float for friend
+    goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private
+    protected public register return short signed sizeof static struct switch template this throw true
+    try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq NAN
+    INFINITY ALWAYS INLINE Call Scratch Tiles Vec Full Part Parallel absolute all_of any_of at block
+    call choose convert count_of counting equal error_function every every_mask exponential first_best
+    floor_divide fmaximum fminimum fmod_of fold free from from_mask gather gather_mask given greater
+    greater_equal here hyperbolic_tangent i i64 is_infinite is_nan largest less less_equal load
+    load_mask load_rows loaded logarithm logarithm_1p m main maximum memcpy memory minimum move multiply
+    n not_equal numbers old only p pack packed_size pointers prelude r reciprocal reciprocal_root
+    remainder_of resets row0 rows run_tile run_tiles save_rows scratch sigmoid sign_of sizes smallest
+    span square_root step stop store t tile tiles to to_mask total total_product trunc_divide u8 wrap
+    batch start down tile_rows threads first offsets active linux unix""".split()
 )
 
 
@@ -134,7 +146,9 @@ class Lowering:
     def has_batch(self, node: fx.Node, dim: int) -> bool:
         """Whether an axis of a node holds the batch."""
         size = expression(node.meta["val"].shape[dim])
-        return self.loop.batch is not None and not isinstance(size, int) and self.loop.batch in size.free_symbols
+        return (
+            self.loop.batch is not None and not isinstance(size, int) and self.loop.batch in size.free_symbols
+        )
 
     def inner(self, node: fx.Node, dim: int) -> int:
         """A non-negative axis that must not be the batch's."""
@@ -387,7 +401,7 @@ def lower(loop: LoopProgram) -> tuple[Program | None, list[tuple[str, str]]]:
     return (None, lowering.reasons) if lowering.reasons else (program, [])
 
 
-from .decompose import decomposed  # noqa: E402  (both need Lowering)
 from . import ops_index, ops_pointwise, ops_products, ops_reduce, ops_views  # noqa: E402, F401, I001  (they fill TABLE)
+from .decompose import decomposed  # noqa: E402  (both need Lowering)
 
 __all__ = ["Lowering", "Unsupported", "contiguous", "lower", "lowers"]

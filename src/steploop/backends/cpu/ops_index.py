@@ -10,10 +10,12 @@ from torch import fx
 from . import geometry
 from .language import Dim, Expr, Load, Op, Scatter
 from .lower import Lowering, Unsupported, lowers
-from .ops_pointwise import node_arg, option
+from .ops_pointwise import node_arg
 
 
-def lookup(low: Lowering, table: Expr, dim: int, index: Expr, index_axes: tuple[int, ...], shape: Any) -> Load:
+def lookup(
+    low: Lowering, table: Expr, dim: int, index: Expr, index_axes: tuple[int, ...], shape: Any
+) -> Load:
     """out[i...] = table[.., index, ..] with `index` (an int64 expression of `shape`) along `dim`.
 
     index_axes: for every other axis of the table, the axis of `shape` that runs along it.

@@ -13,8 +13,9 @@ from .lower import Lowering, Unsupported, lowers
 
 _ARITHMETIC = {
     "add": "add", "sub": "sub", "mul": "mul", "maximum": "maximum", "minimum": "minimum", "fmax": "fmax",
-    "fmin": "fmin", "remainder": "remainder", "fmod": "fmod", "atan2": "atan2", "hypot": "hypot", "pow": "pow",
-    "copysign": "copysign", "bitwise_and": "bitwise_and", "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor",
+    "fmin": "fmin", "remainder": "remainder", "fmod": "fmod", "atan2": "atan2", "hypot": "hypot",
+    "pow": "pow", "copysign": "copysign",
+    "bitwise_and": "bitwise_and", "bitwise_or": "bitwise_or", "bitwise_xor": "bitwise_xor",
     "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
     "bitwise_left_shift": "shift_left", "bitwise_right_shift": "shift_right",
     "__lshift__": "shift_left", "__rshift__": "shift_right",
@@ -22,8 +23,8 @@ _ARITHMETIC = {
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _UNARY = (
     "neg", "abs", "reciprocal", "sqrt", "rsqrt", "floor", "ceil", "trunc", "sign", "exp", "exp2", "expm1",
-    "log", "log1p", "log2", "log10", "tanh", "sigmoid", "erf", "erfc", "lgamma", "sin", "cos", "tan", "asin", "acos",
-    "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "bitwise_not",
+    "log", "log1p", "log2", "log10", "tanh", "sigmoid", "erf", "erfc", "lgamma", "sin", "cos", "tan",
+    "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "bitwise_not",
 )  # fmt: skip
 
 
@@ -103,7 +104,12 @@ def _arithmetic(low: Lowering, node: fx.Node, op: str) -> Expr:
     if alpha != 1:
         b = point.mul(b, alpha)
     if point.dtype == torch.bool:
-        op = {"add": "bitwise_or", "mul": "bitwise_and", "maximum": "bitwise_or", "minimum": "bitwise_and"}.get(op, op)
+        op = {
+            "add": "bitwise_or",
+            "mul": "bitwise_and",
+            "maximum": "bitwise_or",
+            "minimum": "bitwise_and",
+        }.get(op, op)
         if op not in ("bitwise_or", "bitwise_and", "bitwise_xor"):
             raise Unsupported(f"{op} on bools")
     if op == "pow":
@@ -180,7 +186,9 @@ def _round(low: Lowering, node: fx.Node) -> Expr:
 
 @lowers("special_expm1", "special_erf", "special_log1p")
 def _special(low: Lowering, node: fx.Node) -> Expr:
-    return Point(low, node).op(node.target.overloadpacket.__name__.removeprefix("special_"), low.args(node)[0])
+    return Point(low, node).op(
+        node.target.overloadpacket.__name__.removeprefix("special_"), low.args(node)[0]
+    )
 
 
 @lowers("square")
@@ -225,8 +233,11 @@ def _isfinite(low: Lowering, node: fx.Node) -> Expr:
     point, value = Point(low, node), low.args(node)[0]
     if not value.dtype.is_floating_point:
         return point(True)
-    bad = point.op("bitwise_or", point.test("isnan", value, dtype=value.dtype),
-                   point.test("isinf", value, dtype=value.dtype))
+    bad = point.op(
+        "bitwise_or",
+        point.test("isnan", value, dtype=value.dtype),
+        point.test("isinf", value, dtype=value.dtype),
+    )
     return point.op("bitwise_not", bad)
 
 
@@ -406,7 +417,9 @@ def _threshold(low: Lowering, node: fx.Node) -> Expr:
 def _hardtanh_backward(low: Lowering, node: fx.Node) -> Expr:
     point = Point(low, node)
     grad, x, lowest, highest = low.args(node)
-    outside = point.op("bitwise_or", point.test("le", x, lowest), point.test("ge", x, highest), dtype=torch.bool)
+    outside = point.op(
+        "bitwise_or", point.test("le", x, lowest), point.test("ge", x, highest), dtype=torch.bool
+    )
     return point.where(outside, 0, grad)
 
 
@@ -516,12 +529,11 @@ def _logaddexp(low: Lowering, node: fx.Node) -> Expr:
     return point.where(point.test("eq", a, b), point.add(a, math.log(2.0)), spread)
 
 
-@lowers("_fused_dropout", "native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "normal", "uniform",
+@lowers("_fused_dropout", "native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like",
+        "normal", "uniform",
         "randint", "randint_like", "multinomial")  # fmt: skip
 def _random(low: Lowering, node: fx.Node) -> Expr:
     raise Unsupported("random numbers are drawn outside the native loop")
-
-
 
 
 _register_plain()

@@ -208,7 +208,10 @@ def _softmax_backward(low: Lowering, node: fx.Node) -> Expr:
 
 @lowers("_log_softmax", "log_softmax")
 def _log_softmax(low: Lowering, node: fx.Node) -> Expr:
-    value, dim = low.realise(low.make.cast(node_arg(low, node, 0), node.meta["val"].dtype)), node_arg(low, node, 1)
+    value, dim = (
+        low.realise(low.make.cast(node_arg(low, node, 0), node.meta["val"].dtype)),
+        node_arg(low, node, 1),
+    )
     axes = Axes(low, node.args[0], value, dim)
     point = Point(low, node)
     top, total = _log_total(low, axes, value)

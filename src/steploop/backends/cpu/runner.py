@@ -109,7 +109,7 @@ class Runner:
         return [batch, span.start, span.stop, int(down), tile, count, first, pack, *symbols]
 
     def _tile(self, batch: int, count: int, full: bool) -> int:
-        """Rows per tile: many, to share the weights; few enough that the temporaries stay in the second cache."""
+        """Rows per tile: many, to share the weights; few enough that temporaries stay in the second cache."""
         even = -(-batch // count)
         fitting = max(6, L2 // max(self._row_bytes, 1))
         most = 64 if self._weight_bytes < (1 << 20) else 192

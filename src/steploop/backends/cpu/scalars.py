@@ -1,6 +1,6 @@
-"""The pointwise operations of the loop language: how C++ writes each one and what it means, one row per operation.
+"""The pointwise operations of the loop language, one row each: how C++ writes it and what it means.
 
-The C++ text works on vectors of the lanes' type (see kernels/math.h); a bool is a mask of int32 lanes, 0 or -1.
+The C++ text works on vectors of the lanes' type (see kernels/math.h); a bool is a mask of int32 lanes.
 An operation's arguments have one common type unless its row says otherwise.
 """
 
@@ -21,7 +21,7 @@ class Scalar:
 
 
 def _call(name: str, count: int = 1) -> str:
-    return f"{name}({', '.join('{%d}' % i for i in range(count))})"
+    return f"{name}({', '.join(f'{{{i}}}' for i in range(count))})"
 
 
 def _trunc_divide(a: Tensor, b: Tensor) -> Tensor:

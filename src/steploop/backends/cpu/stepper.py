@@ -45,7 +45,9 @@ class Stepper:
             if value is not None:
                 self._pointers[i] = value.data_ptr()
 
-    def __call__(self, given: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def __call__(
+        self, given: Sequence[Tensor], states: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """(states after the step, kept values), each with the rows in front."""
         pointers = self._pointers
         alive = []

@@ -1,8 +1,8 @@
 """Threads of the native loops: those of the OpenMP runtime that torch uses, when it can be called.
 
-A second OpenMP runtime in one process would stall against torch's, whose workers spin after each parallel region. So
-kernels do not link one: they are given the entry point of the one that torch has already mapped. Without it they start plain
-threads for each call.
+A second OpenMP runtime in one process would stall against torch's, whose workers spin after each parallel
+region. So kernels do not link one: they are given the entry point of the one that torch has already mapped.
+Without it they start plain threads for each call.
 """
 
 from __future__ import annotations

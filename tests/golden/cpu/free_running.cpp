@@ -1,0 +1,67 @@
+  for (long step = 0; step < call.stop - call.start; ++step) {
+    const long p = call.down ? call.stop - 1 - step : call.start + step;
+    const long active = (call.sizes ? call.sizes[p] : call.batch) - row0;
+    const long n = active < 0 ? 0 : active < rows ? active : rows;
+    const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row
+    const long here = at - call.first;
+    save_rows(n, loaded);
+    load_rows(loaded, n);
+    loaded = n;
+    if (n == 0) continue;
+    if (call.resets && !call.down)
+      for (long r = 0; r < n; ++r)
+        if (call.resets[at + r]) {
+          memcpy(token_tile + r * scratch.token_row, call.to_token + (row0 + r) * 1, 1 * sizeof(i64));
+          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+        }
+    for (long r = 0; r < n; ++r) {
+      const float* h = h_tile + r * scratch.h_row;
+      const float* captured_0 = call.captured_0;
+      const i64* token = token_tile + r * scratch.token_row;
+      const float* x_x0 = call.x_x0 + (here + r) * 6;
+      float* tanh_default = tanh_default_tile + r * scratch.tanh_default_row;
+      float* next_h = h_tile + r * scratch.h_row;
+      // 6: test_cpu_golden.py:68
+      span<8>(6, [&](long i, auto m) ALWAYS {
+        auto h_i = load(h + i, m);
+        auto captured_0_i = load(captured_0 + i + wrap((token + 0)[0], 7) * 6, m);
+        auto add_tensor = h_i + captured_0_i;
+        auto x_x0_i = load(x_x0 + i, m);
+        auto add_tensor_1 = add_tensor + x_x0_i;
+        auto tanh_default_2 = hyperbolic_tangent(add_tensor_1);
+        store(tanh_default + i, tanh_default_2, m);
+        store(next_h + i, tanh_default_2, m);
+      });
+    }
+    multiply(tanh_default_tile + 0 * scratch.tanh_default_row + 0, scratch.tanh_default_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row);  // test_cpu_golden.py:69
+    for (long r = 0; r < n; ++r) {
+      const float* mm_default = mm_default_tile + r * scratch.mm_default_row;
+      i64* argmax_default = argmax_default_tile;
+      i64* next_token = token_tile + r * scratch.token_row;
+      i64* all_argmax_default = call.all_argmax_default + (here + r) * 1;
+      // 7: test_cpu_golden.py:69
+      {
+        auto argmax_argmax_default = every<8>((float)0);
+        auto argmax_argmax_default_at = every<8>((i64)-1);
+        span<8>(7, [&](long i, auto m) ALWAYS {
+          auto mm_default_i = load(mm_default + i, m);
+          auto wins = only(m, better_max(mm_default_i, argmax_argmax_default) | less(argmax_argmax_default_at, every<8>((i64)0)), every_mask<8>(false));
+          argmax_argmax_default = choose(wins, mm_default_i, argmax_argmax_default);
+          argmax_argmax_default_at = choose(wins, counting<8>(i, 1), argmax_argmax_default_at);
+        });
+        (argmax_default + 0)[0] = first_best(argmax_argmax_default, argmax_argmax_default_at, true);
+      }
+      // 1: test_cpu_golden.py:69
+      span<4>(1, [&](long i, auto m) ALWAYS {
+        auto argmax_default_i = every<4>((argmax_default + 0)[0]);
+        store(next_token + 0, argmax_default_i, m);
+        store(all_argmax_default + 0, argmax_default_i, m);
+      });
+    }
+    if (call.resets && call.down)
+      for (long r = 0; r < n; ++r)
+        if (call.resets[at + r]) {
+          memcpy(token_tile + r * scratch.token_row, call.to_token + (row0 + r) * 1, 1 * sizeof(i64));
+          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+        }
+  }

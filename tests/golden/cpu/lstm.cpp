@@ -1,0 +1,60 @@
+  for (long step = 0; step < call.stop - call.start; ++step) {
+    const long p = call.down ? call.stop - 1 - step : call.start + step;
+    const long active = (call.sizes ? call.sizes[p] : call.batch) - row0;
+    const long n = active < 0 ? 0 : active < rows ? active : rows;
+    const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row
+    const long here = at - call.first;
+    save_rows(n, loaded);
+    load_rows(loaded, n);
+    loaded = n;
+    if (n == 0) continue;
+    if (call.resets && !call.down)
+      for (long r = 0; r < n; ++r)
+        if (call.resets[at + r]) {
+          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+          memcpy(c_tile + r * scratch.c_row, call.to_c + (row0 + r) * 6, 6 * sizeof(float));
+        }
+    multiply(h_tile + 0 * scratch.h_row + 0, scratch.h_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row);  // test_cpu_golden.py:30
+    for (long r = 0; r < n; ++r) {
+      const float* x_x0 = call.x_x0 + (here + r) * 24;
+      const float* mm_default = mm_default_tile + r * scratch.mm_default_row;
+      const float* c = c_tile + r * scratch.c_row;
+      float* next_h = h_tile + r * scratch.h_row;
+      float* next_c = c_tile + r * scratch.c_row;
+      float* all_mul_tensor_2 = call.all_mul_tensor_2 + (here + r) * 6;
+      // 6: test_cpu_golden.py:31, test_cpu_golden.py:32
+      span<8>(6, [&](long i, auto m) ALWAYS {
+        auto x_x0_i = load(x_x0 + 6 + i, m);
+        auto mm_default_i = load(mm_default + 6 + i, m);
+        auto add_tensor = x_x0_i + mm_default_i;
+        auto sigmoid_default = sigmoid(add_tensor);
+        auto c_i = load(c + i, m);
+        auto mul_tensor = sigmoid_default * c_i;
+        auto x_x0_i_2 = load(x_x0 + i, m);
+        auto mm_default_i_2 = load(mm_default + i, m);
+        auto add_tensor_2 = x_x0_i_2 + mm_default_i_2;
+        auto sigmoid_default_1 = sigmoid(add_tensor_2);
+        auto x_x0_i_3 = load(x_x0 + 12 + i, m);
+        auto mm_default_i_3 = load(mm_default + 12 + i, m);
+        auto add_tensor_3 = x_x0_i_3 + mm_default_i_3;
+        auto tanh_default = hyperbolic_tangent(add_tensor_3);
+        auto mul_tensor_1 = sigmoid_default_1 * tanh_default;
+        auto add_tensor_1 = mul_tensor + mul_tensor_1;
+        auto x_x0_i_4 = load(x_x0 + 18 + i, m);
+        auto mm_default_i_4 = load(mm_default + 18 + i, m);
+        auto add_tensor_4 = x_x0_i_4 + mm_default_i_4;
+        auto sigmoid_default_2 = sigmoid(add_tensor_4);
+        auto tanh_default_1 = hyperbolic_tangent(add_tensor_1);
+        auto mul_tensor_2 = sigmoid_default_2 * tanh_default_1;
+        store(next_h + i, mul_tensor_2, m);
+        store(next_c + i, add_tensor_1, m);
+        store(all_mul_tensor_2 + i, mul_tensor_2, m);
+      });
+    }
+    if (call.resets && call.down)
+      for (long r = 0; r < n; ++r)
+        if (call.resets[at + r]) {
+          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+          memcpy(c_tile + r * scratch.c_row, call.to_c + (row0 + r) * 6, 6 * sizeof(float));
+        }
+  }
