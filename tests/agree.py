@@ -107,8 +107,8 @@ def _gradients(values, root, xs, call):
 def check(expected, found, what):
     assert found["structure"] == expected["structure"], what
     assert found["plain"] == expected["plain"], what
-    # A result that depends on no leaf in the plain loop may seem to in the compiled one: for autograd the call
-    # is one operation.
+    # A result that depends on no leaf in the plain loop may seem to in the compiled one: to autograd the
+    # call is one operation.
     assert set(expected.get("tracked", ())) <= set(found.get("tracked", ())), what
     for name in expected:
         if isinstance(expected[name], Tensor):

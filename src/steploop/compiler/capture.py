@@ -103,7 +103,7 @@ def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[
     # is: a step may use torch.func inside itself.
     _inner.append([])
     try:
-        with _disable_current_modes(), _quiet():
+        with _disable_current_modes(), _quiet(), _no_autocast_cache():
             trace = _Tracer(program, signature, symbolic, wanted).run()
         trace.keep_alive.extend(_inner[-1])
     finally:
@@ -131,6 +131,17 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps casts of weights: a trace may neither read real ones from there nor leave fake ones."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 class _Tracer:
