@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
+import signal
+import threading
 from pathlib import Path
 
 from . import machine, report, session
@@ -34,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "bench", help="folder for results (runs/bench)"
     )
+    made.add_argument("--budget", type=float, help="seconds of rounds for each column of a table (90)")
     made.add_argument("--docs", action="store_true", help="write docs/benchmarks.md from this run too")
     made.add_argument(
         "--render", nargs="+", type=Path, metavar="JSON",
@@ -46,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the program."""
     options = parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: raise_exit())
     if options.threads < 1:
         parser().error("--threads must be at least 1")
     if options.render:
@@ -62,8 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def raise_exit() -> None:
+    """Ends the program when it is terminated, by an exception: the process it started ends too."""
+    raise SystemExit(143)
+
+
 def _measured(options: argparse.Namespace) -> tuple[report.Run, Path]:
     scale = SCALES["tiny" if options.tiny else "quick" if options.quick else "full"]
+    if options.budget is not None:
+        scale = dataclasses.replace(scale, budget=options.budget)
     names = list(options.case or ([] if options.grid else CASES))
     if options.grid and "grid" not in names:
         names.append("grid")
