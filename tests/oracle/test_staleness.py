@@ -428,3 +428,17 @@ def test_several_threads_make_one_capture():
         thread.join()
     assert not wrong
     assert captures.captured - before == 1
+
+
+class WithoutAutocast(Cell):
+    def step(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return super().step(x)
+
+
+def test_a_region_without_autocast_inside_the_step():
+    cell, xs = WithoutAutocast().float(), torch.randn(T, B, INPUT, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sl.Loop(cell, backend="eager")(xs)[0]
+        expected = sl.Loop(cell, backend="reference")(xs)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

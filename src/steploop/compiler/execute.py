@@ -158,7 +158,8 @@ class Executable:
     ) -> Run:
         """given: placeholders -> packed sequences (or stacked) and constants, in the schedule's row order.
         initial, reset_to: by the states' prev.  longest: steps of a span, None: by memory."""
-        with torch.no_grad():
+        # Autocast has had its say when the step was captured.
+        with torch.no_grad(), torch._C._DisableAutocast():
             return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest)
 
 
