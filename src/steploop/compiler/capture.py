@@ -86,6 +86,7 @@ class Trace:
     out_spec: Any
     numbers: list[tuple[Any, list[float]]] = field(default_factory=list)
     keep_alive: list[Any] = field(default_factory=list)
+    inlined: list[str] = field(default_factory=list)
 
 
 def trace_forward(program: Program, signature: Signature, symbolic: bool) -> Trace:

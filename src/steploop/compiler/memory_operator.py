@@ -32,10 +32,14 @@ _tracing: ContextVar[Trace | None] = ContextVar("steploop_memory_trace", default
 
 @dataclass(eq=False)
 class Trace:
-    """Remembering operations in one trace. inline: operations whose one-step form is traced instead."""
+    """Remembering operations in one trace.
+
+    inline: operations (by id) whose one-step form is traced instead; inlined: the classes of those that were.
+    """
 
     inline: set[int]
     calls: list[MemoryCall] = field(default_factory=list)
+    inlined: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -84,6 +88,8 @@ def call_memory(
     """The outputs and new states of one opaque call; None where the one-step form is to be run instead."""
     trace = _tracing.get()
     if trace is None or id(op) in trace.inline:
+        if trace is not None:
+            trace.inlined.append(type(op).__name__)
         return None
     call = MemoryCall(op, run, sequence, len(xs), len(constants), len(prevs))
     trace.calls.append(call)

@@ -128,6 +128,28 @@ _CUMULATIVE: dict[Any, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
 }
 
 
+def is_linear_recurrence(loop: LoopProgram) -> bool:
+    """Whether every state's next is linear in the states, with factors from outside: h = a * h + b.
+
+    Such a loop is element-wise work on channels; its gradient is the same kind of loop in reversed time.
+    """
+    depends: set[fx.Node] = set(loop.prevs)
+    for node in loop.calls:
+        inside = [a for a in node.all_input_nodes if a in depends]
+        if not inside:
+            continue
+        if node.target in (aten.mul.Tensor, aten.div.Tensor):
+            if len(inside) != 1 or node.args[0] not in depends and node.target is aten.div.Tensor:
+                return False
+        elif node.target not in _LINEAR:
+            return False
+        depends.add(node)
+    return bool(loop.prevs) and any(n.target is aten.mul.Tensor for n in loop.calls)
+
+
+_LINEAR = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.unsqueeze.default}
+
+
 def _window(loop: LoopProgram, prev: fx.Node, node: fx.Node, calls: list, plain: Callable) -> Recognised | None:
     """cat([prev[:, 1:], x[:, None]], 1), the x axis added in the loop or outside."""
     if node.target is not aten.cat.default or len(node.args[0]) != 2:

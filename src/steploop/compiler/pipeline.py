@@ -273,7 +273,8 @@ def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "au
             tensors = _tensors(call, capture, dependencies, joint=True)
         invocation = _invocation(capture, call, backend, save, training, False, tensors)
     name = getattr(program.root, "__name__", None) or type(program.root).__name__
-    forward = _described(invocation.forward.executable, f"{name} forward", _saved_note(invocation))
+    notes = [*_inlined_notes(capture), *_saved_note(invocation)]
+    forward = _described(invocation.forward.executable, f"{name} forward", notes)
     if training:
         needs = _as_needs(invocation.layout, tensors)
         backward = invocation.lowered.backward(needs, call.resets is not None)
@@ -284,6 +285,10 @@ def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "au
 def _described(executable: Any, title: str, notes: list[str]) -> Plan:
     partition = executable.partition
     return describe(partition, title, partition.problem.stepwise, notes)
+
+
+def _inlined_notes(capture: Capture) -> list[str]:
+    return [f"{name} runs step by step: what it reads depends on what it gives" for name in capture.forward.inlined]
 
 
 def _saved_note(invocation: Invocation) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from .graph import expression, line_of, op_name
 from .memory_operator import is_memory, operation_name
 from .partition import Loop, Partition, State
+from .patterns import is_linear_recurrence
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class Op:
 
 @dataclass(frozen=True)
 class PlannedLoop:
-    """One loop. states: paths of its States.  backend: what runs it.  reasons: why faster backends do not."""
+    """One loop. states: paths of its States.  backend: what runs it.  reasons: why faster backends do not.
+    kind: "linear recurrence" where it is one, else ""."""
 
     index: int
     ops: list[Op]
     states: list[str]
     backend: str
     reasons: list[str]
+    kind: str = ""
 
 
 @dataclass(eq=False)
@@ -160,7 +163,8 @@ def _planned(loop: Loop, number: int, mixing: dict[fx.Node, str]) -> PlannedLoop
     program = loop.program
     backend = getattr(program, "backend", "")
     reasons = [f"{line}: {text}" if line else text for text, line in getattr(program, "reasons", [])]
-    return PlannedLoop(number, ops, [s.name for s in loop.states], backend, reasons)
+    kind = "linear recurrence" if is_linear_recurrence(program) else ""
+    return PlannedLoop(number, ops, [s.name for s in loop.states], backend, reasons, kind)
 
 
 def recurrence(node: fx.Node, loop: Loop) -> str:
@@ -214,7 +218,8 @@ def _table(plan: Plan) -> list[str]:
     groups: list[tuple[str, list[Op]]] = [("before", plan.before)]
     for loop in plan.loops:
         states = ", ".join(loop.states) or "no state"
-        groups.append((f"loop {loop.index}  [{loop.backend or 'not chosen'}]  states: {states}", loop.ops))
+        kind = f"  ({loop.kind})" if loop.kind else ""
+        groups.append((f"loop {loop.index}  [{loop.backend or 'not chosen'}]  states: {states}{kind}", loop.ops))
     groups.append(("after", plan.after))
     rows = [(title, _grouped(ops)) for title, ops in groups]
     widths = [_width((r[i] for _, part in rows for r in part), most) for i, most in ((0, 34), (1, 24), (2, 16))]
