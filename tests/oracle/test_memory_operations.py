@@ -203,6 +203,10 @@ def test_stream_is_the_whole_sequence(case, backend):
             close([stream.state[name]], [value], case.tolerance, f"state {name}")
 
 
+def mean_of_rows(y):
+    return y.double().flatten(1).mean(1) if y.dim() > 1 else y.double()
+
+
 class Inside(sl.Step):
     """An operation inside a step; with `recurrent` its input depends on what it gave before."""
 
@@ -220,13 +224,12 @@ class Inside(sl.Step):
         outputs = leaves(self.op(x, *others, **constants))
         if hasattr(self, "again"):
             outputs += leaves(self.again(x, *others, **constants))
-        mean = sum(y.double().reshape(len(x), -1).mean(1) for y in outputs)
-        self.h.next = torch.tanh(mean)
+        self.h.next = torch.tanh(sum(mean_of_rows(y) for y in outputs))
         return outputs
 
     def mixed(self, x):
         if x.is_floating_point():
-            return x + self.h.prev.reshape(-1, *[1] * (x.dim() - 1))
+            return x + self.h.prev[(...,) + (None,) * (x.dim() - 1)]
         if x.dtype == torch.bool:
             return x ^ (self.h.prev > 0.5)
         return (x + (self.h.prev > 0.5)).clamp(max=3)

@@ -60,6 +60,9 @@ class Memory(Step):
         """
         raise NotImplementedError
 
+    def check(self, *xs: Any, **constants: Any) -> None:
+        """Raise InputError that names the argument unless one step's arguments fit; both forms call it."""
+
     @classmethod
     def has_sequence(cls) -> bool:
         """Whether there is a whole-sequence form."""
@@ -108,6 +111,7 @@ class _Whole:
         resets = None if call.resets is None else self._ordered(call.resets.to(self.device))
         xs = unflatten([self._ordered(x) for x in call.xs], run.x_structure)
         constants = unflatten(call.constants, run.constant_structure)
+        self.op.check(*unflatten([x[0] for x in call.xs], run.x_structure), **constants)
         extra = {"steps": call.steps if self.order is None else len(self.order)}
         outputs, after = self.op.sequence(
             xs, constants, state, fresh, self.lengths, resets, **(extra if self.op.takes_steps else {})

@@ -59,8 +59,11 @@ class CausalConv1d(Memory):
         if kernel_size > 1:
             self.past = State((kernel_size - 1) * dilation, in_channels)
 
-    def step(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
         check_step_input("CausalConv1d", "x", x, features=self.in_channels)
+
+    def step(self, x: Tensor) -> Tensor:
+        self.check(x)
         if self.kernel_size == 1:
             return self._of_windows(x.unsqueeze(1))
         frames = torch.cat([self.past.prev, x.unsqueeze(1)], 1)

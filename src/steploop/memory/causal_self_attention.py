@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, describe, message
 from ..state import State
-from .base import Memory, cleaned, latest_reset, whole_number
+from .base import Memory, check_step_input, cleaned, latest_reset, whole_number
 from .history import Slots, appended
 from .step_index import counting
 
@@ -96,7 +96,11 @@ class CausalSelfAttention(Memory):
 
     # one step
 
+    def check(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:
+        check_step_input("CausalSelfAttention", "x" if self.qkv is not None else "q", x, features=self.size)
+
     def step(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        self.check(x, k, v)
         q, k, v = self._heads(x, k, v)
         count = self.count.prev
         q, k = self._rotated(q, count), self._rotated(k, count)

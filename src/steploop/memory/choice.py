@@ -52,11 +52,15 @@ class Choice(Memory):
             scores = scores / self.temperature + noise
         return scores.argmax(-1)
 
-    def step(self, scores: Tensor | None = None, target: Tensor | None = None) -> Tensor:
+    def check(self, scores: Tensor | None = None, target: Tensor | None = None) -> None:
         if target is None:
-            label = self.choose(check_step_input("Choice", "scores", scores))
+            check_step_input("Choice", "scores", scores)
         else:
-            label = check_step_input("Choice", "target", target, integer=True).to(torch.int64)
+            check_step_input("Choice", "target", target, integer=True)
+
+    def step(self, scores: Tensor | None = None, target: Tensor | None = None) -> Tensor:
+        self.check(scores, target)
+        label = self.choose(scores) if target is None else target.to(torch.int64)
         self.last.next = label
         return label.clone()
 

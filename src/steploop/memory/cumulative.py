@@ -34,8 +34,11 @@ class Cumulative(Memory):
         """All steps of x (T, B, ...) from nothing."""
         raise NotImplementedError
 
-    def step(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
         check_step_input(type(self).__name__, "x", x)
+
+    def step(self, x: Tensor) -> Tensor:
+        self.check(x)
         x = _counted(x)
         before = self.total.sized(*x.shape[1:], like=x)
         after = self.combine(before, x)

@@ -26,8 +26,11 @@ class Delay(Memory):
         self.n = whole_number("Delay", "n", n, 1)
         self.past = State(..., init=init)
 
-    def step(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
         check_step_input("Delay", "x", x)
+
+    def step(self, x: Tensor) -> Tensor:
+        self.check(x)
         past = self.past.sized(self.n, *x.shape[1:], like=x)
         self.past.next = torch.cat([past[:, 1:], x.unsqueeze(1)], 1) if self.n > 1 else x.unsqueeze(1)
         return past[:, 0]

@@ -42,9 +42,12 @@ class EditDistance(Memory):
         self.blank = blank
         self.row = State(..., init=_first_row, dtype=torch.int64)
 
-    def step(self, a: Tensor, *, target: Tensor, target_lengths: Tensor | None = None) -> Tensor:
+    def check(self, a: Tensor, *, target: Tensor, target_lengths: Tensor | None = None) -> None:
         check_step_input("EditDistance", "a", a, integer=True)
         _check_target(target, target_lengths)
+
+    def step(self, a: Tensor, *, target: Tensor, target_lengths: Tensor | None = None) -> Tensor:
+        self.check(a, target=target, target_lengths=target_lengths)
         row = self.row.sized(target.shape[1] + 1)
         j = torch.arange(row.shape[1], device=row.device)
         substituted = row[:, :-1] + (a.unsqueeze(1) != target)

@@ -41,8 +41,11 @@ class History(Memory):
         self.count = State(init=0, dtype=torch.int64)
         self.frames = State(..., grows_with=self.count)
 
-    def step(self, x: Tensor) -> Past:
+    def check(self, x: Tensor) -> None:
         check_step_input("History", "x", x)
+
+    def step(self, x: Tensor) -> Past:
+        self.check(x)
         frames = self.frames.sized(*x.shape[1:], like=x)
         values = appended(frames, x, self.count.prev)
         self.frames.next = values

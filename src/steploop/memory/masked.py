@@ -59,10 +59,13 @@ class Masked(Memory):
             return xs, named
         return (*xs, named["where"]), {name: value for name, value in named.items() if name != "where"}
 
+    def check(self, *xs: Any, where: Tensor | None = None, **constants: Any) -> None:
+        check_mask("Masked", "where", where if where is not None or not xs else xs[-1])
+        _taken(self.cell, constants)
+
     def step(self, *xs: Any, where: Tensor | None = None, **constants: Any) -> Any:
-        if where is None:
-            *xs, where = xs if xs else (None,)
-        mask = check_mask("Masked", "where", where)
+        self.check(*xs, where=where, **constants)
+        *xs, mask = xs if where is None else (*xs, where)
         y = self.cell(*xs, **_taken(self.cell, constants))
         for _, state in states_below(self.cell):
             if not (state.unsized and running().prev[state] is None):  # a State no step came by

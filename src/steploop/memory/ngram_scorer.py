@@ -78,8 +78,11 @@ class NGramScorer(Memory):
             )
         return torch.tensor([number.get(word, number.get("<unk>")) for word in words], dtype=torch.int64)
 
-    def step(self, token: Tensor) -> Tensor:
+    def check(self, token: Tensor) -> None:
         check_step_input("NGramScorer", "token", token, integer=True)
+
+    def step(self, token: Tensor) -> Tensor:
+        self.check(token)
         score, self.node.next = self._score(self.node.prev, self._word(token))
         return score
 

@@ -39,9 +39,12 @@ class PositionalEncoding(Memory):
         self.register_buffer("frequency", frequency, persistent=False)
         self.count = State(init=0, dtype=torch.int64)
 
-    def step(self, x: Tensor | None = None) -> Tensor:
+    def check(self, x: Tensor | None = None) -> None:
         if x is not None:
             check_step_input("PositionalEncoding", "x", x, features=self.size)
+
+    def step(self, x: Tensor | None = None) -> Tensor:
+        self.check(x)
         count = self.count.prev
         self.count.next = count + 1
         return self._added(x, count)

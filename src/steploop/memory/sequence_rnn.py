@@ -42,7 +42,7 @@ class SequenceRNN(Memory):
         self.reverse = bool(reverse)
         self.output = one_of("SequenceRNN", "output", output, OUTPUTS)
 
-    def step(self, x: Tensor, inner_lengths: Tensor | None = None, **constants: Any) -> Any:
+    def check(self, x: Tensor, inner_lengths: Tensor | None = None, **constants: Any) -> None:
         if not isinstance(x, Tensor) or x.dim() < 2:
             raise InputError(
                 message(
@@ -51,6 +51,9 @@ class SequenceRNN(Memory):
                     found=describe(x),
                 )
             )
+
+    def step(self, x: Tensor, inner_lengths: Tensor | None = None, **constants: Any) -> Any:
+        self.check(x, inner_lengths)
         if inner_lengths is not None:
             constants = {**constants, "lengths": inner_lengths}
         y, _ = self.loop(x, **constants)

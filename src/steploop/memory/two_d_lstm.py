@@ -12,7 +12,7 @@ from ..errors import InputError, describe, message
 from ..loop import Loop
 from ..state import State
 from ..step import Step, unbatched
-from .base import Memory, check_step_input, cleaned, is_valid, one_of, whole_number
+from .base import Memory, check_step_input, cleaned, is_valid, one_of, run_child, whole_number
 
 POOLINGS = ("last", "max", "mean", "weighted", None)
 
@@ -64,12 +64,16 @@ class TwoDLSTM(Memory):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(hidden_size**-0.5), hidden_size**-0.5)
         self.row = Loop(_Row(hidden_size))
+        self.diagonals = Loop(_Diagonal())
         self.h = State(...)
         self.c = State(...)
 
-    def step(self, target_x: Tensor, *, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+    def check(self, target_x: Tensor, *, source: Tensor, source_lengths: Tensor | None = None) -> None:
         check_step_input("TwoDLSTM", "target_x", target_x, features=self.target_size)
         self._check_source(source, source_lengths)
+
+    def step(self, target_x: Tensor, *, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        self.check(target_x, source=source, source_lengths=source_lengths)
         positions = source.shape[1]
         above_h = self.h.sized(positions, self.hidden_size, like=self.weight_h)
         above_c = self.c.sized(positions, self.hidden_size, like=self.weight_h)
@@ -140,30 +144,19 @@ class TwoDLSTM(Memory):
         source, source_lengths = constants["source"], constants.get("source_lengths")
         steps, batch = target.shape[:2]
         positions = source.shape[1]
-        grid = _Grid(steps, positions, is_valid(lengths, steps, batch, target.device), resets)
-        exists = is_valid(source_lengths, positions, batch, target.device).t().unsqueeze(-1)  # (B, S, 1)
-        of_source = self._of_source(source, source_lengths)
+        grid = _Grid(steps, positions, is_valid(lengths, steps, batch, target.device))
+        exists = is_valid(source_lengths, positions, batch, target.device).t()  # (B, S)
         of_target = F.linear(target, self.weight_target)
-        weight = torch.cat([self.weight_h, self.weight_v], 1)
-        h, c = state["h"], state["c"]
-        rows = []
-        for diagonal in range(steps + positions - 1):
-            active, reset, y = grid.cells(diagonal)  # (B, S, 1) each, (S,)
-            above_h, above_c = h, c
-            if reset is not None:
-                above_h = torch.where(reset, reset_to["h"], h)
-                above_c = torch.where(reset, reset_to["c"], c)
-            left_h, left_c = F.pad(h[:, :-1], (0, 0, 1, 0)), F.pad(c[:, :-1], (0, 0, 1, 0))
-            gates = of_source + of_target[y].transpose(0, 1) + F.linear(torch.cat([left_h, above_h], -1), weight)
-            new_h, new_c = _cell(gates, left_c, above_c)
-            h = torch.where(active, torch.where(exists, new_h, 0.0), h)
-            c = torch.where(active, torch.where(exists, new_c, 0.0), c)
-            rows.append(h)
-        every = torch.stack(rows)  # (T + S - 1, B, S, H)
-        time = torch.arange(steps, device=target.device)[:, None]
-        place = torch.arange(positions, device=target.device)[None, :]
-        every = every[time + place, :, place].transpose(1, 2)  # (T, B, S, H)
-        return self._pooled(every, source_lengths), {"h": h, "c": c}
+        gates = grid.skewed(of_target) + self._of_source(source, source_lengths)  # (D, B, S, 5H)
+        inputs = [gates, grid.active()]
+        given = {"weight": unbatched(torch.cat([self.weight_h, self.weight_v], 1)), "exists": exists}
+        if resets is not None:
+            inputs.append(grid.skewed(resets))
+            given |= {"fresh_h": reset_to["h"], "fresh_c": reset_to["c"]}
+        h, after = run_child(
+            self.diagonals.step, tuple(inputs), given, state, None, None, None, batch, steps + positions - 1
+        )
+        return self._pooled(grid.straight(h), source_lengths), after
 
     def extra_repr(self) -> str:
         return f"{self.source_size}, {self.target_size}, {self.hidden_size}, pooling={self.pooling!r}"
@@ -190,22 +183,63 @@ def _cell(gates: Tensor, left_c: Tensor, above_c: Tensor) -> tuple[Tensor, Tenso
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-class _Grid:
-    """Which cells of (T, S) stand on an anti-diagonal x + y = d, seen along x.
+class _Diagonal(Step):
+    """One anti-diagonal of the grid, seen along the source: all cells that the one before can reach.
 
-    A position x whose cell on this diagonal is no valid one (y < 0, y >= T, a row that is over) keeps what it has:
-    before the first row that is the initial state, after the last one the final state.
+    A position whose cell on this diagonal is no valid one (before the first target row, beyond the last) keeps
+    what it has: first the initial state, at last the final one.
     """
 
-    def __init__(self, steps: int, positions: int, valid: Tensor, resets: Tensor | None) -> None:
-        self.steps, self.valid, self.resets = steps, valid, resets
-        self.x = torch.arange(positions, device=valid.device)
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = State(..., init=0.0)
+        self.c = State(..., init=0.0)
 
-    def cells(self, diagonal: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(active (B, S, 1), reset (B, S, 1) or None, y (S,) within 0 ... T-1)."""
-        y = diagonal - self.x
-        inside = (y >= 0) & (y < self.steps)
-        y = y.clamp(0, self.steps - 1)
-        active = (self.valid[y] & inside.unsqueeze(1)).t().unsqueeze(-1)
-        reset = None if self.resets is None else self.resets[y].t().unsqueeze(-1)
-        return active, reset, y
+    def step(
+        self,
+        gates: Tensor,
+        active: Tensor,
+        reset: Tensor | None = None,
+        *,
+        weight: Tensor,
+        exists: Tensor,
+        fresh_h: Tensor | None = None,
+        fresh_c: Tensor | None = None,
+    ) -> Tensor:
+        h = self.h.sized(gates.shape[1], gates.shape[2] // 5, like=gates)
+        c = self.c.sized(gates.shape[1], gates.shape[2] // 5, like=gates)
+        above_h, above_c = h, c
+        if reset is not None:
+            above_h = torch.where(reset.unsqueeze(-1), fresh_h, h)
+            above_c = torch.where(reset.unsqueeze(-1), fresh_c, c)
+        left_h = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
+        left_c = torch.cat([torch.zeros_like(c[:, :1]), c[:, :-1]], 1)
+        new_h, new_c = _cell(gates + F.linear(torch.cat([left_h, above_h], -1), weight), left_c, above_c)
+        exists, active = exists.unsqueeze(-1), active.unsqueeze(-1)
+        self.h.next = torch.where(active, torch.where(exists, new_h, 0.0), h)
+        self.c.next = torch.where(active, torch.where(exists, new_c, 0.0), c)
+        return self.h.next
+
+
+class _Grid:
+    """(T, S) cells by anti-diagonals x + y = d: (D, B, S), D = T + S - 1."""
+
+    def __init__(self, steps: int, positions: int, valid: Tensor) -> None:
+        self.steps, self.valid = steps, valid
+        self.x = torch.arange(positions, device=valid.device)
+        diagonal = torch.arange(steps + positions - 1, device=valid.device)
+        self.y = diagonal[:, None] - self.x  # (D, S)
+
+    def skewed(self, values: Tensor) -> Tensor:
+        """values (T, B, ...) -> (D, B, S, ...): that of the cell's target row."""
+        return values[self.y.clamp(0, self.steps - 1)].transpose(1, 2)
+
+    def active(self) -> Tensor:
+        """(D, B, S): whether there is such a cell."""
+        inside = (self.y >= 0) & (self.y < self.steps)
+        return self.skewed(self.valid) & inside.unsqueeze(1)
+
+    def straight(self, h: Tensor) -> Tensor:
+        """h (D, B, S, H) -> (T, B, S, H)."""
+        time = torch.arange(self.steps, device=h.device)[:, None]
+        return h[time + self.x, :, self.x].transpose(1, 2)

@@ -31,8 +31,11 @@ class Window(Memory):
         if self.left:
             self.past = State(...)
 
-    def step(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
         check_step_input("Window", "x", x)
+
+    def step(self, x: Tensor) -> Tensor:
+        self.check(x)
         frame = running()
         if self.right and frame.sizing is None:
             raise StepError(_right_in_a_step(self.left, self.right))
