@@ -196,6 +196,19 @@ def test_normalised_lstm():
     assert_same(case, lengths_of(), rtol=1e-4, atol=1e-4)
 
 
+def test_reductions_of_single_elements():
+    def step(xs, constants, states):
+        (x,), (h,) = xs, states
+        column, wide = h[:, :6].view(-1, 2, 3, 1), x[:, :8].view(-1, 2, 1, 4)
+        results = [
+            column @ wide, column.sum(-1), column.argmax(-1), column.softmax(-1), column.cumsum(-1), h[:, :1].sum(-1),
+            h[:, :1].argmax(-1), torch.bmm(h[:, :3, None], x[:, None, :4]), (column > 0).any(-1),
+        ]  # fmt: skip
+        return [r.clone() for r in results], [h * 0.5 + x]
+
+    assert_same(make_case(step, [torch.randn(T, B, H)], [torch.randn(B, H)]), lengths_of())
+
+
 def test_an_index_that_is_overwritten_in_its_own_nest():
     jump, value = torch.tensor([3, 0, 1, 2]), torch.randn(4)
 

@@ -68,6 +68,7 @@ def fuse(program: Program) -> Plan:
     statements = _alive(program)
     for statement in statements:
         _squeeze(program.make, statement)
+    statements = [_without_reduction(program.make, s) for s in statements]
     phases = _schedule(statements)
     _silence(phases)
     shared, local = _scopes(program, phases)
@@ -150,6 +151,16 @@ def _squeeze(make: Expressions, statement: Statement) -> None:
         target = kept
     statement.value = _pick(make, value, kept)
     statement.target = _pick(make, statement.target, target)
+
+
+def _without_reduction(make: Expressions, statement: Statement) -> Statement:
+    """A reduction of single elements is a store."""
+    if not isinstance(statement, Reduce) or statement.axes:
+        return statement
+    value = statement.value
+    if statement.kind.startswith("arg"):
+        value = make.const(0, value.shape, statement.target.dtype)
+    return Store(statement.target, value, line=statement.line)
 
 
 def _pick(make: Expressions, expr: Expr, axes: list[int]) -> Expr:
