@@ -123,7 +123,8 @@ def fuse_addmm(nodes: list[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, tuple[
                 continue  # the later of two products is the one to fuse
             shape, wanted = other.meta["val"].shape, product.meta["val"].shape
             same = tuple(map(expression, shape)) == tuple(map(expression, wanted))
-            if same and other.meta["val"].dtype == product.meta["val"].dtype:
+            bias = len(shape) == 1 and expression(shape[0]) == expression(wanted[1])
+            if (same or bias) and other.meta["val"].dtype == product.meta["val"].dtype:
                 found[node] = (product, other)
                 taken.add(product)
                 break

@@ -344,9 +344,11 @@ def gather_sums(step: StepGraph, in_loop: set[fx.Node]) -> bool:
         inside = [t for t in terms if t in in_loop]
         if len(outside) < 2 or not inside:
             continue
-        total = outside[0]
-        for term in sorted(outside[1:], key=lambda t: len(shape_of(t)), reverse=True):
-            total = call(node, aten.add.Tensor, total, term)
+        # Small terms (biases) first: the large array is then gone over once.
+        first, *rest = sorted(outside, key=lambda t: len(shape_of(t)))
+        total = first
+        for term in rest:
+            total = call(node, aten.add.Tensor, term, total)
         result = inside[0]
         for term in inside[1:]:
             result = call(node, aten.add.Tensor, result, term)
@@ -376,7 +378,7 @@ def _continues(node: fx.Node, in_loop: set[fx.Node]) -> bool:
 def _terms(node: fx.Node, in_loop: set[fx.Node]) -> list[fx.Node]:
     terms = []
     for part in node.args:
-        inner = _plain_sum(part) and part in in_loop and len(part.users) == 1 and part.args[0] is not part.args[1]
+        inner = _plain_sum(part) and len(part.users) == 1 and part.args[0] is not part.args[1]
         terms.extend(_terms(part, in_loop) if inner else [part])
     return terms
 
