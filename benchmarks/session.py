@@ -53,7 +53,7 @@ def jobs_of(name: str, scale: Scale, threads: int, peers: list[str] | None) -> l
 
 def label(job: Job) -> str:
     """A job in words."""
-    extra = f" {job['peers'][0]}" if len(job["peers"]) == 1 else ""
+    extra = f" {job['peers'][0]}" if len(job["peers"]) == 1 else f" {', '.join(job['modes'])}"
     return f"{job['case']}{extra} {Workload(**job['work'])}{' ' + job['cache'] if 'cache' in job else ''}"
 
 
