@@ -185,7 +185,7 @@ def partition(problem: Problem) -> Partition:
     needed = needed_nodes(problem)
     loops = recurrent_components(problem, needed)
     delayed = _delay_outside_reads(problem, loops, needed)
-    needed = needed_nodes(problem) | set(delayed)
+    needed |= set(delayed)
     inside: dict[fx.Node, int] = {n: i for i, c in enumerate(loops) for n in c}
     once = [n for n in problem.graph.nodes if n in needed and n.op == "call_function" and not n.meta["varies"]]
     segments = _order(problem, loops, inside, needed, delayed)
