@@ -55,7 +55,11 @@ def test_transducer_has_only_its_lstm_to_loop_over():
     step, frames, labels = module.example()
     plan = sl.Loop(step).plan(frames, labels)
     assert [loop.backend for loop in plan.loops if loop.backend != "sequence"] == [], str(plan)
-    assert any("labels" in state for loop in plan.loops for state in loop.states)
+    assert {state for loop in plan.loops for state in loop.states} == {
+        "labels.cell.h",
+        "labels.cell.c",
+        "labels.held",
+    }
 
 
 def test_transducer_trains_and_decodes():

@@ -34,6 +34,9 @@ class Memory(Step):
     An operation without `sequence` always runs by `step`.
     """
 
+    # Inside a step always by `step`: for one so simple that the compiler sees more in it than in one opaque call
+    # (a pure delay; an output that depends on fewer inputs than the state does).
+    inlined: bool = False
     takes_steps: ClassVar[bool] = False  # `sequence` may be called without xs, and then gets `steps=`
 
     def sequence(
@@ -69,7 +72,9 @@ class Memory(Step):
         return cls.sequence is not None and cls.sequence is not Memory.sequence
 
     def _step_inside(self, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
-        return opaque_step(self, frame, xs, arguments) if self.has_sequence() else self.step(*xs, **arguments)
+        if self.inlined or not self.has_sequence():
+            return self.step(*xs, **arguments)
+        return opaque_step(self, frame, xs, arguments)
 
     def run_whole(self, program: Program, call: Call) -> Result | None:
         """A call of this operation alone, by its whole-sequence form; None where it has to go step by step."""

@@ -30,6 +30,8 @@ class Choice(Memory):
     Raises InputError for an unknown method, a temperature that is not positive, and targets that are no labels.
     """
 
+    inlined = True  # with a target, what comes before does not depend on the scores
+
     def __init__(self, start: int = 0, method: str = "greedy", temperature: float = 1.0) -> None:
         super().__init__()
         self.method = one_of("Choice", "method", method, METHODS)

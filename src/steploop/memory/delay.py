@@ -24,6 +24,7 @@ class Delay(Memory):
     def __init__(self, n: int = 1, init: float | Tensor = 0) -> None:
         super().__init__()
         self.n = whole_number("Delay", "n", n, 1)
+        self.inlined = self.n == 1  # which the compiler makes a shift
         self.past = State(..., init=init)
 
     def check(self, x: Tensor) -> None:
