@@ -4,7 +4,7 @@ Options are arguments of the constructor; sequences are called positionally, con
 `op(xs, lengths=..., resets=..., state=...)` runs a whole sequence; inside a step, `self.op(x)` runs one step.
 """
 
-from .base import Memory
+from .base import Memory, cleaned, final, is_valid
 from .causal_conv1d import CausalConv1d
 from .causal_self_attention import CausalSelfAttention
 from .choice import Choice
@@ -43,6 +43,9 @@ __all__ = [
     "TwoDLSTM",
     "Unmask",
     "Window",
+    "cleaned",
+    "final",
+    "is_valid",
     "masked_from",
     "unmask",
 ]
