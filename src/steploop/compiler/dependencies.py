@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import StepError
+
 _VALUES = (
     type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device,
     torch.Size, torch.layout, torch.memory_format, range, slice,
@@ -190,6 +192,13 @@ class Dependencies:
             self.tensors.append(value)
             self.paths.append(path)
             return ("tensor", _metadata(value))
+        if isinstance(value, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+            # A tracer gets wrong gradients from its autograd formulas, without a word.
+            raise StepError(
+                f"the step uses TorchScript: {path or type(value).__name__}. It can't be captured; use the Python "
+                "original (the module or function that was given to torch.jit.script or torch.jit.trace). "
+                'backend="reference" runs it as it stands.'
+            )
         if isinstance(value, nn.Module):
             return self._module(value, path)
         if isinstance(value, dict):
