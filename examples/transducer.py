@@ -1,7 +1,7 @@
-"""A transducer's label loop: one step per audio frame, whose language model moves only when a label was emitted.
+"""A transducer's label loop: a step per audio frame, whose language model moves when a label was emitted.
 
-Trained with given alignments, nothing of it has to run step by step but the LSTM, and that only over the labels:
-steploop explain examples/transducer.py. The same definition decodes frame by frame.
+Trained with given alignments, nothing of it has to run step by step but the LSTM, and that only over the
+labels: steploop explain examples/transducer.py. The same definition decodes frame by frame.
 """
 
 import torch
@@ -42,7 +42,9 @@ def example():
     return Transducer(8, 12, 16), torch.randn(30, 4, 8), alignment(30, 4, 12)
 
 
-def train(step: Transducer, frames: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, updates: int = 40):
+def train(
+    step: Transducer, frames: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor, updates: int = 40
+):
     """Losses of some updates on one batch."""
     loop, optimizer, losses = sl.Loop(step), torch.optim.Adam(step.parameters(), 0.02), []
     valid = torch.arange(len(frames))[:, None] < lengths

@@ -1,7 +1,9 @@
-"""A transformer decoder of two blocks, written as one step. Its plan:  steploop explain examples/transformer_decoder.py
+"""A transformer decoder of two blocks, written as one step.
+
+Its plan:  steploop explain examples/transformer_decoder.py
 
 The same step runs three ways: over a whole sequence (each attention is one call), one token at a time in a
-stream (each step looks at a preallocated history, so step t costs O(t)), and inside a loop that feeds it its own
+stream (each step looks at a preallocated history, so step t costs O(t)), and in a loop that feeds it its own
 choices.
 """
 
@@ -55,7 +57,7 @@ class Speaker(sl.Step):
 
 
 def three_ways(decoder: Decoder, steps: int = 24, batch: int = 2):
-    """The same scores (T, B, vocabulary): in a loop over its own choices, for the whole sequence, in a stream."""
+    """The same scores (T, B, vocabulary): in a loop over its own choices, for all steps, in a stream."""
     with torch.no_grad():
         (spoken, labels), _ = Speaker(decoder)(steps=steps, batch_size=batch)
         tokens = torch.cat([torch.zeros_like(labels[:1]), labels[:-1]])

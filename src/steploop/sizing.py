@@ -84,7 +84,8 @@ def find_sizes(
     def run(convert: Any) -> None:
         slices, fixed, values = pytree.tree_map_only(Tensor, convert, tensors)
         slices = [x.new_zeros(x.shape[1:]) for x in slices]
-        frame = Frame(dict(zip(tree.states, tree.names, strict=True)), dict(zip(tree.states, values)), "step")
+        states, known = tree.states, dict(zip(tree.states, values, strict=True))
+        frame = Frame(dict(zip(states, tree.names, strict=True)), known, "step")
         frame.batch = batch
         frame.sizing = sizing
         sizing.found.clear()

@@ -1,7 +1,8 @@
 """Every operation of sl.memory with a plain definition: what it gives after a row's frames so far.
 
-A definition looks at one row: `plain(op, seen, constants, room)`, where `seen` is the list of this row's valid
-frames since the start or the latest reset, up to and including this step. It uses no state and no steploop.
+A definition looks at one row: `plain(op, seen, constants, room)`, where `seen` is the list of this row's
+valid frames since the start or the latest reset, up to and including this step. It uses no state and no
+steploop.
 """
 
 from __future__ import annotations
@@ -391,7 +392,12 @@ CASES = [
     Case(memory.CumMax, lambda: memory.CumMax(-9.0), (floats(3),), cumulative(_maximum, -9.0)),
     Case(memory.CumMax, memory.CumMax, (labels(-5, 5),), cumulative(_maximum, -99), name="CumMax-int"),
     Case(memory.CumProd, memory.CumProd, (floats(3),), cumulative(lambda a, b: a * b, 1.0)),
-    Case(memory.CumLogSumExp, lambda: memory.CumLogSumExp(-1.0), (floats(3),), cumulative(torch.logaddexp, -1.0)),
+    Case(
+        memory.CumLogSumExp,
+        lambda: memory.CumLogSumExp(-1.0),
+        (floats(3),),
+        cumulative(torch.logaddexp, -1.0),
+    ),
     Case(memory.Window, lambda: memory.Window(2), (floats(3),), window),
     Case(memory.Window, lambda: memory.Window(0), (labels(0, 9),), window, name="Window-0"),
     Case(memory.CausalConv1d, lambda: memory.CausalConv1d(3, 4, 3), (floats(3),), conv),
@@ -405,7 +411,9 @@ CASES = [
     Case(memory.CausalSelfAttention, lambda: memory.CausalSelfAttention(2, 4), (floats(4),), attention),
     Case(
         memory.CausalSelfAttention,
-        lambda: memory.CausalSelfAttention(2, 3, key_size=8, value_size=6, output_size=3, rope=True, bias=False),
+        lambda: memory.CausalSelfAttention(
+            2, 3, key_size=8, value_size=6, output_size=3, rope=True, bias=False
+        ),
         (floats(3),),
         attention,
         name="CausalSelfAttention-rope",
@@ -473,7 +481,13 @@ CASES = [
         name="EditDistance-blank",
     ),
     Case(memory.Masked, lambda: memory.Masked(Leaky(), initial=0.25), (floats(3), flags), masked),
-    Case(memory.Masked, lambda: memory.Masked(LeakyPair()), (floats(3), flags), masked_pair, name="Masked-pytree"),
+    Case(
+        memory.Masked,
+        lambda: memory.Masked(LeakyPair()),
+        (floats(3), flags),
+        masked_pair,
+        name="Masked-pytree",
+    ),
     Case(
         memory.Masked,
         lambda: memory.Masked(memory.Masked(Leaky(), initial=0.25), initial=2.0),
@@ -506,4 +520,3 @@ CASES = [
 for case in CASES:
     case.name = case.name or case.op.__name__
 FIRST = list({case.op: case for case in reversed(CASES)}.values())[::-1]  # one case of every operation
-

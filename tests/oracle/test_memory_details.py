@@ -1,4 +1,5 @@
-"""What single operations of sl.memory promise beyond the common battery, and what RETURNN's issues were about."""
+"""What single operations of sl.memory promise beyond the common battery, and what RETURNN's issues were
+about."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def test_issue_569_dot_never_confuses_axes(backend, inner):
 
 
 def test_issue_570_window_is_the_same_in_and_out_of_a_loop():
-    """One meaning, whatever the form: `left` frames before, zeros at the start, T never in the window axis."""
+    """One meaning, whatever the form: `left` frames before, zeros at the start, T never in the window
+    axis."""
     x = torch.randn(4, 2, 4)
 
     class In(sl.Step):
@@ -115,7 +117,8 @@ def test_issue_698_previous_values_inside_a_child(backend):
 
 @pytest.mark.parametrize("backend", [*COMPILED, "reference"])
 def test_issue_769_masked_computation(backend):
-    """A child that depends on its own past and on the loop's other states, a mask that is made in the loop."""
+    """A child that depends on its own past and on the loop's other states, a mask that is made in the
+    loop."""
 
     class Blocks(sl.Step):
         def __init__(self):
@@ -183,11 +186,16 @@ def attention_calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("given", [{}, {"lengths": [6, 3]}, {"resets": True}], ids=["plain", "lengths", "resets"])
+@pytest.mark.parametrize(
+    "given", [{}, {"lengths": [6, 3]}, {"resets": True}], ids=["plain", "lengths", "resets"]
+)
 def test_a_whole_sequence_is_one_attention_call(attention_calls, given):
     x = torch.randn(6, 2, 8)
     op = memory.CausalSelfAttention(2, 8)
-    given = {name: torch.rand(6, 2) < 0.3 if value is True else torch.tensor(value) for name, value in given.items()}
+    given = {
+        name: torch.rand(6, 2) < 0.3 if value is True else torch.tensor(value)
+        for name, value in given.items()
+    }
     _, state = op(x, **given)
     assert len(attention_calls) == 1
     assert attention_calls[0]["is_causal"] == ("resets" not in given)
@@ -264,7 +272,10 @@ def test_window_may_look_ahead_over_a_whole_sequence():
 
 
 def test_unmask_spreads_kept_steps():
-    y, mask = torch.tensor([[1.0, 5], [2, 6], [3, 7]]), torch.tensor([[0, 1], [1, 1], [0, 0], [1, 1], [1, 1]]).bool()
+    y, mask = (
+        torch.tensor([[1.0, 5], [2, 6], [3, 7]]),
+        torch.tensor([[0, 1], [1, 1], [0, 0], [1, 1], [1, 1]]).bool(),
+    )
     expected = [[-1, 5], [1, 6], [1, 6], [2, 7], [3, 7]]
     assert memory.unmask(y, mask, -1.0).tolist() == expected
     cut = memory.unmask(y, mask, -1.0, lengths=torch.tensor([3, 5]))
@@ -342,7 +353,9 @@ def test_two_d_lstm_is_five_times_as_fast_as_a_double_loop():
         return above[-1][0]
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a shared machine, threads that wait for each other would be what is measured
+    torch.set_num_threads(
+        1
+    )  # on a shared machine, threads that wait for each other would be what is measured
     with torch.no_grad():
         close(op(x, source=source)[0][-1], double_loop())
         ratios = [_seconds(double_loop) / _seconds(lambda: op(x, source=source)) for _ in range(3)]
@@ -399,7 +412,9 @@ def test_unknown_words(arpa, tmp_path):
     close(found, known(known.encode(["a", "<unk>", "b"]).unsqueeze(1))[0])
     without = tmp_path / "without.arpa"
     without.write_text(ARPA.replace("ngram 1=6", "ngram 1=5").replace("-1.0\t<unk>\n", ""))
-    found, _ = memory.NGramScorer(without, vocabulary=["a", "elephant", "b"], unknown=-7.0)(torch.tensor([[0], [1], [2]]))
+    found, _ = memory.NGramScorer(without, vocabulary=["a", "elephant", "b"], unknown=-7.0)(
+        torch.tensor([[0], [1], [2]])
+    )
     log10 = torch.log(torch.tensor(10.0))
     close(found[:, 0], torch.tensor([-0.3, -0.15 - 0.2 - 7.0, -0.9]) * log10)
 

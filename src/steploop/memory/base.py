@@ -34,8 +34,8 @@ class Memory(Step):
     An operation without `sequence` always runs by `step`.
     """
 
-    # Inside a step always by `step`: for one so simple that the compiler sees more in it than in one opaque call
-    # (a pure delay; an output that depends on fewer inputs than the state does).
+    # Inside a step always by `step`: for one so simple that the compiler sees more in it than in one opaque
+    # call (a pure delay; an output that depends on fewer inputs than the state does).
     inlined: bool = False
     takes_steps: ClassVar[bool] = False  # `sequence` may be called without xs, and then gets `steps=`
 
@@ -54,9 +54,10 @@ class Memory(Step):
         constants: its keyword arguments.
         state:     name -> (B, ...) before the first step; names relative to this operation.
         reset_to:  name -> (B, ...) what a reset returns each state to.
-        lengths:   (B,) int64, or None: all T steps are valid. Beyond them xs may hold anything, NaN too, which
-                   must reach no valid output, state or gradient.
-        resets:    (T, B) bool, True = reset before this step; or None. What it says beyond lengths counts not.
+        lengths:   (B,) int64, or None: all T steps are valid. Beyond them xs may hold anything, NaN too,
+                   which must reach no valid output, state or gradient.
+        resets:    (T, B) bool, True = reset before this step; or None. What it says beyond lengths
+                   does not count.
 
         Returns what `step` returns with T in front, (T, B, ...) (anything beyond lengths), and every state
         after each row's last valid step.
@@ -77,7 +78,7 @@ class Memory(Step):
         return opaque_step(self, frame, xs, arguments)
 
     def run_whole(self, program: Program, call: Call) -> Result | None:
-        """A call of this operation alone, by its whole-sequence form; None where it has to go step by step."""
+        """A call of this operation alone, all steps at once; None where it has to go step by step."""
         if not self.has_sequence() or call.steps == 0 or _traced(call):
             return None
         return _Whole(self, program, call).result()
@@ -194,7 +195,7 @@ def latest_reset(resets: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def final(y: Tensor, before: Tensor, lengths: Tensor | None) -> Tensor:
-    """The state after the last valid step, of y (T, B, ...), the states after each; `before` if there is none."""
+    """The state after each row's last valid step; y (T, B, ...): after every step, `before`: before all."""
     if lengths is None:
         return y[-1]
     return rows_at(torch.cat([before[None], y]), lengths[None])[0]

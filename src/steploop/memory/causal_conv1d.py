@@ -17,8 +17,8 @@ from .base import Frames, Memory, check_step_input, cleaned, whole_number
 class CausalConv1d(Memory):
     """y_t = bias + sum_k weight[:, :, k] x_{t - (W-1-k) dilation}, zeros before the start.
 
-    nn.Conv1d over the steps, padded on the left: same parameters ("weight" (out, in / groups, W), "bias"), same
-    initial values. The state keeps (W-1) dilation frames. RETURNN: ConvLayer inside a WindowLayer.
+    nn.Conv1d over the steps, padded on the left: same parameters ("weight" (out, in / groups, W), "bias"),
+    same initial values. The state keeps (W-1) dilation frames. RETURNN: ConvLayer inside a WindowLayer.
 
     conv(x): x (B, in) -> (B, out).  Whole sequence: one conv1d; with resets, one product over the windows.
     Raises InputError for sizes that are no whole numbers >= 1 or channels that `groups` does not divide.
@@ -86,7 +86,11 @@ class CausalConv1d(Memory):
         frames = Frames(x, state.get("past", none), reset_to.get("past", none), lengths, resets)
         if resets is None:
             y = F.conv1d(
-                frames.all.permute(1, 2, 0), self.weight, self.bias, dilation=self.dilation, groups=self.groups
+                frames.all.permute(1, 2, 0),
+                self.weight,
+                self.bias,
+                dilation=self.dilation,
+                groups=self.groups,
             ).permute(2, 0, 1)
         else:
             offsets = range(frames.n, -1, -self.dilation)

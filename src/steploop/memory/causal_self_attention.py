@@ -16,7 +16,8 @@ from .step_index import counting
 
 
 class CausalSelfAttention(Memory):
-    """y_t = sum_s softmax_s(scale q_t . k_s) v_s over s <= t, per head. Vaswani et al. 2017, arXiv:1706.03762.
+    """y_t = sum_s softmax_s(scale q_t . k_s) v_s over s <= t, per head. Vaswani et al. 2017,
+    arXiv:1706.03762.
 
     RETURNN's SelfAttentionLayer with attention_left_only. One step appends its key and value to a history and
     looks at all of it; in a stream the history is preallocated and doubles. A whole sequence is one call of
@@ -24,14 +25,16 @@ class CausalSelfAttention(Memory):
     handed-over history be seen in full and nothing across a reset.
 
     heads: how many.
-    size: of x. attention(x): x (B, size) -> (B, value_size); "qkv" is a Linear(size, 2 key_size + value_size) whose
-        columns are q, k, v, each head after head. None: attention(q, k, v) takes them, each (B, heads * n).
+    size: of x. attention(x): x (B, size) -> (B, value_size); "qkv" is a Linear(size, 2 key_size +
+        value_size) whose columns are q, k, v, each head after head. None: attention(q, k, v) takes them,
+        each (B, heads * n).
     key_size, value_size: of all heads together (default: size). output_size: adds "out", a
         Linear(value_size, output_size), over the result. bias: of both.
     scale: default (key_size / heads) ** -0.5.
     rope: rotary positions (Su et al. 2021, arXiv:2104.09864): True, or the base (True: 10000).
-    relative: clip c: adds scale q_t . r_{clip(s - t, -c, c) + c} to the scores, r the parameter "relative_keys"
-        (2c + 1, key_size / heads), the same for all heads (Shaw et al. 2018, arXiv:1803.02155, keys only).
+    relative: clip c: adds scale q_t . r_{clip(s - t, -c, c) + c} to the scores, r the parameter
+        "relative_keys" (2c + 1, key_size / heads), the same for all heads (Shaw et al. 2018,
+        arXiv:1803.02155, keys only).
     Positions count the row's valid steps since the start or the latest reset.
 
     Raises InputError for sizes that do not fit.
@@ -230,5 +233,3 @@ def _not_three(heads: int, expected: str) -> str:
         expected=expected,
         fix=f"CausalSelfAttention({heads}, size)(x), or CausalSelfAttention({heads})(q, k, v)",
     )
-
-

@@ -15,19 +15,21 @@ METHODS = ("greedy", "sample")
 
 
 class Choice(Memory):
-    """The target where there is one, else the model's own choice; the next step may read it. RETURNN's ChoiceLayer.
+    """The target where there is one, else the model's own choice; the next step may read it. RETURNN's
+    ChoiceLayer.
 
         previous = self.choice.previous()                 # (B,) the label before this step, `start` at first
         label = self.choice(scores, target)               # training: the target
         label = self.choice(scores)                       # on its own: argmax, or drawn from softmax(scores)
 
-    Given targets do not depend on the model's outputs, so with them nothing of a decoder has to wait for its own
-    labels. To choose in another way, override `choose(scores) -> (B,) int64`.
+    Given targets do not depend on the model's outputs, so with them nothing of a decoder has to wait for its
+    own labels. To choose in another way, override `choose(scores) -> (B,) int64`.
 
     start:  the label before the first.  method: "greedy" or "sample".  temperature: scores are divided by it.
     choice(scores, target=None): scores (B, V), target (B,) integers -> (B,) int64.
 
-    Raises InputError for an unknown method, a temperature that is not positive, and targets that are no labels.
+    Raises InputError for an unknown method, a temperature that is not positive, and targets that are no
+    labels.
     """
 
     inlined = True  # with a target, what comes before does not depend on the scores
@@ -50,7 +52,9 @@ class Choice(Memory):
         """(..., V) -> (...) int64."""
         if self.method == "sample":
             # argmax of scores with Gumbel noise: a draw from the softmax
-            noise = -torch.log(-torch.log(torch.rand(scores.shape, device=scores.device).clamp(1e-20, 1 - 1e-7)))
+            noise = -torch.log(
+                -torch.log(torch.rand(scores.shape, device=scores.device).clamp(1e-20, 1 - 1e-7))
+            )
             scores = scores / self.temperature + noise
         return scores.argmax(-1)
 

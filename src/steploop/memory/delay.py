@@ -14,8 +14,8 @@ from .base import Frames, Memory, check_step_input, cleaned, whole_number
 class Delay(Memory):
     """y_t = x_{t-n}; before that `init`. RETURNN's `prev:`, for any n >= 1.
 
-    n: how many valid steps back.  init: a number, or a tensor that broadcasts to one row's x (a Parameter gets
-    gradients): what stands before the first step, and after a reset.
+    n: how many valid steps back.  init: a number, or a tensor that broadcasts to one row's x (a Parameter
+    gets gradients): what stands before the first step, and after a reset.
 
     delay(x): x (B, ...) of any dtype -> (B, ...).  Whole sequence: concat(init n times, x[:-n]).
     Raises InputError for an n that is not a whole number >= 1.

@@ -26,9 +26,9 @@ class EditDistance(Memory):
 
     blank: a label that is no symbol: where a_t is it, the row stays as it is.
 
-    distance(a, target=..., target_lengths=...): a (B,) integers, target (B, U) integers, target_lengths (B,) or
-    None -> (B, U + 1) int64. Entries beyond a row's target length repeat that at the length, so the last entry
-    is always the distance to the whole target. `table` gives all rows, the initial one first.
+    distance(a, target=..., target_lengths=...): a (B,) integers, target (B, U) integers, target_lengths (B,)
+    or None -> (B, U + 1) int64. Entries beyond a row's target length repeat that at the length, so the last
+    entry is always the distance to the whole target. `table` gives all rows, the initial one first.
 
     Raises InputError for arguments that are not integer tensors of these shapes.
     """
@@ -63,8 +63,8 @@ class EditDistance(Memory):
         target = constants["target"]
         counts = torch.ones_like(a, dtype=torch.bool) if self.blank is None else a != self.blank
         row, fresh = state["row"], reset_to["row"]
-        # With symbols so far, and a large number per segment, taken off ("scale"), the term "row above + 1" of
-        # the recurrence is a running minimum along time that never reaches back across a reset.
+        # With symbols so far, and a large number per segment, taken off ("scale"), the term "row above + 1"
+        # of the recurrence is a running minimum along time that never reaches back across a reset.
         scale = counts.cumsum(0)
         starts = None
         if resets is not None:
@@ -94,9 +94,7 @@ class EditDistance(Memory):
         lengths: Tensor | None = None,
     ) -> Tensor:
         """(T + 1, B, U + 1): the initial row and that after every a (T, B). After a row's end it is kept."""
-        rows, _ = self(
-            a, target=target, target_lengths=target_lengths, lengths=lengths, on_masked="repeat"
-        )
+        rows, _ = self(a, target=target, target_lengths=target_lengths, lengths=lengths, on_masked="repeat")
         first = _first_row((target.shape[1] + 1,), torch.int64, rows.device).expand(1, *rows.shape[1:])
         first = _ended(first, target_lengths)
         started = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
@@ -134,7 +132,9 @@ def _check_target(target: Any, lengths: Any) -> None:
                 fix="EditDistance()(a, target=labels, target_lengths=lengths)",
             )
         )
-    if lengths is not None and (not isinstance(lengths, Tensor) or lengths.dim() != 1 or lengths.is_floating_point()):
+    if lengths is not None and (
+        not isinstance(lengths, Tensor) or lengths.dim() != 1 or lengths.is_floating_point()
+    ):
         raise InputError(
             message("EditDistance: target_lengths has one entry per row.", expected="(B,) of integers",
                     found=describe(lengths))

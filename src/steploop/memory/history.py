@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..state import State
-from .base import Memory, check_step_input, cleaned, latest_reset, rows_at, wide, whole_number
+from .base import Memory, check_step_input, cleaned, latest_reset, rows_at, whole_number, wide
 from .step_index import counting
 
 
 class Past(NamedTuple):
     """What History gives: values (B, C, ...), of which the first lengths (B,) of a row are in use.
 
-    C is the room that the history has: T for a whole sequence from its start; doubling in a stream. Entries not
-    in use are zeros.
+    C is the room that the history has: T for a whole sequence from its start; doubling in a stream. Entries
+    not in use are zeros.
     """
 
     values: Tensor
@@ -58,12 +58,15 @@ class History(Memory):
         slots = Slots(state["count"], state["frames"].shape[1], len(x), lengths, resets)
         everything = slots.join(state["frames"], x, reset_to["frames"])
         values = slots.at_steps(everything)
-        values = torch.where(wide(_in_use(values.shape[2], index + 1), values), values, torch.zeros_like(values))
+        values = torch.where(
+            wide(_in_use(values.shape[2], index + 1), values), values, torch.zeros_like(values)
+        )
         return Past(values, index + 1), {"count": after, "frames": slots.at_end(everything)}
 
 
 class RelativePositions(Memory):
-    """p_t[k] = clip(k - t, -clip, clip) + clip for every entry k of a history. Shaw et al. 2018, arXiv:1803.02155.
+    """p_t[k] = clip(k - t, -clip, clip) + clip for every entry k of a history. Shaw et al. 2018,
+    arXiv:1803.02155.
 
     RETURNN's RelativePositionalEncodingLayer. relative(): (B, C) int64, C the room of a `History` beside it:
     T for a whole sequence. t counts the row's valid steps since the start or the latest reset.
@@ -114,7 +117,8 @@ def _in_use(room: int, lengths: Tensor) -> Tensor:
 class Slots:
     """Which frame stands in which slot of a history (B, C, ...), after any step of a whole sequence.
 
-    Frames are numbered in `join`: first the C slots as they were, then the T new ones, then what a reset puts.
+    Frames are numbered in `join`: first the C slots as they were, then the T new ones, then what a reset
+    puts.
     """
 
     def __init__(
@@ -146,6 +150,8 @@ class Slots:
         new = slot - self.count
         index = torch.where((new >= 0) & (new < done), self.room + new, slot)
         if latest is not None:
-            since = torch.where(slot < done - latest, self.room + latest + slot, self.room + self.steps + slot)
+            since = torch.where(
+                slot < done - latest, self.room + latest + slot, self.room + self.steps + slot
+            )
             index = torch.where(latest >= 0, since, index)
         return index.expand(steps, self.room, len(self.count))

@@ -28,9 +28,9 @@ class Masked(Memory):
     initial:  a number, or a tensor that broadcasts to one row's output; a list of them, one for each tensor
               the child returns, where it returns several.
 
-    masked(*xs, where=mask, **constants): xs and constants are the child's, mask (B,) bool; alone, over a whole
-    sequence, mask is (T, B) like the xs. mask may also be the last positional argument. Where `lengths` or a
-    mask of the loop leave a step out, the child leaves it out too.
+    masked(*xs, where=mask, **constants): xs and constants are the child's, mask (B,) bool; alone, over a
+    whole sequence, mask is (T, B) like the xs. mask may also be the last positional argument. Where
+    `lengths` or a mask of the loop leave a step out, the child leaves it out too.
 
     Raises StepError for a child that is no Step, InputError for a mask that is not (B,) bool.
     """
@@ -182,10 +182,11 @@ class _Same(Step):
 
 
 class Unmask(Masked):
-    """Repeats the latest y for which `where` was True, `init` before the first. RETURNN's UnmaskLayer in a loop.
+    """Repeats the latest y for which `where` was True, `init` before the first. RETURNN's UnmaskLayer in a
+    loop.
 
-    unmask(y, where=mask): y (B, ...), a value for every step, of which only those at True are looked at. For a
-    sequence that is already moved together see the function `unmask`.
+    unmask(y, where=mask): y (B, ...), a value for every step, of which only those at True are looked at. For
+    a sequence that is already moved together see the function `unmask`.
     """
 
     def __init__(self, init: Any = 0.0) -> None:
@@ -236,8 +237,9 @@ def masked_from(
 ) -> Any:
     """A Step over a sequence that holds the True steps of `mask` only, spread back: RETURNN's `masked_from`.
 
-    compact: (T', B, ...), one value for every True of `mask` (T, B), in order; other arguments as for `unmask`.
-    The same as `Masked(step)(x, where=mask)` if compact is x without the other steps. In a step: `MaskedFrom`.
+    compact: (T', B, ...), one value for every True of `mask` (T, B), in order; other arguments as for
+    `unmask`. The same as `Masked(step)(x, where=mask)` if compact is x without the other steps. In a step:
+    `MaskedFrom`.
     """
     kept = mask & is_valid(lengths, *mask.shape, mask.device)
     y, _ = step(compact, lengths=kept.sum(0).clamp(max=len(pytree.tree_leaves(compact)[0])), **constants)
@@ -247,8 +249,8 @@ def masked_from(
 class MaskedFrom(Step):
     """Masked, reading its input from a sequence that holds the True steps only.
 
-    masked_from(where=mask, source=compact): mask (B,) (alone: (T, B)), compact (B, T', ...), a constant. At the
-    n-th True of a row its child sees compact[:, n].
+    masked_from(where=mask, source=compact): mask (B,) (alone: (T, B)), compact (B, T', ...), a constant. At
+    the n-th True of a row its child sees compact[:, n].
     """
 
     def __init__(self, step: Step, initial: Any = 0.0) -> None:

@@ -27,8 +27,8 @@ class NGramScorer(Memory):
         p(w | context) = p(context w)                                 if that n-gram is in the file
                        = backoff(context) p(w | context without its first word)      else
 
-    RETURNN's KenLmStateLayer. The state is the longest context that the model knows, a number per row. A whole
-    sequence is scored at once: the state before any step follows from the n-1 tokens before it.
+    RETURNN's KenLmStateLayer. The state is the longest context that the model knows, a number per row. A
+    whole sequence is scored at once: the state before any step follows from the n-1 tokens before it.
 
     arpa:       the path of an ARPA file.
     vocabulary: the word of each token number; default: the file's unigrams in their order (`scorer.words`).
@@ -36,9 +36,11 @@ class NGramScorer(Memory):
     unknown:    log10 probability of a word that is not in the file, where the file has no "<unk>". With one,
                 its probability and back-off are those of "<unk>".
 
-    scorer(token): token (B,) integers -> (B,) float.  `all_next()`: (B, V), of every token that may come next.
+    scorer(token): token (B,) integers -> (B,) float.  `all_next()`: (B, V), of every token that may come
+    next.
 
-    Raises DataError with file and line for a malformed file; InputError for a token that is no integer tensor.
+    Raises DataError with file and line for a malformed file; InputError for a token that is no integer
+    tensor.
     """
 
     def __init__(
@@ -158,9 +160,9 @@ class NGramScorer(Memory):
 class _Tables:
     """The model as a tree of contexts, in columns; node 0 is the empty context.
 
-    A node for every n-gram of the file and every beginning of one. edge: node * words + word, sorted; edge_to: the
-    node that it leads to. shorter: the node of the longest known end of it. as_context: itself, or `shorter` where
-    it has n words. context: its last n-1 words.
+    A node for every n-gram of the file and every beginning of one. edge: node * words + word, sorted;
+    edge_to: the node that it leads to. shorter: the node of the longest known end of it. as_context: itself,
+    or `shorter` where it has n words. context: its last n-1 words.
     """
 
     def __init__(self, ngrams: NGrams, known: list[str], order: int) -> None:
@@ -178,7 +180,9 @@ class _Tables:
         nodes = list(self.number)
         size = len(self.word) + 1
         edges = sorted(
-            (self.number[words[:-1]] * size + self.word[words[-1]], self.number[words]) for words in nodes if words
+            (self.number[words[:-1]] * size + self.word[words[-1]], self.number[words])
+            for words in nodes
+            if words
         )
         shorter = [self._shorter(words) for words in nodes]
         return {
@@ -268,7 +272,9 @@ class _Reader:
             self.at -= 1
         if read != count:
             self.at = min(self.at + 1, len(self.lines))
-            self._fail(f"Section {head} does not have as many n-grams as \\data\\ says.", f"{count}", f"{read}")
+            self._fail(
+                f"Section {head} does not have as many n-grams as \\data\\ says.", f"{count}", f"{read}"
+            )
 
     def _ngram(self, line: str, order: int, orders: int, found: NGrams) -> None:
         parts = line.split()
@@ -312,5 +318,3 @@ class _Reader:
         if found is None:
             found = repr(self.lines[line - 1].strip()) if self.lines else "an empty file"
         raise DataError(message(what, expected=expected, found=found, at=f"{self.path}:{line}"))
-
-

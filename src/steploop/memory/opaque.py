@@ -31,7 +31,12 @@ def opaque_step(op: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str
         return leaves, inner.nexts(states)
 
     def whole_sequence(
-        x: list[Tensor], c: list[Tensor], start: list[Tensor], back: list[Tensor], lengths: Any, resets: Any,
+        x: list[Tensor],
+        c: list[Tensor],
+        start: list[Tensor],
+        back: list[Tensor],
+        lengths: Any,
+        resets: Any,
         steps: int,
     ) -> tuple[list[Tensor], list[Tensor]]:
         with run_in(None):

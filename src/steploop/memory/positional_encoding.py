@@ -18,9 +18,9 @@ LAYOUTS = ("halves", "interleaved")
 class PositionalEncoding(Memory):
     """pe_t = [sin(t w_0), sin(t w_1), ..., cos(t w_0), cos(t w_1), ...], or x_t + pe_t.
 
-    w_i = base ** -(i / (D/2 - 1)) with the layout "halves" (tensor2tensor's and RETURNN's; a last zero where D is
-    odd); w_i = base ** -(2i / D) with sines and cosines in turn with "interleaved" (Vaswani et al. 2017). t counts
-    the row's valid steps since the start or the latest reset.
+    w_i = base ** -(i / (D/2 - 1)) with the layout "halves" (tensor2tensor's and RETURNN's; a last zero where
+    D is odd); w_i = base ** -(2i / D) with sines and cosines in turn with "interleaved" (Vaswani et al.
+    2017). t counts the row's valid steps since the start or the latest reset.
 
     size: D.  encoding(): (B, D);  encoding(x): x (B, D) -> x + pe_t.
     Raises InputError for a size that is no whole number >= 1, or an unknown layout.

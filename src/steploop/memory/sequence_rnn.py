@@ -19,17 +19,18 @@ OUTPUTS = ("all", "last")
 class SequenceRNN(Memory):
     """At every step a cell runs over x's own inner axis, from fresh states. RETURNN's RecLayer over a window.
 
-    The steps do not depend on each other, so it has no States: for a whole sequence, T and B become one batch of
-    T * B inner sequences, run by one loop.
+    The steps do not depend on each other, so it has no States: for a whole sequence, T and B become one
+    batch of T * B inner sequences, run by one loop.
 
     cell:    a Step; or a whole-sequence layer, batch first, like sl.nn.Bidirectional(..., batch_first=True).
     reverse: run the inner axis from its end.  output: "all" inner steps, or the "last" one in running order.
 
-    rnn(x, inner_lengths=None, **constants): x (B, S, ...) with the inner axis behind the batch, inner_lengths (B,)
-    integers, per step, so that they may differ between steps -> (B, S, ...), zeros beyond inner_lengths; or
-    (B, ...) for the last (zeros where inner_lengths is 0).  constants: the cell's.
+    rnn(x, inner_lengths=None, **constants): x (B, S, ...) with the inner axis behind the batch,
+    inner_lengths (B,) integers, per step, so that they may differ between steps -> (B, S, ...), zeros beyond
+    inner_lengths; or (B, ...) for the last (zeros where inner_lengths is 0).  constants: the cell's.
 
-    Raises StepError for a cell that is no module, InputError for an unknown output or an x without inner axis.
+    Raises StepError for a cell that is no module, InputError for an unknown output or an x without inner
+    axis.
     """
 
     def __init__(self, cell: nn.Module, reverse: bool = False, output: str = "all") -> None:
@@ -57,7 +58,9 @@ class SequenceRNN(Memory):
         if inner_lengths is not None:
             constants = {**constants, "lengths": inner_lengths}
         y, _ = self.loop(x, **constants)
-        return y if self.output == "all" else pytree.tree_map_only(Tensor, lambda o: self._last(o, inner_lengths), y)
+        if self.output == "all":
+            return y
+        return pytree.tree_map_only(Tensor, lambda o: self._last(o, inner_lengths), y)
 
     def _last(self, y: Tensor, lengths: Tensor | None) -> Tensor:
         if self.reverse:

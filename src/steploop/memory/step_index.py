@@ -41,7 +41,7 @@ class StepIndex(Memory):
 def counting(
     start: Tensor, fresh: Tensor, steps: int, lengths: Tensor | None, resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """((T, B) int64 counts from `start`, or from `fresh` since a reset; (B,) the count after the last step)."""
+    """((T, B) int64 counts from `start`, or from `fresh` since a reset; (B,) the count after all steps)."""
     time = torch.arange(steps + 1, device=start.device)[:, None]
     index = start + time
     if resets is not None:

@@ -18,22 +18,24 @@ POOLINGS = ("last", "max", "mean", "weighted", None)
 
 
 class TwoDLSTM(Memory):
-    """Multidimensional LSTM (Leifert et al. 2016; Bahar et al. 2018, arXiv:1810.03975), over (target y, source x).
+    """Multidimensional LSTM (Leifert et al. 2016; Bahar et al. 2018, arXiv:1810.03975), over (target y,
+    source x).
 
         a[y,x] = weight_source s_x + weight_target t_y + weight_h h[y,x-1] + weight_v h[y-1,x] + bias
-        i, f, l, o = sigmoid of its parts;  g the last part             (order: input, forget, lambda, output, cell)
+        i, f, l, o = sigmoid of its parts;  g the last part      (order: input, forget, lambda, output, cell)
         c[y,x] = i tanh(g) + f (l c[y-1,x] + (1 - l) c[y,x-1]);  h[y,x] = o tanh(c[y,x])
 
     Missing neighbours are 0, and so is everything at source positions x >= the source length. RETURNN's
-    TwoDLSTMLayer, which has no CPU kernel.  One step is one target row, an inner loop over the source. A whole
-    sequence goes by anti-diagonals: T + S - 1 steps, each over all cells that it can reach.
+    TwoDLSTMLayer, which has no CPU kernel.  One step is one target row, an inner loop over the source. A
+    whole sequence goes by anti-diagonals: T + S - 1 steps, each over all cells that it can reach.
 
     source_size, target_size, hidden_size: features.  bias: whether there is one (RETURNN: none).
-    pooling: over the source positions of a row: "last", "max", "mean", "weighted" (a softmax of weight_pool . h),
-        or None: all of them.
+    pooling: over the source positions of a row: "last", "max", "mean", "weighted" (a softmax of
+        weight_pool . h), or None: all of them.
 
     lstm(target_x, source=..., source_lengths=None): target_x (B, target_size), source (B, S, source_size),
-    source_lengths (B,) -> (B, hidden_size), zeros where the source is empty; without pooling (B, S, hidden_size).
+    source_lengths (B,) -> (B, hidden_size), zeros where the source is empty; without pooling (B, S,
+    hidden_size).
 
     Raises InputError for sizes, a pooling or a source that do not fit.
     """
@@ -186,8 +188,8 @@ def _cell(gates: Tensor, left_c: Tensor, above_c: Tensor) -> tuple[Tensor, Tenso
 class _Diagonal(Step):
     """One anti-diagonal of the grid, seen along the source: all cells that the one before can reach.
 
-    A position whose cell on this diagonal is no valid one (before the first target row, beyond the last) keeps
-    what it has: first the initial state, at last the final one.
+    A position whose cell on this diagonal is no valid one (before the first target row, beyond the last)
+    keeps what it has: first the initial state, at last the final one.
     """
 
     def __init__(self) -> None:

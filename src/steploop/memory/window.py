@@ -82,5 +82,5 @@ def _right_in_a_step(left: int, right: int) -> str:
         "Window with right > 0 was called inside a step, which does not have later frames.",
         expected="right=0 inside a step",
         found=f"right={right}",
-        fix=f"windows = sl.memory.Window({left}, right={right})(xs)[0] before the loop, given to it as a sequence",
+        fix=f"windows = sl.memory.Window({left}, right={right})(xs)[0] before the loop, as a sequence of it",
     )
