@@ -1,0 +1,108 @@
+"""Who may import whom, read from the source: lower parts know nothing of higher ones."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import steploop
+
+ROOT = Path(steploop.__file__).parent
+FRONT = {
+    "arguments", "closed_over", "compare", "dispatch", "frame", "initial", "inputs", "loop", "packed", "scan",
+    "share", "sizing", "state", "states", "step", "step_program", "stream", "tree", "verify",
+}  # fmt: skip
+LIBRARY = {"memory", "nn", "search", "seq2seq"}
+# What the modules of a part may import besides errors and their own part.
+ALLOWED = {
+    "errors": set(),
+    "view": set(),
+    "tree": set(),
+    "compiler": {"view", "backends.cpu.stepper"},
+    "backends": {"compiler.graph", "compiler.printing", "compiler.program", "compiler.schedule", "tree"},
+    "front": {"compiler", "backends"},
+    "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
+    "recipes": {"public"},
+    "cli": {"public", "library", "front", "recipes", "view", "backends", "compiler"},
+}
+# Of the front end only these know more of the compiler than the contract between the two.
+KNOW_THE_COMPILER = {"dispatch", "sizing"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "public"
+
+
+def imports_of(path: Path, whole: bool = True) -> set[str]:
+    """The modules of this package that a file imports; not `whole`: only when it is imported itself."""
+    tree = ast.parse(path.read_text())
+    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    found = set()
+    for node in ast.walk(tree):
+        if whole or node not in lazy:
+            found |= _targets(node, path)
+    return {f if f == "public" or _exists(f) else f.rpartition(".")[0] or "public" for f in found}
+
+
+def _targets(node: ast.AST, path: Path) -> set[str]:
+    if isinstance(node, ast.ImportFrom) and node.level:
+        base = path.parent
+        for _ in range(node.level - 1):
+            base = base.parent
+        start = [*base.relative_to(ROOT).parts, *(node.module or "").split(".")]
+        prefix = ".".join(p for p in start if p)
+        return {f"{prefix}.{a.name}".lstrip(".") for a in node.names}
+    names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+    inside = [n for n in names if n.split(".")[0] == "steploop"]
+    return {n.partition(".")[2] or "public" for n in inside}
+
+
+def _exists(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def part_of(name: str) -> str:
+    first = name.split(".")[0]
+    if first in LIBRARY:
+        return "library"
+    return "front" if first in FRONT and first != "tree" else {"__main__": "cli"}.get(first, first)
+
+
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if name_of(path) not in ("public",)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports(path):
+    name, part = name_of(path), part_of(name_of(path))
+    for target in imports_of(path):
+        allowed = {"errors", part, "tree"} | ALLOWED[part]
+        ok = part_of(target) in allowed or any(target == a or target.startswith(f"{a}.") for a in allowed)
+        assert ok, f"{name} (part {part}) must not import {target}"
+        if part == "front" and target.startswith("compiler") and name not in KNOW_THE_COMPILER:
+            assert target == "compiler.program", f"{name} must not import {target}"
+
+
+# The tables of operations register themselves with the file that reads them, which imports them at its end.
+REGISTERED = {"backends.cpu.lower": ("backends.cpu.ops_", "backends.cpu.decompose")}
+
+
+def test_no_module_is_imported_in_a_circle():
+    graph = {name_of(path): imports_of(path, whole=False) - {name_of(path)} for path in FILES}
+    done: set[str] = set()
+
+    def visit(name, above):
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for target in sorted(graph.get(name, ())):
+                if target.startswith(REGISTERED.get(name, "-")):
+                    continue
+                visit(target, [*above, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
