@@ -174,7 +174,7 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
     kept = values if policy == "all" else []
     nodes = dict.fromkeys(kept)
     known = set(kept)
-    following = dict(zip(step.prevs, step.nexts))
+    following, nexts = dict(zip(step.prevs, step.nexts)), set(step.nexts)
     prevs: list[int] = []
     stack, seen = list(inputs), set()
     while stack:
@@ -189,7 +189,7 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
             prevs.append(step.prevs.index(node))
             known.add(following[node])
             nodes[following[node]] = None
-        elif _must_keep(node):
+        elif _must_keep(node) or (node in nexts and _storable(node, step)):
             known.add(node)
             nodes[node] = None
         else:
