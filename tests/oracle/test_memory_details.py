@@ -560,3 +560,138 @@ def test_all_next_outside_a_step_needs_a_state(arpa):
         memory.NGramScorer(arpa).all_next()
     with pytest.raises(sl.InputError, match="token"):
         memory.NGramScorer(arpa)(X)
+
+
+# -- ways of calling -----------------------------------------------------------------------------------------
+
+
+def test_packed_sequences():
+    rows = [torch.randn(5, 3), torch.randn(3, 3)]
+    packed = nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)
+    y, state = memory.CumSum()(packed)
+    for found, row in zip(nn.utils.rnn.unpack_sequence(y), rows, strict=True):
+        close(found, row.cumsum(0))
+    close(state["total"], torch.stack([row.sum(0) for row in rows]))
+
+
+def test_verify_compares_both_forms():
+    report = sl.verify(sl.Loop(memory.CausalSelfAttention(1, 3)), torch.randn(6, 2, 3))
+    assert "agree" in str(report)
+
+
+def test_constants_and_begin_of_a_masked_child():
+    class Child(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.h = sl.State(3)
+
+        def begin(self, start):
+            self.h.prev = start
+
+        def step(self, x, bias):
+            self.h.next = torch.tanh(x + bias + self.h.prev)
+            return self.h.next
+
+    x, where = torch.randn(6, 2, 3), torch.rand(6, 2) < 0.5
+    given = {"bias": torch.randn(2, 3, requires_grad=True), "start": torch.ones(2, 3)}
+    found = []
+    for backend in ("reference", "auto"):
+        y, _ = sl.Loop(memory.Masked(Child()), backend=backend)(x, where=where, **given)
+        found.append((y, *torch.autograd.grad(y.sum(), given["bias"])))
+    close(found[0], found[1])
+
+
+def test_what_stands_before_the_start_may_be_learned():
+    init = nn.Parameter(torch.randn(3))
+    y, _ = memory.Delay(2, init=init)(torch.randn(6, 2, 3))
+    close(y[:2], init.detach().expand(2, 2, 3))
+    (gradient,) = torch.autograd.grad(y.sum(), init)
+    close(gradient, torch.full((3,), 4.0))
+
+
+def test_copies_keep_their_own_count():
+    import copy
+    import pickle
+
+    for twin in (copy.deepcopy(memory.History()), pickle.loads(pickle.dumps(memory.History()))):
+        assert twin.frames.grows_with is twin.count
+    shared = sl.share(memory.CausalSelfAttention(1, 4))
+    assert shared.keys.grows_with is shared.count
+
+
+def test_parameters_are_named_like_the_childs():
+    names = set(memory.Masked(sl.nn.LSTMCell(3, 3)).state_dict())
+    assert names == {"cell.weight_ih", "cell.weight_hh", "cell.bias_ih", "cell.bias_hh"}
+    assert set(memory.CausalConv1d(2, 3, 4).state_dict()) == set(nn.Conv1d(2, 3, 4).state_dict())
+
+
+def test_a_new_number_of_steps_captures_nothing_anew():
+    class Looped(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.h = memory.CausalSelfAttention(1, 3), sl.State(3)
+
+        def step(self, x):
+            self.h.next = torch.tanh(self.attention(x + self.h.prev))
+            return self.h.next
+
+    loop = sl.Loop(Looped(), backend="eager")
+    for steps in (4, 5):
+        loop(torch.randn(steps, 2, 3))
+    before = captures.captured
+    for steps in (6, 9, 12):
+        loop(torch.randn(steps, 2, 3))
+    assert captures.captured == before
+
+
+def test_a_changed_layer_is_sized_anew():
+    """Shapes that a first step told are told again when the step changes."""
+
+    class Projected(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.before = nn.Linear(3, 4), memory.Delay()
+
+        def step(self, x):
+            return self.before(self.linear(x))
+
+    step, x = Projected(), torch.randn(5, 2, 3)
+    assert step(x)[0].shape == (5, 2, 4)
+    step.linear = nn.Linear(3, 6)
+    assert step(x)[0].shape == (5, 2, 6)
+    assert step(x[:, :1])[0].shape == (5, 1, 6)
+
+
+@pytest.mark.xfail(
+    reason="a capture takes every keyword argument of an operation for a constant", strict=False
+)
+def test_a_constant_may_differ_from_step_to_step():
+    """A keyword argument of an operation inside a step is any value that the step has."""
+
+    class PerStep(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.distance = memory.EditDistance()
+
+        def step(self, a, target):
+            return self.distance(a, target=target)
+
+    a, target = torch.randint(0, 3, (6, 2)), torch.randint(0, 3, (6, 2, 4))
+    expected, _ = sl.Loop(PerStep(), backend="reference")(a, target)
+    assert torch.equal(sl.Loop(PerStep())(a, target)[0], expected)
+
+
+def test_a_step_that_fixes_the_batch():
+    """Masks and resets are then part of the step, and so of what an operation's states are read through."""
+
+    class Fixed(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.total = memory.CumSum()
+
+        def step(self, x):
+            return self.total(x.reshape(len(x), -1))
+
+    x, resets = torch.randn(5, 3, 4), torch.rand(5, 3) < 0.4
+    expected, _ = sl.Loop(Fixed(), backend="reference")(x, resets=resets)
+    close(sl.Loop(Fixed())(x, resets=resets)[0], expected)

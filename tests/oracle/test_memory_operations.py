@@ -279,3 +279,21 @@ def test_no_steps_and_no_valid_steps(case):
 @pytest.mark.parametrize("kind", sorted({case.op for case in CASES}, key=lambda kind: kind.__name__))
 def test_docstrings_give_formula_and_shapes(kind):
     assert "(B, " in inspect.getdoc(kind) or "(B," in inspect.getdoc(kind)
+
+
+@every_case
+@pytest.mark.parametrize("seed", range(2))
+def test_random_lengths_holes_and_resets(case, seed):
+    op, xs, constants = set_up(case)
+    generator = torch.Generator().manual_seed(100 * seed + CASES.index(case))
+
+    def drawn(share):
+        return torch.rand(STEPS, BATCH, generator=generator) < share
+
+    given = {
+        "lengths": torch.randint(0, STEPS + 1, (BATCH,), generator=generator),
+        "mask": drawn(0.8),
+        "resets": drawn(0.2),
+    }
+    reverse = bool(seed % 2)
+    agree(op, *xs, backend="auto", save="all", loop={"reverse": reverse}, **constants, **given)
