@@ -442,3 +442,31 @@ def test_a_region_without_autocast_inside_the_step():
         found = sl.Loop(cell, backend="eager")(xs)[0]
         expected = sl.Loop(cell, backend="reference")(xs)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_global_that_is_only_named_like_an_attribute(monkeypatch):
+    cell = Cell()
+    right(cell, 1)
+    monkeypatch.setitem(globals(), "temperature", 3.0)
+    right(cell, 0)
+
+
+class Convolves(sl.Step):
+    def __init__(self):
+        super().__init__()
+        self.h, self.w = sl.State(1, HIDDEN), nn.Conv1d(2, 1, 3, padding=1)
+
+    def step(self, x):
+        self.h.next = torch.tanh(self.w(torch.cat([x[:, None], self.h.prev], 1)))
+        return self.h.next
+
+
+def test_torch_takes_another_way_for_few_rows():
+    cell = Convolves().float()
+
+    def made(batch):
+        before = captures.captured
+        right(cell, None, torch.randn(T, batch, HIDDEN, dtype=torch.float32).requires_grad_())
+        return captures.captured - before
+
+    assert sum(made(batch) for batch in (3, 4, 20, 40, 2, 16, 15, 6, 100)) <= 2

@@ -39,12 +39,16 @@ def name_of(path: Path) -> str:
 def imports_of(path: Path, whole: bool = True) -> set[str]:
     """The modules of this package that a file imports; not `whole`: only when it is imported itself."""
     tree = ast.parse(path.read_text())
-    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) or _for_types(f) for n in ast.walk(f)}
     found = set()
     for node in ast.walk(tree):
         if whole or node not in lazy:
             found |= _targets(node, path)
     return {f if f == "public" or _exists(f) else f.rpartition(".")[0] or "public" for f in found}
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
 
 
 def _targets(node: ast.AST, path: Path) -> set[str]:

@@ -64,6 +64,7 @@ class Signature:
 
     dynamic: (kind, index, dim) of axes that were seen with several sizes; kind "x", "constant" or "state".
     batch: the B of the call, used where a symbolic batch is impossible; None: no batch axis is known.
+    batch_hint: what a symbolic batch answers where it is compared with a number.
     """
 
     xs: list[Leaf]
@@ -71,6 +72,7 @@ class Signature:
     states: list[Leaf]
     batch: int | None
     dynamic: frozenset[tuple[str, int, int]] = frozenset()
+    batch_hint: int = BATCH_HINT
 
 
 @dataclass(eq=False)
@@ -153,7 +155,7 @@ class _Tracer:
         self.symbols: dict[sympy.Symbol, tuple[str, int, int]] = {}
         self.batch: Any = None
         if signature.batch is not None:
-            self.batch = self._symbol(BATCH_HINT, ("batch", 0, 0)) if symbolic else signature.batch
+            self.batch = self._symbol(self.signature.batch_hint, ("batch", 0, 0)) if symbolic else signature.batch
         self.symbolic = symbolic and signature.batch is not None
         self.counts = (len(signature.xs), len(signature.constants), len(signature.states))
         self.shape_of_result: dict[str, Any] = {}

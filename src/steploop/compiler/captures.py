@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import StepError
-from .capture import BATCH_HINT, FixedBatch, Leaf, Signature, Trace, trace_forward, trace_joint
+from .capture import FixedBatch, Leaf, Signature, Trace, trace_forward, trace_joint
 from .dependencies import Dependencies, ambient, same_states
 from .memory_operator import calls_in, must_inline, tracing
 from .partition import Problem, State, needed_nodes, recurrent_components
@@ -230,8 +230,9 @@ def _fits(capture: Capture, signature: Signature, call: Call, program: Program) 
     if signature.batch == 1 and capture.batch is None and not _same_for_one_row(capture, program):
         return False
     if signature.batch in (0, 1) and capture.batch is None:
-        sizes = {name: BATCH_HINT if _is_batch(capture, name) else size for name, size in sizes.items()}
-    return capture.forward.holds_for(sizes)
+        likely = capture.signature.batch_hint
+        sizes = {name: likely if _is_batch(capture, name) else size for name, size in sizes.items()}
+    return capture.forward.holds_for(sizes) and (capture.joint is None or capture.joint.holds_for(sizes))
 
 
 def _is_batch(capture: Capture, name: str) -> bool:
@@ -292,7 +293,9 @@ def _make(
             trace, symbolic = _fixed_trace(program, signature), False
     sizes = {k: hint(v) for k, v in sizes_of(trace, call).items()}
     if symbolic and signature.batch not in (0, 1) and not trace.holds_for(sizes):
-        trace, symbolic = _fixed_trace(program, signature), False
+        # torch takes another way for few rows (a convolution does): a capture for B as small as this one.
+        signature.batch_hint = signature.batch
+        trace, symbolic = _first_trace(program, signature, dependencies, inline)
     simplify(trace.graph)
     slots = _settle(trace, dependencies)
     fixed = None if symbolic or signature.batch is None else signature.batch

@@ -12,6 +12,7 @@ stand where the walk found them.
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import random
@@ -284,7 +285,7 @@ class Dependencies:
         parts.append(self._walk(function.__defaults__, path))
         parts.append(self._walk(function.__kwdefaults__, path))
         names = _names(code)
-        for name in names:
+        for name in _global_names(code):
             if name in function.__globals__:
                 value = function.__globals__[name]
                 self.places.append((function.__globals__, name, value, name))
@@ -365,6 +366,16 @@ def _contents(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return _MISSING
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that a code object and those inside it look up as globals; an attribute of that name is another thing."""
+    found = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found.extend(_global_names(constant))
+    return tuple(dict.fromkeys(found))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -235,7 +235,7 @@ _SIZES_AT = {
     **dict.fromkeys(["view", "reshape", "expand", "_unsafe_view", "new_zeros", "new_ones", "new_empty", "new_full",
                      "select_backward", "slice_backward"], (1,)),
     **dict.fromkeys(["zeros", "ones", "empty", "full", "rand", "randn"], (0,)),
-    "randint": (1, 2), "empty_strided": (0, 1), "new_empty_strided": (1, 2),
+    "arange": (0, 1, 2), "randint": (1, 2), "empty_strided": (0, 1), "new_empty_strided": (1, 2),
     "native_group_norm": (3,), "native_group_norm_backward": (5,), "loop": (3,), "loop_backward": (5,),
 }  # fmt: skip
 
