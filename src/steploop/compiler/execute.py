@@ -190,7 +190,8 @@ class _Runner:
             self._collect(wanted, span, values, whole=len(spans) == 1)
             for i, node in enumerate(self.problem.summed):
                 part = self._sum(node, values)
-                sums[i] = part if sums[i] is None else sums[i].add_(part)
+                # Not in place: two of the sums may be one tensor, or views of one.
+                sums[i] = part if sums[i] is None else sums[i] + part
             self._advance(values)
             del values
         return Run(wanted, [self.current[s.prev] for s in self.problem.finals], sums)
