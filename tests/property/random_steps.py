@@ -44,13 +44,13 @@ NAMES = (
 
 
 @st.composite
-def recipes(draw) -> Recipe:
+def recipes(draw, largest: int = 9) -> Recipe:
     number = st.integers(0, 30)
     count = draw(st.integers(1, 5))
     kinds = st.sampled_from(("float", "float", "float", "float", "int", "bool"))
     states = tuple((draw(kinds), draw(st.sampled_from(WIDTHS))) for _ in range(count))
     op = st.builds(Op, st.sampled_from(NAMES), number, number)
-    ops = tuple(draw(st.lists(op, min_size=1, max_size=9)))
+    ops = tuple(draw(st.lists(op, min_size=1, max_size=largest)))
     nexts = tuple(draw(st.one_of(st.integers(0, 60), st.integers(0, 60), st.none())) for _ in range(count))
     outputs = tuple(draw(st.lists(st.integers(0, 60), min_size=1, max_size=3)))
     return Recipe(states, ops, nexts, outputs, draw(st.integers(1, 3)), draw(st.booleans()))

@@ -101,7 +101,7 @@ QUIET = dict(
 
 
 @settings(max_examples=200, **{**QUIET, "derandomize": True})
-@given(recipes(), st.lists(calls(), min_size=1, max_size=2))
+@given(recipes(largest=6), st.lists(calls(), min_size=1, max_size=2))
 def test_random_steps(monkeypatch, recipe, variants):
     check(recipe, variants, monkeypatch)
 
