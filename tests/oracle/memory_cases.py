@@ -287,7 +287,7 @@ def two_d_lstm(op, seen, constants, room):
         return zeros
     kept = h[:length]
     if op.pooling == "weighted":
-        return torch.softmax(kept @ op.weight_pool, 0) @ kept
+        return torch.softmax(kept @ (seen[-1][0] @ op.weight_pool), 0) @ kept
     return {"last": kept[-1], "max": kept.amax(0), "mean": kept.mean(0)}[op.pooling]
 
 

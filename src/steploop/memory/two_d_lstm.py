@@ -30,8 +30,8 @@ class TwoDLSTM(Memory):
     whole sequence goes by anti-diagonals: T + S - 1 steps, each over all cells that it can reach.
 
     source_size, target_size, hidden_size: features.  bias: whether there is one (RETURNN: none).
-    pooling: over the source positions of a row: "last", "max", "mean", "weighted" (a softmax of
-        weight_pool . h), or None: all of them.
+    pooling: over the source positions of a row: "last", "max", "mean", "weighted" (by a
+        softmax of t_y weight_pool h[y,x] over valid x; RETURNN's counts padded x too), or None: all of them.
 
     lstm(target_x, source=..., source_lengths=None): target_x (B, target_size), source (B, S, source_size),
     source_lengths (B,) -> (B, hidden_size), zeros where the source is empty; without pooling (B, S,
@@ -62,7 +62,9 @@ class TwoDLSTM(Memory):
         self.weight_h = nn.Parameter(torch.empty(gates, hidden_size))
         self.weight_v = nn.Parameter(torch.empty(gates, hidden_size))
         self.bias = nn.Parameter(torch.empty(gates)) if bias else None
-        self.weight_pool = nn.Parameter(torch.empty(hidden_size)) if pooling == "weighted" else None
+        self.weight_pool = None
+        if pooling == "weighted":
+            self.weight_pool = nn.Parameter(torch.empty(target_size, hidden_size))
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -(hidden_size**-0.5), hidden_size**-0.5)
         self.row = Loop(_Row(hidden_size))
@@ -89,7 +91,7 @@ class TwoDLSTM(Memory):
         )
         h, c = h.transpose(0, 1), c.transpose(0, 1)
         self.h.next, self.c.next = h, c
-        return self._pooled(h, source_lengths)
+        return self._pooled(h, source_lengths, target_x)
 
     def _of_source(self, source: Tensor, lengths: Tensor | None) -> Tensor:
         """(B, S, 5H), what does not depend on the target."""
@@ -115,8 +117,8 @@ class TwoDLSTM(Memory):
                 )
             )
 
-    def _pooled(self, h: Tensor, lengths: Tensor | None) -> Tensor:
-        """h (..., B, S, H) -> (..., B, H)."""
+    def _pooled(self, h: Tensor, lengths: Tensor | None, target: Tensor) -> Tensor:
+        """h (..., B, S, H), target (..., B, target_size) -> (..., B, H)."""
         if self.pooling is None:
             return h.clone()
         if self.pooling == "last":
@@ -129,7 +131,7 @@ class TwoDLSTM(Memory):
                 return h.mean(-2)
             if self.pooling == "max":
                 return h.amax(-2)
-            return (torch.softmax(torch.matmul(h, self.weight_pool), -1).unsqueeze(-1) * h).sum(-2)
+            return (torch.softmax(self._energies(h, target), -1).unsqueeze(-1) * h).sum(-2)
         valid = torch.arange(h.shape[-2], device=h.device) < lengths.unsqueeze(-1)  # (B, S)
         some = (lengths > 0).reshape(-1, 1)
         if self.pooling == "mean":
@@ -138,8 +140,12 @@ class TwoDLSTM(Memory):
             largest = torch.where(valid.unsqueeze(-1), h, float("-inf")).amax(-2)
             return torch.where(some, largest, torch.zeros_like(largest))
         # rows without a source get a softmax over zeros: finite, and their h are zeros
-        scores = torch.where(valid | ~some, torch.matmul(h, self.weight_pool), float("-inf"))
+        scores = torch.where(valid | ~some, self._energies(h, target), float("-inf"))
         return (torch.softmax(scores, -1).unsqueeze(-1) * h).sum(-2)
+
+    def _energies(self, h: Tensor, target: Tensor) -> Tensor:
+        """(..., B, S)."""
+        return torch.matmul(h, torch.matmul(target, self.weight_pool).unsqueeze(-1)).squeeze(-1)
 
     def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
         target = cleaned(xs[0], lengths)
@@ -158,7 +164,7 @@ class TwoDLSTM(Memory):
         h, after = run_child(
             self.diagonals.step, tuple(inputs), given, state, None, None, None, batch, steps + positions - 1
         )
-        return self._pooled(grid.straight(h), source_lengths), after
+        return self._pooled(grid.straight(h), source_lengths, target), after
 
     def extra_repr(self) -> str:
         return f"{self.source_size}, {self.target_size}, {self.hidden_size}, pooling={self.pooling!r}"
