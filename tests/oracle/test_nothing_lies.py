@@ -199,3 +199,40 @@ def test_a_broken_piece_is_caught(monkeypatch):
         with pytest.raises(sl.MismatchError):
             sl.verify(sl.Loop(step, backend="eager"), xs)
     agree(step, xs)
+
+
+def test_activation_checkpointing():
+    """The first call captures, the recomputation does not: checkpointing must see the same of both."""
+    from torch.utils.checkpoint import checkpoint
+
+    loop, xs = sl.Loop(GRU(), backend="eager"), torch.randn(5, B, INPUT, requires_grad=True)
+    outputs = checkpoint(lambda x: loop(x)[0], xs, use_reentrant=False)
+    found = torch.autograd.grad(outputs.sum(), xs)
+    torch.testing.assert_close(found, torch.autograd.grad(loop(xs)[0].sum(), xs))
+
+
+def test_export():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loop = sl.Loop(GRU(), backend="eager")
+
+        def forward(self, xs):
+            return self.loop(xs)[0]
+
+    model, xs = Model(), torch.randn(5, B, INPUT)
+    exported = torch.export.export(model, (xs,), strict=False)
+    assert [str(n.target) for n in exported.graph.nodes].count("steploop.loop.default") == 1
+    torch.testing.assert_close(exported.module()(xs), model(xs))
+
+
+def test_second_derivatives_and_changed_weights_are_refused():
+    loop, xs = sl.Loop(GRU(), backend="eager"), torch.randn(5, B, INPUT, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loop(xs)[0].sum(), xs, create_graph=True)
+    with pytest.raises(sl.UnsupportedError, match="second derivatives"):
+        gradient.sum().backward()
+    outputs, _ = loop(xs)
+    with torch.no_grad():
+        loop.step.h_gates.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs.sum().backward()

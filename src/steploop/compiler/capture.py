@@ -106,7 +106,7 @@ def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[
     # is: a step may use torch.func inside itself.
     _inner.append([])
     try:
-        with _disable_current_modes(), _quiet(), _no_autocast_cache():
+        with _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks():
             trace = _Tracer(program, signature, symbolic, wanted).run()
         trace.keep_alive.extend(_inner[-1])
     finally:
@@ -134,6 +134,16 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _no_saved_tensors_hooks() -> Iterator[None]:
+    """What a trace saves for its own gradient is none of the hooks' business (activation checkpointing counts)."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 @contextmanager
