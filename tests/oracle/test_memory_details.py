@@ -662,9 +662,6 @@ def test_a_changed_layer_is_sized_anew():
     assert step(x[:, :1])[0].shape == (5, 1, 6)
 
 
-@pytest.mark.xfail(
-    reason="a capture takes every keyword argument of an operation for a constant", strict=False
-)
 def test_a_constant_may_differ_from_step_to_step():
     """A keyword argument of an operation inside a step is any value that the step has."""
 

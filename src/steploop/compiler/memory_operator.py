@@ -125,8 +125,13 @@ def own_prevs(node: fx.Node) -> set[fx.Node]:
 
 
 def must_inline(graph: fx.Graph, loops: Sequence[Sequence[fx.Node]]) -> set[int]:
-    """Operations (by id) that share a component with anything else."""
+    """Operations (by id) that share a component with anything else, or whose constants differ from step to step."""
     found: set[int] = set()
+    for node in graph.nodes:
+        if node.target is torch.ops.steploop.memory.default:
+            call = _CALLS[node.args[1]]
+            if any(c.meta["varies"] for c in call.split(node.args[0])[1]):
+                found.add(id(call.op))
     for component in loops:
         calls = [n for n in component if n.op == "call_function" and n.target is not operator.getitem]
         memories = [n for n in calls if n.target is torch.ops.steploop.memory.default]

@@ -13,13 +13,15 @@ from ..errors import StepError
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+# Files of ours that stand between a user's step and torch, without being anybody's step.
+_BETWEEN = tuple(os.path.join(_HERE, "memory", name) for name in ("base.py", "opaque.py"))
 _USER_PARTS = tuple(os.path.join(_HERE, part) for part in ("nn", "memory", "seq2seq", "search", "recipes"))
 VALUE_ERRORS = (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException)
 _REFERENCE = 'backend="reference" runs it as it stands.'
 
 
 def is_user_file(filename: str) -> bool:
-    if filename.startswith(_TORCH) or "<frozen" in filename or filename.startswith("<steploop"):
+    if filename.startswith((_TORCH, "<frozen", "<steploop")) or filename in _BETWEEN:
         return False
     return filename.startswith(_USER_PARTS) or not filename.startswith(_HERE)
 
