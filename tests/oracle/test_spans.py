@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cell_cases import CASES
 from compiled_backends import COMPILED
 
 import steploop as sl

@@ -320,10 +320,7 @@ def _view(node: fx.Node, batch: sympy.Symbol) -> Axis:
     before = sympy.Integer(1)
     for size in source[: rows.dim]:
         before *= size
-    after = sympy.Integer(1)
-    for size in source[rows.dim + 1 :]:
-        after *= size
-    outer, inner = before * rows.outer, after * rows.inner  # the value as (outer, B, inner)
+    outer = before * rows.outer  # the value as (outer, B, inner)
     passed = sympy.Integer(1)
     for dim, size in enumerate(_shape(node)):
         if _has(size, batch):

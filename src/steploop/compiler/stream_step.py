@@ -16,7 +16,7 @@ from ..errors import BuildError
 from . import captures
 from .batch import OncePiece
 from .captures import Capture
-from .dependencies import Dependencies, ambient
+from .dependencies import ambient
 from .graph import Rows
 from .lower import copied, lower_forward, mixing_reasons
 from .partition import Loop
