@@ -11,9 +11,9 @@ import random
 import pytest
 import torch
 from agree import agree
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
-from random_steps import RandomStep, recipes
+from random_steps import Op, RandomStep, Recipe, recipes
 
 T_MAX, INPUT = 5, 3
 
@@ -100,8 +100,25 @@ QUIET = dict(
 )
 
 
+# What longer runs have found.
+PLAIN = dict(steps=4, batch=3, save="states", spans=None, seed=0, lengths=False, mask=False, resets=False,
+             state=False, reverse=False, repeat=False, gradient=False)  # fmt: skip
+LINEAR = Op("linear", 0, 0)
+ONLY_A_DELAY_READS_THE_LOOP = Recipe(
+    states=(("float", 2), ("float", 2), ("bool", 2), ("float", 3)),
+    ops=(Op("softmax", 3, 0), Op("count", 21, 0), Op("linear", 11, 0), Op("where", 28, 0), Op("linear", 27, 29),
+         Op("count", 23, 0), Op("relu", 0, 11), LINEAR),
+    nexts=(35, 0, 0, 0), outputs=(0,), weights=1,
+)  # fmt: skip
+NOTHING_VARIES_IN_THE_LOOP = Recipe(
+    states=(("float", 2),), ops=(LINEAR, LINEAR, Op("centre", 0, 0), LINEAR), nexts=(40,), outputs=(0,), weights=1
+)
+
+
 @settings(max_examples=200, **{**QUIET, "derandomize": True})
 @given(recipes(largest=6), st.lists(calls(), min_size=1, max_size=2))
+@example(ONLY_A_DELAY_READS_THE_LOOP, [{**PLAIN, "steps": 0, "batch": 1}, PLAIN])
+@example(NOTHING_VARIES_IN_THE_LOOP, [{**PLAIN, "mask": True}])
 def test_random_steps(monkeypatch, recipe, variants):
     check(recipe, variants, monkeypatch)
 

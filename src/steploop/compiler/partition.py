@@ -148,8 +148,11 @@ def recurrent_components(problem: Problem, needed: set[fx.Node]) -> list[list[fx
     nodes = [n for n in problem.graph.nodes if n in needed]
     if problem.one_loop:
         prevs = {s.prev for s in problem.states}
-        return [[n for n in nodes if n in prevs or (n.op == "call_function" and n.meta["varies"]
-                                                    and not is_contracted(n))]]  # fmt: skip
+        whole = [
+            n for n in nodes
+            if n in prevs or (n.op == "call_function" and n.meta["varies"] and not is_contracted(n))
+        ]  # fmt: skip
+        return [whole] if whole else []
     successors: dict[fx.Node, list[fx.Node]] = {n: [u for u in n.users if u in needed] for n in nodes}
     states = [s for s in problem.states if s.prev in needed]
     for state in states:
