@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, sizing
@@ -25,6 +27,12 @@ from .step import Step, signature_of, survey
 from .step_program import program_of
 from .stream import Stream
 from .tree import flatten, unflatten
+
+
+@_disable_dynamo
+def _outside_dynamo(loop: Loop, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+    """A call under torch.compile: a Loop is compiled already, and its capture is none of dynamo's business."""
+    return loop._run(xs, arguments)
 
 
 class Loop(nn.Module):
@@ -76,6 +84,11 @@ class Loop(nn.Module):
         step.
         Raises InputError, StateError, StepError, UnsupportedError.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return _outside_dynamo(self, xs, arguments)
+        return self._run(xs, arguments)
+
+    def _run(self, xs: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[Any, States]:
         prepared = self.prepare(*xs, **arguments)
         result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)
         return prepared.finish(result)

@@ -236,3 +236,16 @@ def test_second_derivatives_and_changed_weights_are_refused():
         loop.step.h_gates.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         outputs.sum().backward()
+
+
+def test_a_loop_inside_torch_compile_runs_as_it_is():
+    """dynamo leaves a Loop alone: it is compiled already."""
+    loop, xs = sl.Loop(sl.nn.GRUCell(3, 4), backend="eager"), torch.randn(5, 2, 3, requires_grad=True)
+
+    def model(x):
+        return loop(x * 2)[0].sin()
+
+    found, expected = torch.compile(model, backend="eager")(xs), model(xs)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found.sum(), xs), torch.autograd.grad(expected.sum(), xs)):
+        torch.testing.assert_close(a, b)

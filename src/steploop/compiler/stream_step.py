@@ -62,8 +62,8 @@ def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
     tensors = [*call.xs, *call.initial, *call.constants]
     if backend not in ("auto", "cpu", "eager") or any(t.device.type != "cpu" or type(t) is not Tensor for t in tensors):
         return None
-    if torch.is_grad_enabled():
-        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None  # casts stand in the captured graph; running it under autocast would cast again
     step = StreamStep(program, call, native=backend != "eager")
     return step if step.capture.forward.graph.batch is not None or step.capture.batch == call.batch else None
 
