@@ -95,7 +95,7 @@ class CumSum(Cumulative):
 
 
 class CumProd(Cumulative):
-    """s_t = s_{t-1} x_t, s_{-1} = init = 1. Arguments as for CumSum."""
+    """s_t = s_{t-1} x_t, s_{-1} = init = 1. x (B, ...) in, s (B, ...) out. Arguments as for CumSum."""
 
     neutral = 1.0
 
@@ -108,6 +108,7 @@ class CumProd(Cumulative):
 
 class CumMax(Cumulative):
     """s_t = max(s_{t-1}, x_t), s_{-1} = init = -inf (the least number of an integer dtype). NaN stays.
+    x (B, ...) in, s (B, ...) out.
 
     Of equal values the latest gets the gradient, in both forms. Arguments as for CumSum.
     """
@@ -125,7 +126,8 @@ class CumMax(Cumulative):
 
 
 class CumLogSumExp(Cumulative):
-    """s_t = log(exp s_{t-1} + exp x_t), s_{-1} = init = -inf. Arguments as for CumSum; floating x only."""
+    """s_t = log(exp s_{t-1} + exp x_t), s_{-1} = init = -inf. x (B, ...) in, s (B, ...) out, floating.
+    Arguments as for CumSum."""
 
     neutral = -math.inf
 
