@@ -168,7 +168,7 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
     inputs |= {n for n in needed if n not in backward and n in _gradient_results(step)}
     values = _savable(inputs, step)
     if policy == "auto":
-        cost = sum(_row_bytes(v) for v in values) * rows
+        cost = sum(row_bytes(v) for v in values) * rows
         policy = "all" if cost <= SAVE_LIMIT else "states"
     kept = values if policy == "all" else []
     nodes = dict.fromkeys(kept)
@@ -239,7 +239,7 @@ _FREE = {
 }  # fmt: skip
 
 
-def _row_bytes(node: fx.Node) -> int:
+def row_bytes(node: fx.Node) -> int:
     size = node.meta["val"].element_size()
     for s in node.meta["val"].shape:
         size *= 1 if isinstance(s, torch.SymInt) else int(s)

@@ -21,7 +21,17 @@ from .captures import Capture
 from .dependencies import Dependencies
 from .graph import LoopProgram, Rows, line_of, op_name
 from .loop_operator import Invocation, Layout
-from .lower import ForwardPlan, Needs, Saving, choose_saved, lower_backward, lower_forward, mixing_reasons
+from .lower import (
+    SAVE_LIMIT,
+    ForwardPlan,
+    Needs,
+    Saving,
+    choose_saved,
+    lower_backward,
+    lower_forward,
+    mixing_reasons,
+    row_bytes,
+)
 from .masking import masked_call
 from .memory_operator import SequenceRunner, is_memory
 from .patterns import recognise
@@ -154,16 +164,8 @@ def _policy(capture: Capture, save: str, training: bool, rows: int, tensors: Seq
         needs = _needs(capture, tensors)
         with captures.lock:
             everything = choose_saved(joint, needs, "all", 1)
-        capture.plans[key] = sum(_row_bytes(n) for n in everything.nodes)
-    from .lower import SAVE_LIMIT
-
+        capture.plans[key] = sum(row_bytes(n) for n in everything.nodes)
     return "all" if capture.plans[key] * rows <= SAVE_LIMIT else "states"
-
-
-def _row_bytes(node: Any) -> int:
-    from .lower import _row_bytes as count
-
-    return count(node)
 
 
 def _needs(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
