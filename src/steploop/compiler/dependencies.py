@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StepError
+from .watch import Watch, Watched, make_watch
 
 _VALUES = (
     type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device,
@@ -77,63 +78,66 @@ class Dependencies:
         self.pinned: list[Any] = []  # objects that the key names by their id, which must not be given away
         self.key: Hashable = self._walk(root, "")
         self._metadata = [_metadata(t) for t in self.tensors]
-        self._quick: tuple[list, list, list] | None = None
+        self._watched: list[Watched] | None = None
+        self._watch: Watch | None = None
         self._held: list[tuple[Tensor, str, Tensor, int]] = []
         self._seen.clear()
 
     def unchanged(self) -> bool:
         """Whether a new walk would give the same key and the same tensors."""
-        if self._quick is None:
+        if self._arrays:
+            return False
+        if self._watch is not None and self._watch.same() and self._lists_unchanged():
+            return True
+        if self._watched is None:
             if any(where.get(key, _MISSING) is not value for where, key, value, _ in self.places):
                 return False
             if any(len(where) != length for where, length in self._lengths):
                 return False
-            self._quick = self._prepared()
-        wholes, singles, lengths = self._quick
-        for where, ids, _ in wholes:
-            if [*map(id, where), *map(id, where.values())] != ids:
-                return False
-        for where, key, value in singles:
-            if where.get(key, _MISSING) is not value:
-                return False
+            self._watched = self._prepared()
+        if not self._all_unchanged():
+            return False
+        self._watch = make_watch(self._watched, self._class_places, self._cells, self.tensors)
+        return True
+
+    def _all_unchanged(self) -> bool:
+        """Looks at everything."""
+        if not all(watched.unchanged() for watched in self._watched):
+            return False
         for cls, name, value in self._class_places:
             if vars(cls).get(name, _MISSING) is not value:
-                return False
-        for where, length in lengths:
-            if len(where) != length:
                 return False
         for cell, value in self._cells:
             if _contents(cell) is not value:
                 return False
-        for found, copy in self._lists:
-            if len(found) != len(copy) or any(a is not b for a, b in zip(found, copy)):
-                return False
-        if self._arrays:
-            return False
         for tensor, metadata in zip(self.tensors, self._metadata):
             if _metadata(tensor) != metadata:
                 return False
+        return self._lists_unchanged()
+
+    def _lists_unchanged(self) -> bool:
+        for found, copy in self._lists:
+            if len(found) != len(copy) or any(a is not b for a, b in zip(found, copy)):
+                return False
         return True
 
-    def _prepared(self) -> tuple[list, list, list]:
-        """What `unchanged` looks at: dictionaries to compare whole, single entries, and lengths.
+    def _prepared(self) -> list[Watched]:
+        """What `unchanged` looks at in dictionaries.
 
         A dictionary that was walked whole is compared whole, by the ids of what it holds (which a copy keeps
         taken): values that compare equal may still be computed with differently, as 1 and 1.0 are.
         """
-        entries: dict[int, list] = {}
+        found: dict[int, Watched] = {}
+        for where, length in self._lengths:
+            found.setdefault(id(where), Watched(where)).length = length
         for where, key, value, _ in self.places:
-            entries.setdefault(id(where), []).append((where, key, value))
-        walked = {id(where): where for where, _ in self._lengths}
-        wholes, singles = [], []
-        for number, found in entries.items():
-            where = walked.get(number)
-            if type(where) is dict:
-                wholes.append((where, [*map(id, where), *map(id, where.values())], dict(where)))
-            else:
-                singles.extend({key: (w, key, value) for w, key, value in found}.values())
-        compared = {id(where) for where, *_ in wholes}
-        return wholes, singles, [(w, n) for w, n in self._lengths if id(w) not in compared]
+            watched = found.setdefault(id(where), Watched(where))
+            if type(where) is not dict or watched.length is None:
+                watched.entries.append((key, value))
+            elif watched.ids is None:
+                watched.ids = [*map(id, where), *map(id, where.values())]
+                self._alive.append(dict(where))
+        return list(found.values())
 
     def watch(self) -> None:
         """Remembers where the memory of every tensor is, for `changes`."""

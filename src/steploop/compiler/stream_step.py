@@ -7,6 +7,7 @@ kernel call; otherwise one Python function of ATen calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from ..errors import BuildError
 from . import captures
 from .batch import OncePiece
 from .captures import Capture
-from .dependencies import ambient
 from .graph import Rows
 from .lower import copied, lower_forward, mixing_reasons
 from .partition import Loop
 from .program import Call, Program
+
+_version = attrgetter("_version")
 
 
 class StreamStep:
@@ -36,7 +38,7 @@ class StreamStep:
         with torch.no_grad():
             self.capture, self.dependencies = captures.find(program, call)
         self.batch = call.batch
-        self.settings = ambient()
+        self.settings = quick_settings()
         self.types = [(x.shape[1:], x.dtype) for x in call.xs]
         self.out_spec = self.capture.out_spec
         self.sizes = self.capture.sizes(call)
@@ -46,15 +48,21 @@ class StreamStep:
             self._run = _straight(self, call)
 
     def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
-        if torch.is_grad_enabled() or not self.dependencies.unchanged() or self.settings != ambient():
+        if torch.is_grad_enabled() or quick_settings() != self.settings or not self.dependencies.unchanged():
             return None
         for x, (shape, dtype) in zip(xs, self.types):
-            if type(x) is not Tensor or x.shape != shape or x.dtype != dtype:
+            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu:
                 return None
         return self._run(xs, states)
 
     def captured(self) -> list[Tensor]:
         return self.capture.tensors(self.dependencies)
+
+
+def quick_settings() -> tuple[Any, ...]:
+    """What `dependencies.ambient` tells, on the CPU and without autocast, for which no StreamStep is made."""
+    autocast = torch.is_autocast_enabled("cpu")
+    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
 
 
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
@@ -130,20 +138,18 @@ class _Native:
 
         self.step, self.plan, self.loop = step, plan, loop
         self.constants = dict(zip(plan.step.constants, call.constants))
-        self.given = [loop.inputs.index(x) if x in loop.inputs else -1 for x in plan.step.xs]
-        self.used = [i for i, at in enumerate(self.given) if at >= 0]
+        xs = [loop.inputs.index(x) if x in loop.inputs else -1 for x in plan.step.xs]
         order = {s.prev: i for i, s in enumerate(loop.states)}
-        self.states = [order[p] for p in plan.step.prevs]
-        self.back = [plan.step.prevs.index(s.prev) for s in loop.states]
-        self.outputs = [loop.kept.index(n) for n in plan.step.outputs]
+        states = [order[p] for p in plan.step.prevs]
+        outputs = [loop.kept.index(n) for n in plan.step.outputs]
         runner = plan.executable.runners[loop]
-        positions = [self.given[i] for i in self.used]
+        self.watched = [*step.captured(), *call.constants]
         self.versions = self._current()
-        self.stepper = Stepper(runner, self._constants(), positions, step.batch, step.sizes)
+        self.stepper = Stepper(runner, self._constants(), xs, states, outputs, step.batch, step.sizes)
+        self.run = self.stepper.run
 
-    def _current(self) -> list[tuple[int, int]]:
-        tensors = [*self.step.captured(), *self.step.constants]
-        return [(t.data_ptr(), t._version) for t in tensors]
+    def _current(self) -> list[int]:
+        return [*map(Tensor.data_ptr, self.watched), *map(_version, self.watched)]
 
     def _constants(self) -> list[Tensor | None]:
         """The loop's inputs that are the same at every step, in their places."""
@@ -158,5 +164,4 @@ class _Native:
         if current != self.versions:
             self.stepper.set_constants(self._constants())
             self.versions = current
-        after, kept = self.stepper([xs[i] for i in self.used], [states[i] for i in self.back])
-        return [kept[i] for i in self.outputs], [after[i] for i in self.states]
+        return self.run(xs, states)

@@ -121,7 +121,7 @@ class Runner:
         return max(1, -(-even // max(pieces, 1)))
 
     def _empty(self, buffer: Buffer, rows: Rows, total: int, sizes: dict[str, int]) -> Tensor:
-        shape = [n if isinstance(n, int) else _at(n, sizes) for n in buffer.shape]
+        shape = self._shape(buffer, sizes)
         if self.loop.batch is None:
             return torch.empty(total, *shape, dtype=buffer.dtype)
         if rows.dim == 0 and rows.outer == 1:
@@ -129,6 +129,10 @@ class Runner:
             return torch.empty(shape, dtype=buffer.dtype)
         before, after = shape[: rows.dim], shape[rows.dim + 1 :]
         return torch.empty(total, *before, rows.outer, rows.inner, *after, dtype=buffer.dtype)
+
+    def _shape(self, buffer: Buffer, sizes: dict[str, int]) -> list[int]:
+        """One row's shape."""
+        return [n if isinstance(n, int) else _at(n, sizes) for n in buffer.shape]
 
     def _shaped(self, value: Tensor, rows: Rows) -> Tensor:
         """The inverse of `_arrangement`."""

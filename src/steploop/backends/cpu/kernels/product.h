@@ -115,6 +115,28 @@ static void multiply_packed(const T* a, long a_stride, long rows, const T* w, lo
   }
 }
 
+// out[c] = a . column c, for C columns whose numbers are contiguous: several sums under way at once.
+template <class T, int C>
+INLINE void dot_columns(const T* a, const T* w, long across, long k, T* out) {
+  constexpr int W = width<T>();
+  typedef Vec<T, W> F;
+  F sum[C] = {};
+  long l = 0;
+  for (; l + W <= k; l += W) {
+    F x = load(a + l, Full<W>{});
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[c] += x * load(w + c * across + l, Full<W>{});
+  }
+  if (l < k) {
+    Part<W> m{k - l};
+    F x = load(a + l, m);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[c] += x * load(w + c * across + l, m);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) out[c] = total(sum[c]);
+}
+
 // For so few rows that packing would cost more than it saves. Columns together: vectors along n, sums in the order of
 // `block`. Rows together (a transposed weight): vectors along k, so that sums are in another order.
 template <class T>
@@ -122,17 +144,9 @@ static void multiply_once(const T* a, const T* w, long down, long across, long k
   constexpr int W = width<T>();
   typedef Vec<T, W> F;
   if (down == 1) {
-    for (long j = 0; j < n; ++j) {
-      const T* column = w + j * across;
-      F sum = F{}, more = F{};
-      long i = 0;
-      for (; i + 2 * W <= k; i += 2 * W) {
-        sum += load(a + i, Full<W>{}) * load(column + i, Full<W>{});
-        more += load(a + i + W, Full<W>{}) * load(column + i + W, Full<W>{});
-      }
-      span<W>(k - i, [&](long l, auto m) ALWAYS { sum += load(a + i + l, m) * load(column + i + l, m); });
-      out[j] = total(sum + more);
-    }
+    long j = 0;
+    for (; j + 4 <= n; j += 4) dot_columns<T, 4>(a, w + j * across, across, k, out + j);
+    for (; j < n; ++j) dot_columns<T, 1>(a, w + j * across, across, k, out + j);
   } else if (across == 1) {
     span<4 * W>(n, [&](long j, auto m) ALWAYS {
       F sum[4] = {};

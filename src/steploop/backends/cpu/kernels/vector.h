@@ -172,15 +172,28 @@ template <class V> INLINE V minimum(V a, V b) {
 template <class V> INLINE V fmaximum(V a, V b) { return choose(is_nan(a), b, choose(greater(b, a), b, a)); }
 template <class V> INLINE V fminimum(V a, V b) { return choose(is_nan(a), b, choose(less(b, a), b, a)); }
 
+// Half of a vector, from lane A on; the shuffle keeps it in registers, which the copy does not.
+template <int A, class V> INLINE auto half(V x) {
+  constexpr int L = lanes_of<V>();
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+  if constexpr (L == 16) return __builtin_shufflevector(x, x, A, A + 1, A + 2, A + 3, A + 4, A + 5, A + 6, A + 7);
+  if constexpr (L == 8) return __builtin_shufflevector(x, x, A, A + 1, A + 2, A + 3);
+  if constexpr (L == 4) return __builtin_shufflevector(x, x, A, A + 1);
+#endif
+#endif
+  Vec<Elem<V>, L / 2> part;
+  memcpy(&part, (char*)&x + A * sizeof(Elem<V>), sizeof part);
+  return part;
+}
+
 // Reductions of the lanes of one vector, always in the same order.
 template <class V, class F> INLINE Elem<V> fold(V x, F f) {
   constexpr int L = lanes_of<V>();
   if constexpr (L == 1) {
     return x[0];
   } else {
-    Vec<Elem<V>, L / 2> low, high;
-    memcpy(&low, &x, sizeof low);
-    memcpy(&high, (char*)&x + sizeof low, sizeof high);
+    auto low = half<0>(x), high = half<L / 2>(x);
     return fold(f(low, high), f);
   }
 }
