@@ -97,10 +97,17 @@ def _straight(step: StreamStep, call: Call) -> Any:
 
 def _native(step: StreamStep, call: Call) -> Any:
     """The step as one kernel call; None where the native backend does not take it."""
+    plans = step.capture.plans
+    if "stream" not in plans:
+        plans["stream"] = _native_plan(step.capture)
+    found = plans["stream"]
+    return None if found is None else _Native(step, *found, call)
+
+
+def _native_plan(capture: Capture) -> tuple[Any, Loop] | None:
     from .pipeline import backend_module
 
     native = backend_module("cpu")
-    capture: Capture = step.capture
     graph = capture.forward.graph
     if native is None or graph.batch is None or mixing_reasons(graph):
         return None
@@ -121,7 +128,7 @@ def _native(step: StreamStep, call: Call) -> Any:
     loops = plan.executable.partition.loops
     if refused or len(loops) != 1 or len(plan.executable.partition.segments) != 1:
         return None
-    return _Native(step, plan, loops[0], call) if _plain(plan, loops[0]) else None
+    return (plan, loops[0]) if _plain(plan, loops[0]) else None
 
 
 def _plain(plan: Any, loop: Loop) -> bool:
