@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import blocks
 from .batch import OncePiece, Piece, Rowwise, StackedPiece
 from .graph import Rows, expression
 from .memory_operator import SequenceRunner
@@ -216,7 +217,7 @@ class _Runner:
         shape = [_at(expression(s), sizes) for s in value.shape]
         if rows is None:
             shape = [self.schedule.steps, *shape]
-        return torch.empty(shape, dtype=value.dtype, device=self.schedule.device)
+        return blocks.empty(shape, value.dtype, self.schedule.device)
 
     def _place(self, node: fx.Node, span: Span) -> Tensor:
         """Where the values of a span stand among those of all steps."""

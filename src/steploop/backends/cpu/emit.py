@@ -2,7 +2,7 @@
 
     pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets
     numbers   batch, start, stop, down, rows per tile, threads, first packed row, whether to pack weights,
-              then the symbols
+              whether the threads are a team, then the symbols
 Kernels know no number of steps, rows or threads, so new ones need no new kernel.
 """
 
@@ -16,8 +16,8 @@ from .fuse import Phase, Plan
 from .language import Buffer, Load, Product, Program, loads
 
 KERNELS = Path(__file__).parent / "kernels"
-HEADERS = ("vector.h", "math.h", "product.h", "tiles.h")
-NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack")
+HEADERS = ("vector.h", "math.h", "tiles.h", "product.h")
+NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team")
 TAIL = ("sizes", "offsets", "resets")
 
 
@@ -97,7 +97,11 @@ class Printer:
             self.line(f"call.{name} = numbers[{number}];", 1)
         self._pack()
         self.line("long tiles = (call.batch + call.tile_rows - 1) / call.tile_rows;", 1)
-        self.line("run_tiles(run_tile, &call, tiles, call.threads, parallel);", 1)
+        symbols = "".join(f", {s}" for s in self.program.symbols)
+        self.line(f"const Scratch scratch(call.tile_rows, call.threads{symbols});", 1)
+        self.line("char* memory = call.team ? (char*)aligned_alloc(64, scratch.bytes) : 0;", 1)
+        self.line("run_tiles(run_tile, &call, tiles, call.threads, memory, parallel);", 1)
+        self.line("free(memory);", 1)
         for w in self.weights:
             self.line(f"free(call.{w.name}.packed);", 1)
         self.line("}")
@@ -115,6 +119,7 @@ class Printer:
     # The tile
 
     def _scratch(self) -> None:
+        """Rows of a tile share most of it; what only one row needs at a time, every thread has once."""
         self.line("// Where the temporaries of a tile are, in bytes.")
         self.line("struct Scratch {")
         buffers = self._scratch_buffers()
@@ -122,15 +127,15 @@ class Printer:
             self.line(f"long {b.name}, {b.name}_row;", 1)
         self.line("long bytes;", 1)
         symbols = "".join(f", long {s}" for s in self.program.symbols)
-        self.line(f"Scratch(long rows{symbols}) {{", 1)
+        self.line(f"Scratch(long rows, long members{symbols}) {{", 1)
         self.line("long at = 0;", 2)
         local = set(map(id, self.plan.local))
         for b in buffers:
             size = CTYPES[b.dtype]
             self.line(f"{b.name}_row = padded({size_text(b.numel)}, sizeof({size}));", 2)
-            rows = "1" if id(b) in local else "rows"
+            rows = "members" if id(b) in local else "rows"
             self.line(f"{b.name} = at; at += ({rows} * {b.name}_row * sizeof({size}) + 127) / 64 * 64;", 2)
-        self.line("bytes = at + 64;", 2)
+        self.line("bytes = (at + 127) / 64 * 64;", 2)
         self.line("}", 1)
         self.line("static long padded(long n, long size) {  // whole vectors; no two rows 4 KB apart", 1)
         self.line("long row = (n * size + 63) / 64 * 64;", 2)
@@ -145,7 +150,7 @@ class Printer:
 
     def _tile(self) -> None:
         program = self.program
-        self.line("static void run_tile(void* given, long tile) {")
+        self.line("static void run_tile(void* given, long tile, const Member& team) {")
         self.line("const Call& call = *(const Call*)given;", 1)
         self.line("const long row0 = tile * call.tile_rows;", 1)
         self.line(
@@ -154,11 +159,13 @@ class Printer:
         for symbol in program.symbols:
             self.line(f"const long {symbol} = call.{symbol};", 1)
         symbols = "".join(f", {s}" for s in program.symbols)
-        self.line(f"const Scratch scratch(rows{symbols});", 1)
-        self.line("char* memory = (char*)aligned_alloc(64, (scratch.bytes + 63) / 64 * 64);", 1)
+        self.line(f"const Scratch scratch(rows, team.size{symbols});", 1)
+        self.line("char* memory = team.memory ? team.memory : (char*)aligned_alloc(64, scratch.bytes);", 1)
+        local = set(map(id, self.plan.local))
         for b in self._scratch_buffers():
             ctype = CTYPES[b.dtype]
-            self.line(f"{ctype}* {b.name}_tile = ({ctype}*)(memory + scratch.{b.name});", 1)
+            mine = f" + team.me * scratch.{b.name}_row" if id(b) in local else ""
+            self.line(f"{ctype}* {b.name}_tile = ({ctype}*)(memory + scratch.{b.name}){mine};", 1)
         self._rows_function(
             "load_rows",
             "to",
@@ -182,18 +189,23 @@ class Printer:
         self.line("const long n = active < 0 ? 0 : active < rows ? active : rows;", 2)
         self.line("const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row", 2)
         self.line("const long here = at - call.first;", 2)
-        self.line("save_rows(n, loaded);", 2)
-        self.line("load_rows(loaded, n);", 2)
-        self.line("loaded = n;", 2)
+        self.line("if (n != loaded) {", 2)
+        self.line("team.wait();", 3)
+        self.line("if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);", 3)
+        self.line("team.wait();", 3)
+        self.line("loaded = n;", 3)
+        self.line("}", 2)
         self.line("if (n == 0) continue;", 2)
+        self.line("const long from = team.share(n), end = team.share(n, 1);  // rows of this thread", 2)
         self._resets("!call.down")
         for phase in self.plan.phases:
             self._phase(phase)
         self._swap()
         self._resets("call.down")
         self.line("}", 1)
-        self.line("save_rows(0, loaded);", 1)
-        self.line("free(memory);", 1)
+        self.line("team.wait();", 1)
+        self.line("if (team.me == 0) save_rows(0, loaded);", 1)
+        self.line("if (!team.memory) free(memory);", 1)
         self.line("}")
         self.line()
 
@@ -210,7 +222,7 @@ class Printer:
         if not self.program.prevs:
             return
         self.line(f"if (call.resets && {when})", 2)
-        self.line("for (long r = 0; r < n; ++r)", 3)
+        self.line("for (long r = from; r < end; ++r)", 3)
         self.line("if (call.resets[at + r]) {", 4)
         for b in self.program.prevs:
             self.line(
@@ -231,11 +243,14 @@ class Printer:
                 )
 
     def _phase(self, phase: Phase) -> None:
-        for product in phase.products:
-            self._product(product)
+        if phase.products:
+            self.line("team.wait();", 2)
+            for product in phase.products:
+                self._product(product)
+            self.line("team.wait();", 2)
         if not phase.nests:
             return
-        self.line("for (long r = 0; r < n; ++r) {", 2)
+        self.line("for (long r = from; r < end; ++r) {", 2)
         used: dict[int, Buffer] = {}
         body: list[str] = []
         program = self.program
@@ -293,14 +308,14 @@ class Printer:
         if rows == "1":
             self.line(
                 f"multiply({start}, {self._row_stride(left.buffer)}, n, call.{weight.name}, "
-                f"{target.name}_tile, scratch.{target.name}_row);{where}",
+                f"{target.name}_tile, scratch.{target.name}_row, team);{where}",
                 2,
             )
             return
         self.line("for (long r = 0; r < n; ++r)", 2)
         self.line(
             f"multiply({self._row(left.buffer)} + {size_text(left.offset)}, (long){k}, {rows}, "
-            f"call.{weight.name}, {target.name}_tile + r * scratch.{target.name}_row, (long){n});{where}",
+            f"call.{weight.name}, {target.name}_tile + r * scratch.{target.name}_row, (long){n}, team);{where}",
             3,
         )
 

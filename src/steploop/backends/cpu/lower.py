@@ -84,7 +84,8 @@ RESERVED = frozenset(
     n not_equal numbers old only p pack packed_size pointers prelude r reciprocal reciprocal_root
     remainder_of resets row0 rows run_tile run_tiles save_rows scratch sigmoid sign_of sizes smallest
     span square_root step stop store t tile tiles to to_mask total total_product trunc_divide u8 wrap
-    batch start down tile_rows threads first offsets active linux unix""".split()
+    batch start down tile_rows threads first offsets active linux unix
+    end team relax spin half Barrier Member Work Start NoDenormals take_tiles join_team dot_columns""".split()
 )
 
 

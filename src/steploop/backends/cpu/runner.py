@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler import blocks
 from ...compiler.graph import LoopProgram, Rows, rows_of
 from ...compiler.schedule import Span
 from .. import eager
@@ -26,6 +27,8 @@ from .language import Buffer, Dim, Program
 BREAK = "STEPLOOP_TEST_BREAK"
 FEW = 2  # rows and steps in all for which packing the weights does not pay
 L2 = 1 << 20  # bytes of temporaries that a tile may have
+CACHE = 1 << 20  # bytes of weights that stay in the cache of one core
+WAIT = 1 << 17  # bytes of weights whose products take longer than a meeting of the threads
 
 
 class Runner:
@@ -100,13 +103,23 @@ class Runner:
         self._kernel(pointers, (ctypes.c_int64 * len(numbers))(*numbers), threads.entry())
 
     def _numbers(self, span: Span, batch: int, full: bool, down: bool, sizes: dict[str, int]) -> list[int]:
-        count = torch.get_num_threads() if batch > 1 else 1
-        first = span.first if self.loop.batch is not None else span.start
-        tile = self._tile(batch, count, full) if batch > 1 else 1
-        symbols = [sizes[s] for s in self.program.symbols]
         steps = span.stop - span.start
+        count = torch.get_num_threads()
+        team = count > 1 and self._as_team(batch, steps, count)
+        count = count if batch > 1 or team else 1
+        first = span.first if self.loop.batch is not None else span.start
+        tile = self._tile(batch, 1 if team else count, full or team) if batch > 1 else 1
+        symbols = [sizes[s] for s in self.program.symbols]
         pack = int(batch * steps > FEW)
-        return [batch, span.start, span.stop, int(down), tile, count, first, pack, *symbols]
+        return [batch, span.start, span.stop, int(down), tile, count, first, pack, int(team), *symbols]
+
+    def _as_team(self, batch: int, steps: int, threads: int) -> bool:
+        """Whether the threads share columns, so that each core reads its part of the weights only.
+
+        Where every thread has rows enough, that pays for weights beyond a core's cache; else where a step's products
+        take longer than the threads need to wait for each other.
+        """
+        return self._weight_bytes > (CACHE if batch >= threads else WAIT) and steps > 1
 
     def _tile(self, batch: int, count: int, full: bool) -> int:
         """Rows per tile: many, to share the weights; few enough that temporaries stay in the second cache."""
@@ -115,20 +128,19 @@ class Runner:
         most = 64 if self._weight_bytes < (1 << 20) else 192
         pieces = -(-even // min(fitting, most))
         if not full:
-            pieces = max(
-                pieces, min(4, even // 8)
-            )  # rows end at different steps: smaller tiles share the work better
+            # rows end at different steps: smaller tiles share the work better
+            pieces = max(pieces, min(4, even // 8))
         return max(1, -(-even // max(pieces, 1)))
 
     def _empty(self, buffer: Buffer, rows: Rows, total: int, sizes: dict[str, int]) -> Tensor:
         shape = self._shape(buffer, sizes)
         if self.loop.batch is None:
-            return torch.empty(total, *shape, dtype=buffer.dtype)
+            return blocks.empty([total, *shape], buffer.dtype)
         if rows.dim == 0 and rows.outer == 1:
             shape[0] *= total
-            return torch.empty(shape, dtype=buffer.dtype)
+            return blocks.empty(shape, buffer.dtype)
         before, after = shape[: rows.dim], shape[rows.dim + 1 :]
-        return torch.empty(total, *before, rows.outer, rows.inner, *after, dtype=buffer.dtype)
+        return blocks.empty([total, *before, rows.outer, rows.inner, *after], buffer.dtype)
 
     def _shape(self, buffer: Buffer, sizes: dict[str, int]) -> list[int]:
         """One row's shape."""

@@ -94,10 +94,12 @@ static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k,
   }
 }
 
+// Panels from..stop of the columns.
 template <class T>
-static void multiply_packed(const T* a, long a_stride, long rows, const T* w, long k, long n, T* out, long out_stride) {
+static void multiply_packed(const T* a, long a_stride, long rows, const T* w, long k, long n, T* out, long out_stride, long from, long stop) {
   constexpr int W = width<T>(), P = panel<T>();
-  for (long c = 0; c < n; c += P) {
+  w += from * P * k;
+  for (long c = from * P; c < stop * P && c < n; c += P) {
     long columns = n - c < P ? n - c : P, vectors = (columns + W - 1) / W;
     for (long i = 0; i < k; i += kDepth) {
       long depth = k - i < kDepth ? k - i : kDepth;
@@ -188,10 +190,13 @@ template <class T> struct Weight {
   }
 };
 
-// out[r, :n] = a[r, :k] @ weight for all rows of a tile.
+// out[r, :n] = a[r, :k] @ weight for all rows of a tile; a team shares the panels of columns.
 template <class T>
-static void multiply(const T* a, long a_stride, long rows, const Weight<T>& weight, T* out, long out_stride) {
-  if (weight.packed) return multiply_packed(a, a_stride, rows, (const T*)weight.packed, weight.k, weight.n, out, out_stride);
+static void multiply(const T* a, long a_stride, long rows, const Weight<T>& weight, T* out, long out_stride, const Member& team) {
+  constexpr int P = panel<T>();
+  const long k = weight.k, n = weight.n, panels = (n + P - 1) / P, from = team.share(panels), stop = team.share(panels, 1);
+  if (weight.packed) return multiply_packed(a, a_stride, rows, (const T*)weight.packed, k, n, out, out_stride, from, stop);
+  const long first = from * P, last = stop * P < n ? stop * P : n;
   for (long r = 0; r < rows; ++r)
-    multiply_once(a + r * a_stride, weight.w, weight.down, weight.across, weight.k, weight.n, out + r * out_stride);
+    multiply_once(a + r * a_stride, weight.w + first * weight.across, weight.down, weight.across, k, last - first, out + r * out_stride + first);
 }

@@ -1,44 +1,119 @@
-// Runs work on tiles of rows, by as many threads as the caller says; which thread runs a tile changes nothing.
+// Runs work on tiles of rows. Either every tile has a thread of its own, or a team of threads goes through the tiles
+// together, sharing the columns of products and the rows of the rest: for few rows, or weights that are larger than
+// the cache of one core. Neither changes a bit of the results.
 
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel of the runtime torch uses
 
+INLINE void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Waits until ready() is true: at first without leaving the core, then letting others run.
+template <class F> INLINE void spin(F ready) {
+  for (long i = 0; !ready(); ++i) i < 4096 ? relax() : (void)sched_yield();
+}
+
+struct Barrier {
+  alignas(64) long count = 0;
+  alignas(64) long phase = 0;
+
+  void wait(long size) {
+    long now = __atomic_load_n(&phase, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&count, 1, __ATOMIC_ACQ_REL) == size) {
+      __atomic_store_n(&count, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&phase, now + 1, __ATOMIC_RELEASE);
+    } else {
+      spin([&] { return __atomic_load_n(&phase, __ATOMIC_ACQUIRE) != now; });
+    }
+  }
+};
+
+// One of `size` threads that work on a tile together; `memory` is theirs (null: the tile takes its own).
+struct Member {
+  long me, size;
+  Barrier* barrier;
+  char* memory;
+
+  void wait() const {
+    if (size > 1) barrier->wait(size);
+  }
+  long share(long n, long of = 0) const { return n * (me + of) / size; }  // where its part of n begins
+};
+
+typedef void (*Work)(void*, long, const Member&);
+
 struct Tiles {
-  void (*work)(void*, long);
+  Work work;
   void* context;
   long count, next;
+  char* memory;       // of a team
+  long wanted, came, size;
+  Barrier barrier;
+};
+
+struct NoDenormals {  // they count as zero: each costs a hundred cycles
+#if defined(__x86_64__)
+  unsigned before = __builtin_ia32_stmxcsr();
+  NoDenormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+  ~NoDenormals() { __builtin_ia32_ldmxcsr(before); }
+#else
+  NoDenormals() {}
+#endif
 };
 
 static void take_tiles(void* given) {
   Tiles* tiles = (Tiles*)given;
-#if defined(__x86_64__)
-  unsigned before = __builtin_ia32_stmxcsr();
-  __builtin_ia32_ldmxcsr(before | 0x8040);  // denormals are zero: they cost a hundred cycles each
-#endif
+  NoDenormals mode;
   for (;;) {
     long tile = __atomic_fetch_add(&tiles->next, 1, __ATOMIC_RELAXED);
     if (tile >= tiles->count) break;
-    tiles->work(tiles->context, tile);
+    tiles->work(tiles->context, tile, Member{0, 1, 0, 0});
   }
-#if defined(__x86_64__)
-  __builtin_ia32_ldmxcsr(before);
-#endif
 }
 
+// The team is whoever came in time: a runtime may give fewer threads than were asked for, or wake one up late.
+static void join_team(void* given) {
+  Tiles* tiles = (Tiles*)given;
+  const long closed = 1 << 30;
+  long me = __atomic_fetch_add(&tiles->came, 1, __ATOMIC_ACQ_REL);
+  if (me >= closed) return;
+  if (me == 0) {
+    for (long i = 0; i < 20000 && __atomic_load_n(&tiles->came, __ATOMIC_ACQUIRE) < tiles->wanted; ++i) relax();
+    long size = __atomic_exchange_n(&tiles->came, closed, __ATOMIC_ACQ_REL);
+    __atomic_store_n(&tiles->size, size, __ATOMIC_RELEASE);
+  } else {
+    spin([&] { return __atomic_load_n(&tiles->size, __ATOMIC_ACQUIRE) != 0; });
+  }
+  NoDenormals mode;
+  const Member member = {me, tiles->size, &tiles->barrier, tiles->memory};
+  for (long tile = 0; tile < tiles->count; ++tile) tiles->work(tiles->context, tile, member);
+}
+
+struct Start {
+  void (*go)(void*);
+  void* tiles;
+};
+
 static void* thread_main(void* given) {
-  take_tiles(given);
+  Start* start = (Start*)given;
+  start->go(start->tiles);
   return 0;
 }
 
-static void run_tiles(void (*work)(void*, long), void* context, long count, long threads, Parallel parallel) {
-  Tiles tiles = {work, context, count, 0};
-  if (threads > count) threads = count;
+// memory: for a team of `threads`, or null for one thread to each tile.
+static void run_tiles(Work work, void* context, long count, long threads, char* memory, Parallel parallel) {
+  Tiles tiles = {work, context, count, 0, memory, threads, 0, 0, {}};
+  if (!memory && threads > count) threads = count;
+  if (threads > 64) tiles.wanted = threads = 64;
   if (threads <= 1) return take_tiles(&tiles);
-  if (parallel) return parallel(take_tiles, &tiles, (unsigned)threads, 0);
+  Start start = {memory ? join_team : take_tiles, &tiles};
+  if (parallel) return parallel(start.go, &tiles, (unsigned)threads, 0);
   pthread_t others[64];
   long started = 0;
-  if (threads > 64) threads = 64;
   for (; started < threads - 1; ++started)
-    if (pthread_create(&others[started], 0, thread_main, &tiles)) break;
-  take_tiles(&tiles);
+    if (pthread_create(&others[started], 0, thread_main, &start)) break;
+  start.go(&tiles);
   for (long t = 0; t < started; ++t) pthread_join(others[t], 0);
 }

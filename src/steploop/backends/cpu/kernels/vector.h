@@ -2,6 +2,7 @@
 // text serves every CPU; a bool is a mask of int32 lanes (0 or -1) in registers and a byte in memory.
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
