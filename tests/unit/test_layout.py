@@ -21,7 +21,7 @@ ALLOWED = {
     "view": set(),
     "tree": set(),
     "compiler": {"view", "backends.cpu.stepper"},
-    "backends": {"compiler.graph", "compiler.printing", "compiler.program", "compiler.schedule", "tree"},
+    "backends": {"compiler.blocks", "compiler.graph", "compiler.printing", "compiler.program", "compiler.schedule", "tree"},
     "front": {"compiler", "backends"},
     "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
     "recipes": {"public"},

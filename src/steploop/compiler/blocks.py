@@ -11,6 +11,7 @@ STEPLOOP_KEEP_MB sets how much is kept (512; 0: nothing).
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,9 +35,14 @@ class Block:
 
     def free(self) -> bool:
         """Whether nobody else refers to it, here or, as shared memory, in another process."""
-        if _count(self.address) != 1 or self.keeper.is_shared():
+        if _ALONE is None or self.references() != _ALONE or self.keeper.is_shared():
             return False
         return self.keeper.untyped_storage().nbytes() == self.size  # else somebody resized it
+
+    def references(self) -> tuple[int, int]:
+        """References to the memory, and to the Python object that stands for it, the keeper's and ours included."""
+        storage = self.keeper.untyped_storage()
+        return _count(self.address), sys.getrefcount(storage)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(0, dtype=dtype).set_(self.keeper.untyped_storage(), 0, tuple(shape))
@@ -72,6 +78,22 @@ class Blocks:
         self.blocks = left[::-1]
 
 
+def _alone() -> tuple[int, int] | None:
+    """What `references` says where nobody else has one; None where it can't tell."""
+    if _count is None:
+        return None
+    made = torch.empty(1)
+    block = Block(made)
+    held = block.references()
+    del made
+    alone = block.references()
+    storage = block.keeper.untyped_storage()
+    named = block.references()
+    del storage
+    return alone if alone != held and alone != named and alone == block.references() else None
+
+
+_ALONE = _alone()
 _blocks = Blocks(KEPT)
 os.register_at_fork(after_in_child=lambda: setattr(_blocks, "lock", threading.Lock()))
 
@@ -82,7 +104,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
     for n in shape:
         size *= n
     on_cpu = device is None or device.type == "cpu"
-    if size < LEAST or size > _blocks.limit or not on_cpu or _count is None:
+    if size < LEAST or size > _blocks.limit or not on_cpu or _ALONE is None:
         return torch.empty(shape, dtype=dtype, device=device)
     with _blocks.lock:
         block = _blocks.take(size)

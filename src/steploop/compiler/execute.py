@@ -23,7 +23,7 @@ from .schedule import Schedule, Span
 
 # Bytes of batched values that a span may hold before it is cut shorter: what stays in the caches between a
 # batched piece and a native loop, and much more where every span costs a Python loop's overhead.
-MEMORY_PER_NATIVE_SPAN = 8 << 20
+MEMORY_PER_NATIVE_SPAN = 24 << 20
 MEMORY_PER_SPAN = 32 << 20
 LEAST_STEPS = 16
 
@@ -41,7 +41,8 @@ class Run:
 class Shifted:
     """The values of a state before every step, given by those after it; nothing is copied before it is read.
 
-    values: (N, ...) packed (or stacked), None where nothing reads them.  edge: (B, ...) before the first step.  reset_to: (B, ...) or None.
+    values: (N, ...) packed (or stacked), None where nothing reads them.
+    edge: (B, ...) before the first step.  reset_to: (B, ...) or None.
     """
 
     values: Tensor | None
@@ -56,19 +57,18 @@ class Shifted:
             return self.values[:0]
         first, batch = span.first, schedule.batch
         if schedule.full:
-            if first == 0:
+            fresh = first == 0
+            if fresh:
                 found = torch.cat([self.edge, self.values[: span.total - batch]])
             else:
                 found = self.values.narrow(0, first - batch, span.total)
         else:
+            fresh = True
             index = schedule.previous[first : first + span.total]
             found = self.values.index_select(0, (index - batch).clamp(min=0))
             start = (index < batch).nonzero()[:, 0]
             found.index_copy_(0, start, self.edge.index_select(0, index[start]))
-        if self.reset_to is not None and span.resets is not None:
-            mark = span.resets.view(-1, *[1] * (found.dim() - 1))
-            found = torch.where(mark, self.reset_to.index_select(0, span.row), found)
-        return found
+        return span.reset(found, self.reset_to, fresh)
 
 
 @dataclass(eq=False)

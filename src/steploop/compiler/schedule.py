@@ -308,10 +308,8 @@ class Span:
         """
         if self.total == 0:
             return values
-        resets = self.resets if reset_to is not None else None
         if down:
-            if resets is not None:
-                values = torch.where(_like(resets, values), reset_to.index_select(0, self.row), values)
+            values = self.reset(values, reset_to, fresh=False)
             if self.schedule.full:
                 return torch.cat([values[self.schedule.batch :], edge])
             return torch.cat([edge, values]).index_select(0, self.following)
@@ -319,9 +317,14 @@ class Span:
             values = torch.cat([edge, values[: self.total - self.schedule.batch]])
         else:
             values = torch.cat([edge, values]).index_select(0, self.previous)
-        if resets is not None:
-            values = torch.where(_like(resets, values), reset_to.index_select(0, self.row), values)
-        return values
+        return self.reset(values, reset_to, fresh=True)
+
+    def reset(self, values: Tensor, reset_to: Tensor | None, fresh: bool) -> Tensor:
+        """The values with reset_to in the rows that are reset: few, as a rule. fresh: they may be overwritten."""
+        if reset_to is None or self.hits is None:
+            return values
+        values = values if fresh else values.clone()
+        return values.index_copy_(0, self.hits, reset_to.index_select(0, self.row.index_select(0, self.hits)))
 
     def finish(self, values: Tensor, edge: Tensor, reset_to: Tensor | None, down: bool) -> Tensor:
         """(B, ...): a state after the span, from its packed values and its value before."""
@@ -332,8 +335,7 @@ class Span:
             if self.schedule.full:
                 return values[self.total - batch :]
             return torch.cat([edge, values]).index_select(0, self.last)
-        if self.resets is not None and reset_to is not None:
-            values = torch.where(_like(self.resets, values), reset_to.index_select(0, self.row), values)
+        values = self.reset(values, reset_to, fresh=False)
         if self.schedule.full:
             return values[:batch]
         return torch.cat([edge, values]).index_select(0, self.first_of_row)
@@ -350,7 +352,8 @@ class Span:
         resets = self.schedule.resets
         return None if resets is None else resets[self.first : self.first + self.total]
 
-
-def _like(mark: Tensor, value: Tensor) -> Tensor:
-    """(N,) -> (N, 1, ..., 1) with as many axes as a value."""
-    return mark.view(-1, *([1] * (value.dim() - 1)))
+    @cached_property
+    def hits(self) -> Tensor | None:
+        """Where in the span rows are reset; None where none is."""
+        hits = None if self.resets is None else self.resets.nonzero()[:, 0]
+        return hits if hits is not None and len(hits) else None

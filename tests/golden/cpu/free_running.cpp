@@ -4,17 +4,21 @@
     const long n = active < 0 ? 0 : active < rows ? active : rows;
     const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row
     const long here = at - call.first;
-    save_rows(n, loaded);
-    load_rows(loaded, n);
-    loaded = n;
+    if (n != loaded) {
+      team.wait();
+      if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);
+      team.wait();
+      loaded = n;
+    }
     if (n == 0) continue;
+    const long from = team.share(n), end = team.share(n, 1);  // rows of this thread
     if (call.resets && !call.down)
-      for (long r = 0; r < n; ++r)
+      for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
           memcpy(token_tile + r * scratch.token_row, call.to_token + (row0 + r) * 1, 1 * sizeof(i64));
           memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
         }
-    for (long r = 0; r < n; ++r) {
+    for (long r = from; r < end; ++r) {
       const float* h = h_tile + r * scratch.h_row;
       const float* captured_0 = call.captured_0;
       const i64* token = token_tile + r * scratch.token_row;
@@ -33,8 +37,10 @@
         store(next_h + i, tanh_default_2, m);
       });
     }
-    multiply(tanh_default_tile + 0 * scratch.tanh_default_row + 0, scratch.tanh_default_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row);  // test_cpu_golden.py:69
-    for (long r = 0; r < n; ++r) {
+    team.wait();
+    multiply(tanh_default_tile + 0 * scratch.tanh_default_row + 0, scratch.tanh_default_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row, team);  // test_cpu_golden.py:69
+    team.wait();
+    for (long r = from; r < end; ++r) {
       const float* mm_default = mm_default_tile + r * scratch.mm_default_row;
       i64* argmax_default = argmax_default_tile;
       i64* next_token = token_tile + r * scratch.token_row;
@@ -59,7 +65,7 @@
       });
     }
     if (call.resets && call.down)
-      for (long r = 0; r < n; ++r)
+      for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
           memcpy(token_tile + r * scratch.token_row, call.to_token + (row0 + r) * 1, 1 * sizeof(i64));
           memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));

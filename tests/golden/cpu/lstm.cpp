@@ -4,18 +4,24 @@
     const long n = active < 0 ? 0 : active < rows ? active : rows;
     const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row
     const long here = at - call.first;
-    save_rows(n, loaded);
-    load_rows(loaded, n);
-    loaded = n;
+    if (n != loaded) {
+      team.wait();
+      if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);
+      team.wait();
+      loaded = n;
+    }
     if (n == 0) continue;
+    const long from = team.share(n), end = team.share(n, 1);  // rows of this thread
     if (call.resets && !call.down)
-      for (long r = 0; r < n; ++r)
+      for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
           memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
           memcpy(c_tile + r * scratch.c_row, call.to_c + (row0 + r) * 6, 6 * sizeof(float));
         }
-    multiply(h_tile + 0 * scratch.h_row + 0, scratch.h_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row);  // test_cpu_golden.py:30
-    for (long r = 0; r < n; ++r) {
+    team.wait();
+    multiply(h_tile + 0 * scratch.h_row + 0, scratch.h_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row, team);  // test_cpu_golden.py:30
+    team.wait();
+    for (long r = from; r < end; ++r) {
       const float* x_x0 = call.x_x0 + (here + r) * 24;
       const float* mm_default = mm_default_tile + r * scratch.mm_default_row;
       const float* c = c_tile + r * scratch.c_row;
@@ -52,7 +58,7 @@
       });
     }
     if (call.resets && call.down)
-      for (long r = 0; r < n; ++r)
+      for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
           memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
           memcpy(c_tile + r * scratch.c_row, call.to_c + (row0 + r) * 6, 6 * sizeof(float));

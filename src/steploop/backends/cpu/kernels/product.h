@@ -56,7 +56,7 @@ static __attribute__((noinline)) void block(const T* a, long a_stride, const T* 
     for (int v = 0; v < V; ++v) x[v] = load(w + v * W, Full<W>{});
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      F b = F{} + a[r * a_stride + i];
+      F b = every<W>(a[r * a_stride + i]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sum[r][v] += b * x[v];
     }
@@ -153,7 +153,7 @@ static void multiply_once(const T* a, const T* w, long down, long across, long k
     span<4 * W>(n, [&](long j, auto m) ALWAYS {
       F sum[4] = {};
       for (long i = 0; i < k; ++i) {
-        F x = F{} + a[i];
+        F x = every<W>(a[i]);
         const T* row = w + i * down + j;
         for (int v = 0; v < 4; ++v) {
           long left = count_of(m) - v * W;

@@ -32,8 +32,9 @@ template <int L, class F> INLINE void span(long n, F f) {
   if (i < n) f(i, Part<L>{n - i});
 }
 
-template <int L, class T> INLINE Vec<T, L> every(T x) { return Vec<T, L>{} + x; }
-template <int L> INLINE Vec<int, L> every_mask(bool x) { return Vec<int, L>{} + (x ? -1 : 0); }
+// (x - 0 is x, that of -0.0 too; 0 + x is an addition)
+template <int L, class T> INLINE Vec<T, L> every(T x) { return x - Vec<T, L>{}; }
+template <int L> INLINE Vec<int, L> every_mask(bool x) { return (x ? -1 : 0) - Vec<int, L>{}; }
 
 template <class T, int N> struct Bytes { char bytes[sizeof(T) * N]; };
 template <class T, int N> INLINE void move(void* to, const void* from) {
