@@ -11,9 +11,22 @@ import torch.nn.functional as F
 from cpu_loops import assert_same, both, make_case, run
 
 from steploop.backends import cpu, eager
+from steploop.backends.cpu import runner as native
 from steploop.compiler.schedule import Span, make_schedule
 
 T, B, H = 6, 9, 21
+
+
+@pytest.fixture(autouse=True, params=["tiles", "team"])
+def sharing(request, monkeypatch):
+    """Every loop with a tile of rows for each thread, and with threads that share columns."""
+    if request.param == "team":
+        monkeypatch.setattr(native, "CACHE", -1)
+        monkeypatch.setattr(native, "WAIT", -1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    yield
+    torch.set_num_threads(before)
 
 
 def lstm(hidden=H, dtype=torch.float32, batch=B, time=T):
@@ -85,6 +98,18 @@ def test_threads_change_no_bit(batch):
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+def test_a_team_changes_no_bit(monkeypatch):
+    case = lstm(150, batch=21, time=20)
+    schedule = make_schedule(20, 21, torch.device("cpu"), lengths_of(21, 20), None, torch.rand(20, 21) < 0.1)
+    back = [torch.full_like(s, 0.5) for s in case.states]
+    found = []
+    for least in (1 << 40, -1):
+        monkeypatch.setattr(native, "CACHE", least)
+        states, kept = run(cpu.compile(case.loop), case, schedule, False, back)
+        found.append([*states, *kept])
+    assert all(map(torch.equal, *found))
 
 
 def test_one_row_alone_gives_the_same_bits():
