@@ -36,8 +36,8 @@ template <class T> static void pack(T* to, const T* w, long down, long across, l
 // k is taken in pieces whose panel fits in the first cache; the sums pass through `out`, which changes no bit of them.
 constexpr long kDepth = 24 * 1024 / (kBytes * kVectors);
 
-template <class T, int R, int V>
-static __attribute__((noinline)) void block(const T* a, long a_stride, const T* w, long k, T* out, long out_stride, long columns, bool first) {
+template <class T, int R, int V, bool FAR>
+static __attribute__((noinline)) void block(const T* a, long a_stride, const T* w, long k, T* out, long out_stride, long columns, bool first, const char* ahead, long stride) {
   constexpr int W = width<T>();
   typedef Vec<T, W> F;
   F sum[R][V];
@@ -50,7 +50,8 @@ static __attribute__((noinline)) void block(const T* a, long a_stride, const T* 
       else if (v < V - 1 || columns == V * W) sum[r][v] = load(from, Full<W>{});
       else sum[r][v] = load(from, Part<W>{columns - v * W});
     }
-  for (long i = 0; i < k; ++i, w += V * W) {
+  for (long i = 0; i < k; ++i, w += V * W, ahead += stride) {
+    if (FAR) __builtin_prefetch(ahead, 0, 2);
     F x[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) x[v] = load(w + v * W, Full<W>{});
@@ -71,26 +72,30 @@ static __attribute__((noinline)) void block(const T* a, long a_stride, const T* 
     }
 }
 
-template <class T, int V>
+template <class T, int V, bool FAR>
 static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k, T* out, long out_stride, long columns, bool first) {
   long blocks = (rows + kRows - 1) / kRows;
+  // FAR: weights beyond the second cache, whose next part comes nearer with every block.
+  const char* ahead = (const char*)(w + k * V * width<T>());
+  const long stride = V * width<T>() * sizeof(T) / blocks;
   for (long b = 0, done = 0; b < blocks; ++b) {
     long now = (rows - done + (blocks - b) - 1) / (blocks - b);
     const T* from = a + done * a_stride;
     T* to = out + done * out_stride;
     switch (now) {
-      case 1: block<T, 1, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
-      case 2: block<T, 2, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
-      case 3: block<T, 3, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
-      case 4: block<T, 4, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
+      case 1: block<T, 1, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
+      case 2: block<T, 2, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
+      case 3: block<T, 3, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
+      case 4: block<T, 4, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
 #if defined(__AVX__)
-      case 5: block<T, 5, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
+      case 5: block<T, 5, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
 #endif
 #if defined(__AVX512F__)
-      case 6: block<T, 6, V>(from, a_stride, w, k, to, out_stride, columns, first); break;
+      case 6: block<T, 6, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
 #endif
     }
     done += now;
+    ahead += stride * k;
   }
 }
 
@@ -98,18 +103,23 @@ static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k,
 template <class T>
 static void multiply_packed(const T* a, long a_stride, long rows, const T* w, long k, long n, T* out, long out_stride, long from, long stop) {
   constexpr int W = width<T>(), P = panel<T>();
+  const bool far = (stop - from) * P * k * (long)sizeof(T) > (1 << 18);
   w += from * P * k;
   for (long c = from * P; c < stop * P && c < n; c += P) {
     long columns = n - c < P ? n - c : P, vectors = (columns + W - 1) / W;
     for (long i = 0; i < k; i += kDepth) {
       long depth = k - i < kDepth ? k - i : kDepth;
       const T* part = w + i * vectors * W;
+      if (far && vectors == kVectors) {
+        panel_rows<T, kVectors, true>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0);
+        continue;
+      }
       switch (vectors) {
-        case 1: panel_rows<T, 1>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
-        case 2: panel_rows<T, 2>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
+        case 1: panel_rows<T, 1, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
+        case 2: panel_rows<T, 2, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
 #if defined(__AVX512F__)
-        case 3: panel_rows<T, 3>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
-        case 4: panel_rows<T, 4>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
+        case 3: panel_rows<T, 3, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
+        case 4: panel_rows<T, 4, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
 #endif
       }
     }
