@@ -72,6 +72,16 @@ class Shifted:
 
 
 @dataclass(eq=False)
+class Unpacked:
+    """A sequence as the caller has it, (T * B, ...): every span packs its own rows, while the caches hold them."""
+
+    values: Tensor
+
+    def cut(self, span: Span) -> Tensor:
+        return self.values.index_select(0, span.schedule.source[span.first : span.first + span.total])
+
+
+@dataclass(eq=False)
 class Executable:
     """A partition with its pieces printed and its loops compiled.
 
@@ -150,7 +160,7 @@ class Executable:
 
     def run(
         self,
-        given: dict[fx.Node, Tensor | Shifted],
+        given: dict[fx.Node, Tensor | Shifted | Unpacked],
         initial: dict[fx.Node, Tensor],
         reset_to: dict[fx.Node, Tensor],
         schedule: Schedule,
@@ -254,8 +264,8 @@ class _Runner:
                 values.update(zip(piece.results, results))
         return values
 
-    def _cut(self, sequence: Tensor | Shifted, node: fx.Node, span: Span) -> Tensor:
-        if isinstance(sequence, Shifted):
+    def _cut(self, sequence: Tensor | Shifted | Unpacked, node: fx.Node, span: Span) -> Tensor:
+        if isinstance(sequence, (Shifted, Unpacked)):
             return sequence.cut(span)
         rows = node.meta["rows"]
         if rows is None:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ..errors import UnsupportedError
 from .captures import Capture
-from .execute import Run, Shifted
+from .execute import Run, Shifted, Unpacked
 from .graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
 from .program import Call
@@ -124,7 +124,11 @@ class Invocation:
 
     def _given(self, parts: dict[str, Any], schedule: Schedule, step: Any) -> dict[fx.Node, Tensor]:
         stacked = step.batch is None
-        xs = [x.flip(0) if self.reverse else x for x in parts["xs"]] if stacked else map(schedule.pack, parts["xs"])
+        if stacked:
+            xs = [x.flip(0) if self.reverse else x for x in parts["xs"]]
+        else:
+            flat = [x.reshape(schedule.time * schedule.batch, *x.shape[2:]) for x in parts["xs"]]
+            xs = flat if schedule.source is None else map(Unpacked, flat)
         batched = self.capture.program.constant_batched
         constants = [
             c if stacked or not b else schedule.sort(c) for c, b in zip(parts["constants"], batched)

@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from . import blocks
+
 
 @dataclass(eq=False)
 class Schedule:
@@ -104,8 +106,18 @@ class Schedule:
         if self.repeat is not None:
             padded = torch.cat([packed, packed.new_zeros(1, *packed.shape[1:])])
             return padded.index_select(0, self.repeat).reshape(shape)
-        flat = packed.new_zeros(self.time * self.batch, *packed.shape[1:])
-        return flat.index_copy_(0, self.source, packed).reshape(shape)
+        return self._spread(packed).reshape(shape)
+
+    def _spread(self, packed: Tensor) -> Tensor:
+        """(N, ...) -> (T * B, ...), zero where no row runs."""
+        flat = blocks.empty((self.time * self.batch, *packed.shape[1:]), packed.dtype, packed.device)
+        return flat.index_copy_(0, self.source, packed).index_fill_(0, self.missing, 0)
+
+    @cached_property
+    def missing(self) -> Tensor:
+        """Where in the caller's sequence no row runs."""
+        runs = torch.zeros(self.time * self.batch, dtype=torch.bool, device=self.device)
+        return (~runs.index_fill_(0, self.source, True)).nonzero()[:, 0]
 
     def pack_cotangent(self, sequence: Tensor) -> Tensor:
         """The transpose of `unpack`."""
@@ -120,8 +132,7 @@ class Schedule:
         shape = (self.time, self.batch, *packed.shape[1:])
         if self.source is None:
             return packed.reshape(shape)
-        flat = packed.new_zeros(self.time * self.batch, *packed.shape[1:])
-        return flat.index_copy_(0, self.source, packed).reshape(shape)
+        return self._spread(packed).reshape(shape)
 
 
 def make_schedule(
