@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from .graph import Rows
+from .history_products import PRODUCTS
 from .partition import State, is_cheap_constant
-from .printing import Source, call_text, fuse_addmm, last_uses
+from .printing import Source, call_text, fuse_addmm, last_uses, print_argument
 from .schedule import Span
 
 aten = torch.ops.aten
@@ -237,6 +238,9 @@ class _Printer:
             return self._sum_text(node)
         if node in self.delayed:
             return self._text_of_delay(node)
+        if node.target in PRODUCTS:
+            arguments = [print_argument(self.source, a, self._rows_name) for a in node.args]
+            return f"{self.source.hold(node.target, 'f')}(rowwise, {', '.join(arguments)})"
         special = self._product_text(node)
         return special or call_text(self.source, node, self._rows_name)
 

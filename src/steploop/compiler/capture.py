@@ -80,6 +80,7 @@ class Trace:
     """A captured graph, the real tensors it met (in the order of `graph.captured`), and its conditions on sizes.
 
     numbers: the calls that were traced, each with the floats in it, before anything was simplified.
+    batched: the graph in the form for all steps at once, once it was asked for.
     """
 
     graph: StepGraph
@@ -89,6 +90,7 @@ class Trace:
     numbers: list[tuple[Any, list[float]]] = field(default_factory=list)
     keep_alive: list[Any] = field(default_factory=list)
     inlined: list[str] = field(default_factory=list)
+    batched: StepGraph | None = None
 
 
 def trace_forward(program: Program, signature: Signature, symbolic: bool) -> Trace:

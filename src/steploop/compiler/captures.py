@@ -27,6 +27,7 @@ from .program import Call, Program
 from .refusals import KEEP
 from .rows import annotate
 from .simplify import simplify
+from .whole_histories import use_whole_histories
 
 
 def hint(size: Any) -> int:
@@ -101,6 +102,7 @@ class Capture:
         joint.keep_alive.extend(memory.calls)
         _check_same(self.forward, joint)
         simplify(joint.graph)
+        joint.keep_alive.extend(use_whole_histories(joint.graph))
         self.joint_slots = _settle(joint, dependencies)
         return joint
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from .execute import Executable
 from .graph import Size, StepGraph, expression
-from .memory_operator import own_prevs
+from .memory_operator import is_whole, own_prevs
 from .partition import Partition, Problem, State, loop_nodes, partition
 from .rows import annotate
 from .simplify import HOISTS, is_random, remove_dead
@@ -192,7 +192,7 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
             known.add(node)
             nodes[node] = None
         else:
-            stack.extend(node.all_input_nodes)
+            stack.extend(i for i in node.all_input_nodes if i not in own_prevs(node))
     return Saving(sorted(prevs), list(nodes))
 
 
@@ -224,7 +224,7 @@ def _savable(inputs: set[fx.Node], step: StepGraph) -> list[fx.Node]:
         if node in seen or not node.meta["varies"] or node.op != "call_function":
             continue
         seen.add(node)
-        free = getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in _FREE
+        free = getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in _FREE or is_whole(node)
         if isinstance(node.meta["val"], Tensor) and node not in nexts and not free:
             found[node] = None
         elif node not in nexts:

@@ -61,6 +61,9 @@ class MemoryCall:
     sequence: (xs, constants, states, reset_to, lengths, resets, T) -> (outputs, states), the sequence form on flat
         lists, (T, B, ...) each.
     xs, constants, states: how many tensors of each kind; then come the operation's parameters.
+    frames: the form that `history_products` puts in the place of `sequence` where it can, for operations that
+        have one: its first output is the frames of all steps, once for each row, (B, ...).
+    whole: whether the first output is that.
     """
 
     op: Any
@@ -71,6 +74,8 @@ class MemoryCall:
     states: int
     outputs: int = 0
     handle: int = 0
+    frames: Callable[..., tuple[list[Tensor], list[Tensor]]] | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         self.handle = next(_handles)
@@ -81,9 +86,15 @@ class MemoryCall:
         c = b + self.states
         return list(tensors[:a]), list(tensors[a:b]), list(tensors[b:c]), list(tensors[c:])
 
+    def with_frames(self) -> MemoryCall:
+        """The same call with the frames of all steps as its first output, and one output more."""
+        counts = (self.xs, self.constants, self.states, self.outputs + 1)
+        return MemoryCall(self.op, self.run, self.frames, *counts, whole=True)
+
 
 def call_memory(
-    op: Any, run: Callable, sequence: Callable, xs: list[Tensor], constants: list[Tensor], prevs: list[Tensor]
+    op: Any, run: Callable, sequence: Callable, frames: Callable | None, xs: list[Tensor], constants: list[Tensor],
+    prevs: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """The outputs and new states of one opaque call; None where the one-step form is to be run instead."""
     trace = _tracing.get()
@@ -91,7 +102,7 @@ def call_memory(
         if trace is not None:
             trace.inlined.append(type(op).__name__)
         return None
-    call = MemoryCall(op, run, sequence, len(xs), len(constants), len(prevs))
+    call = MemoryCall(op, run, sequence, len(xs), len(constants), len(prevs), frames=frames)
     trace.calls.append(call)
     parameters = [p for p in op.parameters() if p.requires_grad]
     with torch.no_grad():
@@ -106,6 +117,19 @@ def calls_in(graph: fx.Graph) -> list[MemoryCall]:
     return [_CALLS[n.args[1]] for n in graph.nodes if n.target is torch.ops.steploop.memory.default]
 
 
+def call_of(node: fx.Node) -> MemoryCall:
+    """The call that a node of a step graph is, forward or backward."""
+    return _CALLS[node.args[2 if node.target is torch.ops.steploop.memory_backward.default else 1]]
+
+
+def is_whole(node: fx.Node) -> bool:
+    """Whether a value is given once for each row and all steps together, although it depends on sequences."""
+    if node.target is not operator.getitem or node.args[1] != 0:
+        return False
+    source = node.args[0]
+    return source.target is torch.ops.steploop.memory.default and call_of(source).whole
+
+
 def is_memory(node: fx.Node) -> bool:
     return node.target in (torch.ops.steploop.memory.default, torch.ops.steploop.memory_backward.default)
 
@@ -113,15 +137,16 @@ def is_memory(node: fx.Node) -> bool:
 def operation_name(node: fx.Node) -> str:
     """The class of the operation that a memory call runs."""
     backward = node.target is torch.ops.steploop.memory_backward.default
-    name = type(_CALLS[node.args[2] if backward else node.args[1]].op).__name__
+    name = type(call_of(node).op).__name__
     return f"{name}_backward" if backward else name
 
 
 def own_prevs(node: fx.Node) -> set[fx.Node]:
-    """The states among the inputs of a memory_backward call: its sequence form needs only their first values."""
-    if node.target is not torch.ops.steploop.memory_backward.default:
+    """The states among the inputs of an operation's call: its sequence form needs only their first values."""
+    if not is_memory(node):
         return set()
-    return set(_CALLS[node.args[2]].split(node.args[1])[2])
+    backward = node.target is torch.ops.steploop.memory_backward.default
+    return set(call_of(node).split(node.args[1 if backward else 0])[2])
 
 
 def must_inline(graph: fx.Graph, loops: Sequence[Sequence[fx.Node]]) -> set[int]:
@@ -202,7 +227,7 @@ def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
 
     backward = node.target is torch.ops.steploop.memory_backward.default
     tensors = node.args[1] if backward else node.args[0]
-    call = _CALLS[node.args[2] if backward else node.args[1]]
+    call = call_of(node)
     xs, constants, prevs, parameters = call.split(tensors)
     if any(n.meta["rows"] != Rows(0) for n in (*xs, *prevs)):
         raise Mixed("a remembering operation whose input has no batch axis in front")
@@ -228,7 +253,7 @@ class SequenceRunner:
         self.loop = loop
         self.node = next(n for n in loop.calls if is_memory(n))
         self.backward = self.node.target is torch.ops.steploop.memory_backward.default
-        self.call = _CALLS[self.node.args[2] if self.backward else self.node.args[1]]
+        self.call = call_of(self.node)
 
     def __call__(
         self, inputs: Sequence[Any], states: Sequence[Tensor], reset_to: Sequence[Tensor] | None, span: Span,
@@ -249,29 +274,33 @@ class SequenceRunner:
         for node in self.loop.kept:
             value, summed = node.meta["val"], node.meta["rows"] is None
             feature = [int(s) for s in value.shape[0 if summed else 1 :]]
-            kept.append(torch.zeros([1 if summed else 0, *feature], dtype=value.dtype, device=span.schedule.device))
+            rows = 1 if summed else span.schedule.batch if is_whole(node) else 0
+            kept.append(torch.zeros([rows, *feature], dtype=value.dtype, device=span.schedule.device))
         return [known[p] for p in self.loop.prevs], kept
 
     def _values(self, known: dict, resets: dict, dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
         xs, constants, prevs, _ = self.call.split(self.node.args[0])
-        edges = [known[p] for p in prevs]
+        edges = [_first(known[p]) for p in prevs]
+        back = [_at_reset(known[p]) if p not in resets else resets[p] for p in prevs]
         outputs, finals = self.call.sequence(
             [dense.spread(known[x]) for x in xs], [known[c] for c in constants], edges,
-            [resets.get(p, e) for p, e in zip(prevs, edges)], dense.lengths, dense.resets, dense.steps,
+            back, dense.lengths, dense.resets, dense.steps,
         )  # fmt: skip
         after = dict(zip(prevs, finals))
-        kept = [dense.collect(outputs[n.args[1]]) for n in self.loop.kept]
+        kept = [outputs[n.args[1]] if is_whole(n) else dense.collect(outputs[n.args[1]]) for n in self.loop.kept]
         return [after[p] for p in self.loop.prevs], kept
 
     def _gradient(self, known: dict, resets: dict, dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
         cotangents, tensors, _, needs = self.node.args
         xs, constants, prevs, parameters = self.call.split(tensors)
-        edges = [known[p].edge for p in prevs]
-        back = [known[p].reset_to if known[p].reset_to is not None else e for p, e in zip(prevs, edges)]
+        edges, back = [_first(known[p]) for p in prevs], [_at_reset(known[p]) for p in prevs]
         own = [p for p in self.call.op.parameters() if p.requires_grad]
         count = self.call.outputs
         # A cotangent that is not known here is one of the zeros that stand for "not differentiable".
-        given = [dense.spread(known[c]) if c in known else None for c in cotangents[:count]]
+        given = [
+            None if c not in known else known[c] if self.call.whole and i == 0 else dense.spread(known[c])
+            for i, c in enumerate(cotangents[:count])
+        ]
         given += [known.get(c) for c in cotangents[count:]]
         with _autograd():
             groups = [
@@ -308,6 +337,15 @@ class SequenceRunner:
         for node in self.loop.nexts:
             after.append(results[node.args[1]] if node.target is operator.getitem else None)
         return after, kept
+
+
+def _first(state: Any) -> Tensor:
+    """The value of a state before the first step; in a backward pass it comes with those of all steps."""
+    return state if isinstance(state, Tensor) else state.edge
+
+
+def _at_reset(state: Any) -> Tensor:
+    return _first(state) if getattr(state, "reset_to", None) is None else state.reset_to
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BuildError, UnsupportedError
 from . import captures
-from .capture import keep_with_trace
+from .capture import Trace, keep_with_trace
 from .captures import Capture
 from .dependencies import Dependencies
-from .graph import LoopProgram, Rows, line_of, op_name
+from .graph import LoopProgram, Rows, StepGraph, line_of, op_name
 from .loop_operator import Invocation, Layout
 from .lower import (
     SAVE_LIMIT,
@@ -27,6 +27,7 @@ from .lower import (
     Needs,
     Saving,
     choose_saved,
+    copied,
     lower_backward,
     lower_forward,
     mixing_reasons,
@@ -37,6 +38,7 @@ from .memory_operator import SequenceRunner, is_memory
 from .patterns import recognise
 from .plan import Plan, describe
 from .program import Call, Program, Result
+from .whole_histories import use_whole_histories
 
 BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
 
@@ -185,7 +187,7 @@ def _compile(
         len(call.xs), len(call.constants), len(call.initial), len(call.reset_to or ()), len(trace.tensors),
         call.lengths is not None, call.mask is not None, call.resets is not None,
     )  # fmt: skip
-    graph = trace.graph
+    graph = trace.graph if training else _batched_form(trace)
     mixing = bool(mixing_reasons(graph)) if graph.batch is not None else False
     one_loop = mixing and (call.lengths is not None or call.mask is not None)
     needs = _as_needs(layout, tensors) if training else None
@@ -195,6 +197,14 @@ def _compile(
     if lowered is None:
         lowered = capture.plans[key] = Lowered(graph, capture.program.state_names, backend, save, nested, one_loop, needs)
     return Invocation(capture, layout, call.reverse, call.on_masked, training, nested, mixing, lowered)
+
+
+def _batched_form(trace: Trace) -> StepGraph:
+    """The graph of a forward trace for all steps at once. The trace keeps its own: a stream runs that step by step."""
+    if trace.batched is None:
+        trace.batched, _ = copied(trace.graph)
+        trace.keep_alive.extend(use_whole_histories(trace.batched))
+    return trace.batched
 
 
 class Lowered:

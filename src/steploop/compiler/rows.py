@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from .graph import Rows, Size, StepGraph, expression
+from .history_products import PRODUCTS
 
 aten = torch.ops.aten
 
@@ -720,7 +721,13 @@ def _loop_operator(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
 
 _PERMUTE = _permutation(lambda node, rank: [d % rank for d in node.args[1]])
 
-RULES: dict[Any, Callable] = {}
+
+def _history_product(node: fx.Node, batch: sympy.Symbol) -> Axis:
+    """Rows stay apart in products with a history; axis 0 is the rows, and what goes with each."""
+    return Rows(0, 1, int(_shape(node)[0] / batch))
+
+
+RULES: dict[Any, Callable] = dict.fromkeys(PRODUCTS, _history_product)
 
 PACKET_RULES: dict[str, Callable] = {
     **dict.fromkeys(["view", "reshape", "_unsafe_view"], _view),

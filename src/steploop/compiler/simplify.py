@@ -105,6 +105,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         if shape_of(source) == shape_of(node):
             return source
         if target is not aten.expand.default:
+            if -1 in args[1]:  # no rows at all leave it open what -1 stands for
+                args = node.args = (source, [s if isinstance(s, int) else Size(s) for s in shape_of(node)])
             node.target = aten.view.default if target is not aten.reshape.default else target
             if source.target is aten.view.default and target is not aten.reshape.default:
                 node.args = (source.args[0], args[1])

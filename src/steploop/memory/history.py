@@ -33,7 +33,9 @@ class History(Memory):
     """y_t = (x_0, ..., x_t): all frames since the start or the latest reset. RETURNN's CumConcatLayer.
 
     history(x): x (B, ...) -> Past(values (B, C, ...), lengths (B,)), see there. A whole sequence gives
-    (T, B, C, ...): memory grows with T squared, so use CausalSelfAttention for what it covers.
+    (T, B, C, ...), unless the step only multiplies and sums the values: scores of a query with every frame
+    and weighted sums of frames, written as matrix products, einsum, or a product and its sum, outside of
+    loops. Then the products are taken with (B, C, ...) and what a step must not see is taken out of the result.
     """
 
     def __init__(self) -> None:
@@ -62,6 +64,31 @@ class History(Memory):
             wide(_in_use(values.shape[2], index + 1), values), values, torch.zeros_like(values)
         )
         return Past(values, index + 1), {"count": after, "frames": slots.at_end(everything)}
+
+    def frames_of_all_steps(
+        self,
+        xs: tuple[Any, ...],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+        """The whole sequence for products alone, which need no (T, B, C, ...).
+
+        Arguments and states as for `sequence`. Gives (B, C, ...), every frame in the slot it would have without
+        resets; (T, B) slots in use after each step; (T, B) frames written until then, resets or not. After a
+        reset slot 0 is that of the first frame since.
+        """
+        x, frames = cleaned(xs[0], lengths), state["frames"]
+        index, after = counting(state["count"], reset_to["count"], len(x), lengths, resets)
+        plain = Slots(state["count"], frames.shape[1], len(x), lengths, None)
+        everything = plain.at_end(plain.join(frames, x, frames))
+        final = everything
+        if resets is not None:
+            slots = Slots(state["count"], frames.shape[1], len(x), lengths, resets)
+            final = slots.at_end(slots.join(frames, x, reset_to["frames"]))
+        ends = state["count"] + torch.arange(1, len(x) + 1, device=x.device)[:, None]
+        return (everything, index + 1, ends), {"count": after, "frames": final}
 
 
 class RelativePositions(Memory):

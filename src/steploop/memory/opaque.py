@@ -46,8 +46,17 @@ def opaque_step(op: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str
             )  # fmt: skip
         return flatten(result)[0], [after[n] for n in names]
 
+    def frames(x: list[Tensor], c: list[Tensor], start: list[Tensor], back: list[Tensor], lengths: Any, resets: Any,
+               steps: int) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        with run_in(None):
+            outputs, after = op.frames_of_all_steps(
+                unflatten(x, x_tree), dict(zip(names, start)), dict(zip(names, back)), lengths, resets
+            )
+        return list(outputs), [after[n] for n in names]
+
     prevs = [frame.prev[s] for s in states]
-    called = call_memory(op, one_step, whole_sequence, x_leaves, constant_leaves, prevs)
+    once = frames if hasattr(op, "frames_of_all_steps") else None
+    called = call_memory(op, one_step, whole_sequence, once, x_leaves, constant_leaves, prevs)
     if called is None:
         return op.step(*xs, **arguments)
     outputs, nexts = called
