@@ -95,13 +95,25 @@ class Capture:
                 self.joint = self._trace_joint(dependencies)
         return self.joint
 
+    def _joint(self, dependencies: Dependencies, tensors: list[Tensor], inline: set[int]) -> Trace:
+        if self.symbolic:
+            with tracing(inline) as memory:
+                joint = trace_joint(dependencies.program, self.signature, True, tensors)
+            joint.keep_alive.extend(memory.calls)
+        else:  # as in `_fixed_trace`
+            joint = trace_joint(dependencies.program, self.signature, False, tensors)
+        simplify(joint.graph)
+        return joint
+
     def _trace_joint(self, dependencies: Dependencies) -> Trace:
         tensors = self.tensors(dependencies)
-        with _Unchanged(dependencies), tracing(set(self.inline)) as memory:
-            joint = trace_joint(dependencies.program, self.signature, self.symbolic, tensors)
-        joint.keep_alive.extend(memory.calls)
+        with _Unchanged(dependencies):
+            joint = self._joint(dependencies, tensors, set(self.inline))
+            opaque = {id(call.op) for call in calls_in(joint.graph.graph)}
+            if opaque and annotate(joint.graph):
+                # Where gradients mix rows, everything may have to be one loop.
+                joint = self._joint(dependencies, tensors, opaque | set(self.inline))
         _check_same(self.forward, joint)
-        simplify(joint.graph)
         joint.keep_alive.extend(use_whole_histories(joint.graph))
         self.joint_slots = _settle(joint, dependencies)
         return joint

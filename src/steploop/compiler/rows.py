@@ -585,7 +585,17 @@ def _index(node: fx.Node, batch: sympy.Symbol) -> Axis:
 
 
 def _index_put(node: fx.Node, batch: sympy.Symbol) -> Axis:
-    raise Mixed("writes into rows by index")
+    """Adding up values of all rows in zeros without rows: the gradient of `_index`."""
+    into, indices, values = node.args[:3]
+    adds = len(node.args) > 3 and node.args[3] and into.target is aten.zeros.default
+    given = [d for d, i in enumerate(indices) if i is not None]
+    if not adds or into.meta["rows"] is not None or given != list(range(given[0], given[0] + len(given))):
+        raise Mixed("writes into rows by index")
+    plain = [indices[d] for d in given]
+    rows = _aligned(plain, max(len(_shape(i)) for i in plain))
+    if values.meta["rows"] != Rows(rows.dim + given[0], rows.outer, rows.inner):
+        raise Mixed("writes into rows by index")
+    return CONTRACTED
 
 
 def _pad(node: fx.Node, batch: sympy.Symbol) -> Axis:

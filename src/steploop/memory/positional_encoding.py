@@ -22,7 +22,7 @@ class PositionalEncoding(Memory):
     D is odd); w_i = base ** -(2i / D) with sines and cosines in turn with "interleaved" (Vaswani et al.
     2017). t counts the row's valid steps since the start or the latest reset.
 
-    size: D.  encoding(): (B, D);  encoding(x): x (B, D) -> x + pe_t.
+    size: D.  encoding(): (B, D);  encoding(x): x (B, D) -> x + pe_t.  `at(positions)` gives pe at other positions.
     Raises InputError for a size that is no whole number >= 1, or an unknown layout.
     """
 
@@ -58,11 +58,12 @@ class PositionalEncoding(Memory):
         return self._added(x, index), {"count": after}
 
     def _added(self, x: Tensor | None, count: Tensor) -> Tensor:
-        encoding = self._at(count)
+        encoding = self.at(count)
         return encoding if x is None else x + encoding.to(x.dtype)
 
-    def _at(self, count: Tensor) -> Tensor:
-        """(..., D) for counts (...)."""
+    def at(self, count: Tensor) -> Tensor:
+        """pe at any positions (...), integers -> (..., D). It remembers nothing: for a constant position, or with
+        an offset, `encoding.at(index() + offset)`, index a `StepIndex`. RETURNN's `constant` and `offset`."""
         angle = count.unsqueeze(-1).to(self.frequency.dtype) * self.frequency
         if self.layout == "interleaved":
             return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., : self.size]

@@ -30,8 +30,9 @@ class TwoDLSTM(Memory):
     whole sequence goes by anti-diagonals: T + S - 1 steps, each over all cells that it can reach.
 
     source_size, target_size, hidden_size: features.  bias: whether there is one (RETURNN: none).
-    pooling: over the source positions of a row: "last", "max", "mean", "weighted" (by a
-        softmax of t_y weight_pool h[y,x] over valid x; RETURNN's counts padded x too), or None: all of them.
+    pooling: over the valid source positions of a row: "last", "max", "mean", "weighted" (by a softmax of
+        t_y weight_pool h[y,x]), or None: all of them. (RETURNN's max and weighted take the zeros at padded x
+        too, so a row depends on the others' lengths; for its numbers pool what None gives.)
 
     lstm(target_x, source=..., source_lengths=None): target_x (B, target_size), source (B, S, source_size),
     source_lengths (B,) -> (B, hidden_size), zeros where the source is empty; without pooling (B, S,
