@@ -138,15 +138,20 @@ def is_linear_recurrence(loop: LoopProgram) -> bool:
         inside = [a for a in node.all_input_nodes if a in depends]
         if not inside:
             continue
-        if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        if node.target in _SCALINGS:
             if len(inside) != 1 or node.args[0] not in depends and node.target is aten.div.Tensor:
+                return False
+        elif node.target in _MIXTURES:
+            if node.args[2] in depends:
                 return False
         elif node.target not in _LINEAR:
             return False
         depends.add(node)
-    return bool(loop.prevs) and any(n.target is aten.mul.Tensor for n in loop.calls)
+    return bool(loop.prevs) and any(n.target in _SCALINGS or n.target in _MIXTURES for n in loop.calls)
 
 
+_SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
+_MIXTURES = {aten.lerp.Scalar, aten.lerp.Tensor}  # lerp(a, b, w) = a + w (b - a)
 _LINEAR = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.unsqueeze.default}
 
 

@@ -149,7 +149,18 @@ def linear_in(node: fx.Node) -> bool:
         if node.target is aten.div.Tensor and not first:
             return False
         return len(contracted) == 1 and all(not n.meta["varies"] for n in others) and len(node.args) == 2
+    if node.target in _LINEAR_IN_FIRST:
+        return contracted == [node.args[0]] and all(not n.meta["varies"] for n in others)
     return False
+
+
+# Gradients of what a step makes of parameters alone (a decay that is a sigmoid, say).
+_LINEAR_IN_FIRST = {
+    aten.sigmoid_backward.default, aten.tanh_backward.default, aten.threshold_backward.default,
+    aten.softplus_backward.default, aten.elu_backward.default, aten.leaky_relu_backward.default,
+    aten.silu_backward.default, aten.gelu_backward.default, aten.hardtanh_backward.default,
+    aten.log_sigmoid_backward.default, aten._softmax_backward_data.default, aten._log_softmax_backward_data.default,
+}  # fmt: skip
 
 
 _LINEAR = {
