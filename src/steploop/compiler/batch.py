@@ -23,6 +23,7 @@ from .history_products import PRODUCTS
 from .partition import State, is_cheap_constant
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument
 from .schedule import Span
+from .simplify import is_random
 
 aten = torch.ops.aten
 
@@ -368,9 +369,12 @@ class StackedPiece:
                     following = rowwise.spread(following, state.next)
                 known[run] = rowwise.delay(state.prev, following)
                 continue
-            reads, made, function = run
-            in_dims = tuple(0 if n.meta["varies"] else None for n in reads)
-            arguments = [known[n] for n in reads]
+            reads, made, drawn_from, function = run
+            in_dims = tuple(0 if n.meta["varies"] or n in drawn_from else None for n in reads)
+            # A draw in the shape of something that does not vary would be drawn once for all steps by vmap.
+            arguments = [
+                rowwise.spread(known[n], n) if n in drawn_from and not n.meta["varies"] else known[n] for n in reads
+            ]
             if rowwise.steps == 0:
                 outputs = [_empty_stack(n) for n in made]
             elif any(d == 0 for d in in_dims):
@@ -401,8 +405,12 @@ def _runs(nodes: Sequence[fx.Node], delayed: dict[fx.Node, State]) -> list[Any]:
     return runs
 
 
-def _stacked_function(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node], Callable[..., Any]]:
+def _stacked_function(
+    nodes: list[fx.Node],
+) -> tuple[list[fx.Node], list[fx.Node], set[fx.Node], Callable[..., Any]]:
+    """What a run of calls reads and makes, what its draws read, and the function of one step."""
     inside = set(nodes)
+    drawn_from = {i for n in nodes if is_random(n) for i in n.all_input_nodes}
     reads = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside))
     made = [n for n in nodes if isinstance(n.meta["val"], Tensor)]
     source = Source()
@@ -414,4 +422,4 @@ def _stacked_function(nodes: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node
     for node in nodes:
         source.add(f"{node.name} = {call_text(source, node, lambda n: n.name)}")
     source.add(f"return ({', '.join(n.name for n in made)}{',' if made else ''})")
-    return reads, made, source.build("stacked")
+    return reads, made, drawn_from, source.build("stacked")

@@ -48,7 +48,6 @@ class Dropout(Step):
     def _sequence_seed(self) -> Tensor:
         """The row's seed, drawn now where the row has none yet: so a reset draws a new one."""
         seed = self.seed.prev
-        # randint, not randint_like: what does not depend on a state is drawn for all steps at once
         seed = torch.where(seed == 0, torch.randint(1, 2**62, seed.shape, device=seed.device), seed)
         self.seed.next = seed
         return seed

@@ -84,7 +84,6 @@ class Zoneout(Step):
         if p == 0.0:
             return new
         if self.training:
-            # torch.rand, not rand_like: numbers that do not depend on a state are drawn for all steps at once
             return torch.where(torch.rand(new.shape, device=new.device) < p, prev, new)
         return p * prev + (1.0 - p) * new
 
