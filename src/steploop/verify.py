@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import dispatch
+from . import dispatch, replay
 from .backends import reference
 from .closed_over import trainable
 from .compare import Difference, compare
@@ -72,8 +72,8 @@ def verify(what: Any, *arguments: Any, **options: Any) -> Report:
     parameters are compared, each relative to its largest entry: float64 to 1e-9, float32 to 1e-5 and 1e-4
     (gradients). Forward only where nothing requires a gradient. A step that takes discrete decisions (argmax,
     spikes, integer states), where rounding can change everything that follows, is compared one step at a time
-    from the reference's states. With random numbers only shapes, dtypes and finiteness can be compared; the
-    report says so.
+    from the reference's states. A step that draws random numbers is run with the same ones both ways, given to it
+    as inputs; where that is impossible, only shapes, dtypes and finiteness are compared. The report says so.
 
     Returns a Report. Raises MismatchError with the worst tensor, row, step and both values.
     """
@@ -125,26 +125,53 @@ def _compare_runs(
     copies = [_Copies(subject, arguments, options) for _ in range(2)]
     backward = torch.is_grad_enabled() and (bool(parameters) or copies[0].any_required_grad)
     report = Report(subject.backend, [])
-    runs = []
-    random = torch.random.get_rng_state()
-    drawn = False
-    for copy, run in zip(copies, (_run_reference, _run_optimised(subject)), strict=True):
-        buffers.restore()
-        runs.append(_Run.of(copy, run, parameters if backward else None))
-        runs[-1].buffers = buffers.now()
-        drawn = drawn or not torch.equal(random, torch.random.get_rng_state())
+    calls = [copy.prepared for copy in copies]
+    runs, drawn = _both_ways(subject, copies, calls, parameters if backward else None, buffers)
     if not backward:
         report.notes.append("forward only: nothing requires a gradient")
     if drawn:
-        report.notes.append("the step draws random numbers: only shapes, dtypes and finiteness were compared")
-        report.differences = [d for d in _shapes_only(*runs)]
-        return report
+        report.differences = list(_shapes_only(*runs))
+        alike = _same_draws(*calls) if report.ok else None
+        try:
+            if alike is not None:
+                runs, drawn = _both_ways(subject, copies, alike, parameters if backward else None, buffers)
+        except Exception:
+            # As it is the step runs both ways; it only can't be given numbers.
+            alike = None
+        if alike is None or drawn:
+            report.notes.append("the step draws random numbers: only shapes, dtypes and finiteness were compared")
+            return report
+        calls = alike
+        report.notes.append("the step draws random numbers: both ways were given the same ones")
     report.differences = list(_differences(*runs))
-    if not report.ok and _is_discrete(copies[0].prepared):
+    if not report.ok and _is_discrete(calls[0]):
         buffers.restore()
         report.step_by_step = True
-        report.differences = _step_by_step(subject, copies[0].prepared, parameters if backward else None)
+        report.differences = _step_by_step(subject, calls[0], parameters if backward else None)
     return report
+
+
+def _both_ways(
+    subject: _Subject, copies: list[_Copies], calls: list[Any], parameters: Any, buffers: _Buffers
+) -> tuple[list[_Run], bool]:
+    """The reference's run and the optimised one, and whether random numbers were drawn."""
+    runs = []
+    random = torch.random.get_rng_state()
+    for copy, call, run in zip(copies, calls, (_run_reference, _run_optimised(subject)), strict=True):
+        buffers.restore()
+        targets = None if parameters is None else [*copy.leaves, *parameters]
+        runs.append(_Run.of(call.program, call.call, run, targets))
+        runs[-1].buffers = buffers.now()
+    return runs, not torch.equal(random, torch.random.get_rng_state())
+
+
+def _same_draws(first: Any, second: Any) -> list[Any] | None:
+    """Both calls with the same random numbers as inputs; None where that is impossible."""
+    try:
+        found = replay.replayed(first.program, first.call)
+        return None if found is None else [found, replay.with_numbers_of(found, second.call)]
+    except Exception:
+        return None
 
 
 def _run_reference(program: Program, call: Call) -> Result:
@@ -205,13 +232,7 @@ class _Run:
     buffers: list[tuple[str, Tensor]] = field(default_factory=list)
 
     @staticmethod
-    def of(copy: _Copies, run: Callable[[Program, Call], Result], parameters: Any) -> _Run:
-        prepared = copy.prepared
-        targets = None if parameters is None else [*copy.leaves, *parameters]
-        return _Run.of_call(prepared.program, prepared.call, run, targets)
-
-    @staticmethod
-    def of_call(
+    def of(
         program: Program,
         call: Call,
         run: Callable[[Program, Call], Result],
@@ -335,7 +356,7 @@ def _step_by_step(
         for run in (_run_reference, _run_optimised(subject)):
             one, targets = _one_step(program, call, t, states)
             targets = None if parameters is None else [*targets, *parameters]
-            runs.append(_Run.of_call(program, one, run, targets))
+            runs.append(_Run.of(program, one, run, targets))
         for difference in _differences(*runs):
             if difference.kind != "output":
                 difference.name += f" after step {t}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import steploop as sl
@@ -152,15 +153,73 @@ def test_a_wrong_discrete_step_is_found(backend):
         sl.verify(Spikes(), torch.rand(20, 4, 2))
 
 
-def test_random_numbers_leave_shapes_only(backend):
-    backend(right)
+class Noisy(sl.Step):
+    """A state of as many features as there are rows in the tests, and a draw of it."""
 
-    class Noisy(sl.Step):
-        def step(self, x):
-            return x + torch.randn_like(x)
+    def __init__(self, draw):
+        super().__init__()
+        self.mix, self.h = nn.Linear(4, 4), sl.State(4)
+        self.draw = draw
 
-    report = sl.verify(Noisy(), torch.zeros(3, 2, 2))
-    assert "random" in str(report)
+    def step(self, x):
+        self.h.next = torch.tanh(self.mix(self.h.prev) + x) + self.draw(self.h.prev)
+        return self.h.next
+
+
+DRAWS = {
+    "rand_like": torch.rand_like,
+    "rand": lambda h: torch.rand(h.shape),
+    "turned": lambda h: torch.rand(h.shape[::-1]).t(),
+    "dropout": lambda h: F.dropout(h, 0.5),
+    "bernoulli": lambda h: torch.bernoulli(torch.sigmoid(h)),
+    "bernoulli_": lambda h: torch.empty_like(h).bernoulli_(),
+    "normal": lambda h: torch.normal(h.detach(), h.detach().abs()),
+    "normal_": lambda h: torch.empty_like(h).normal_(1, 2),
+    "multinomial": lambda h: torch.multinomial(h.softmax(-1), 1).to(h.dtype),
+    "geometric_": lambda h: torch.empty_like(h).geometric_(0.5),
+    "one number for each row": lambda h: torch.rand(h.shape[0], 1),
+}
+GIVEN, NOT_GIVEN = "both ways were given the same ones", "only shapes, dtypes and finiteness were compared"
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_are_the_same_both_ways(name):
+    call = dict(lengths=[6, 0, 3, 2], resets=torch.rand(6, 4) < 0.3)
+    report = sl.verify(Noisy(DRAWS[name]), torch.randn(6, 4, 4), **call)
+    assert report.ok and GIVEN in str(report)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_wrong_random_step_is_found(backend, name):
+    def wrong(result, call):
+        return type(result)([1.01 * o for o in result.outputs], result.states, result.out_spec)
+
+    backend(wrong)
+    with pytest.raises(sl.MismatchError, match="outputs"):
+        sl.verify(Noisy(DRAWS[name]), torch.randn(6, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda h: torch.poisson(h.abs()),
+        lambda h: F.dropout(h.view(-1, 2)).view(h.shape),  # rows in groups
+        lambda h: torch.rand(4),  # the same for all rows
+    ],
+)
+def test_random_numbers_that_are_no_inputs_leave_shapes_only(draw):
+    report = sl.verify(Noisy(draw), torch.randn(6, 4, 4))
+    assert report.ok and NOT_GIVEN in str(report)
+
+
+def test_random_numbers_without_a_batch_are_the_same_both_ways():
+    def step(h, x):
+        h = torch.tanh(h + x) * torch.rand(3)
+        return h, h + torch.randn_like(h)
+
+    report = sl.verify(step, torch.zeros(3), torch.randn(5, 3))
+    assert report.ok and GIVEN in str(report)
+    assert NOT_GIVEN in str(sl.verify(step, torch.zeros(3), torch.randn(0, 3)))  # draws only for the shapes
 
 
 def test_the_callers_data_and_buffers_are_left_alone(backend):
