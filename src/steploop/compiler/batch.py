@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
-from .graph import Rows
+from .graph import Rows, expression
 from .history_products import PRODUCTS
 from .partition import State, is_cheap_constant
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument
@@ -123,12 +124,31 @@ class Piece:
         self.nodes = list(nodes)
         self.results = list(results)
         self.row_sums: set[fx.Node] = set()
+        self.batch = batch
         self.printer = _Printer(self, summed, batch, delayed)
         self.reads = self.printer.reads
         self.function = self.printer.build()
 
     def __call__(self, rowwise: Rowwise, sizes: dict[str, int], values: Sequence[Tensor]) -> Sequence[Tensor]:
+        if rowwise.span.total == 0:
+            return [self._of_no_rows(n, rowwise, sizes) for n in self.results]
         return self.function(rowwise, sizes, values)
+
+    def _of_no_rows(self, node: fx.Node, rowwise: Rowwise, sizes: dict[str, int]) -> Any:
+        """A result where no step is valid; sums are zero. (Some of torch's operations can't take no rows.)"""
+        rows = rowwise.batch if node in self.row_sums else 0
+        known = {**sizes, str(self.batch): rows}
+
+        def empty(value: Tensor) -> Tensor:
+            shape = [size_at(expression(n), known) for n in value.shape]
+            return torch.zeros(shape, dtype=value.dtype, device=rowwise.span.schedule.device)
+
+        return tree_map_only(Tensor, empty, node.meta["val"])
+
+
+def size_at(expr: Any, sizes: dict[str, int]) -> int:
+    """The value of a size, by the names of its symbols."""
+    return expr if isinstance(expr, int) else int(expr.subs({s: sizes[str(s)] for s in expr.free_symbols}))
 
 
 class _Printer:
@@ -388,9 +408,13 @@ class StackedPiece:
         return [known[n] for n in self.results]
 
 
-def _empty_stack(node: fx.Node) -> Tensor:
+def _parts(node: fx.Node) -> Sequence[Any]:
     value = node.meta["val"]
-    return torch.empty((0, *map(int, value.shape)), dtype=value.dtype)
+    return value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _empty_stack(node: fx.Node) -> Any:
+    return tree_map_only(Tensor, lambda v: torch.empty((0, *map(int, v.shape)), dtype=v.dtype), node.meta["val"])
 
 
 def _runs(nodes: Sequence[fx.Node], delayed: dict[fx.Node, State]) -> list[Any]:
@@ -412,7 +436,7 @@ def _stacked_function(
     inside = set(nodes)
     drawn_from = {i for n in nodes if is_random(n) for i in n.all_input_nodes}
     reads = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside))
-    made = [n for n in nodes if isinstance(n.meta["val"], Tensor)]
+    made = [n for n in nodes if all(isinstance(v, Tensor) for v in _parts(n))]
     source = Source()
     source.add("def stacked(sizes, values):", 0)
     if reads:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from . import blocks
-from .batch import OncePiece, Piece, Rowwise, StackedPiece
+from .batch import OncePiece, Piece, Rowwise, StackedPiece, size_at
 from .graph import Rows, expression
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
@@ -174,10 +174,6 @@ class Executable:
             return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest)
 
 
-def _at(expr: Any, sizes: dict[str, int]) -> int:
-    return expr if isinstance(expr, int) else int(expr.subs({s: sizes[str(s)] for s in expr.free_symbols}))
-
-
 class _Runner:
     def __init__(self, executable: Executable, given, initial, reset_to, schedule: Schedule, sizes):
         self.e, self.schedule, self.sizes = executable, schedule, sizes
@@ -224,7 +220,7 @@ class _Runner:
         """Memory for a value of all steps."""
         value, rows = node.meta["val"], node.meta["rows"]
         sizes = {**self.sizes, str(self.problem.batch): self.schedule.total}
-        shape = [_at(expression(s), sizes) for s in value.shape]
+        shape = [size_at(expression(s), sizes) for s in value.shape]
         if rows is None:
             shape = [self.schedule.steps, *shape]
         return blocks.empty(shape, value.dtype, self.schedule.device)

@@ -17,10 +17,11 @@ from torch import Tensor, fx
 
 from .execute import Executable
 from .graph import Size, StepGraph, expression
+from .hoists import HOISTS
 from .memory_operator import is_whole, own_prevs
 from .partition import Partition, Problem, State, loop_nodes, partition
 from .rows import annotate
-from .simplify import HOISTS, is_random, remove_dead
+from .simplify import is_random, remove_dead
 
 aten = torch.ops.aten
 SAVE_LIMIT = 1 << 30  # bytes that save="auto" may keep beyond the states

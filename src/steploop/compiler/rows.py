@@ -171,7 +171,8 @@ _LINEAR = {
     aten.select_backward.default, aten.reshape.default, aten._unsafe_view.default, aten.mul.Scalar,
     aten.div.Scalar, aten.constant_pad_nd.default, aten.embedding_dense_backward.default,
     aten.split_with_sizes.default, aten.split.Tensor, aten.clone.default, aten.view_as_real.default,
-    aten.view_as_complex.default, aten._conj.default, aten.diagonal.default,
+    aten.view_as_complex.default, aten._conj.default, aten.diagonal.default, aten.tril.default,
+    aten.triu.default,
 }  # fmt: skip
 
 
@@ -761,6 +762,7 @@ PACKET_RULES: dict[str, Callable] = {
     **dict.fromkeys(["max", "min", "median", "mode"], _reduction(False, 1, 2, 2)),
     "kthvalue": _reduction(False, 2, 3, 2),
     **dict.fromkeys(["cumsum", "cumprod", "logcumsumexp", "_softmax", "_log_softmax", "softmax", "log_softmax",
+                     "_safe_softmax",
                      "flip"], _along()),
     **dict.fromkeys(["cummax", "cummin"], _along(results=2)),
     "sort": _along(1, "dim", 2, -1),

@@ -1,7 +1,7 @@
 """Algebra on a step graph that frees work from the loop, and removes what nobody needs.
 
-Every pass takes a StepGraph and edits it in place; `PASSES` lists them in order. `HOISTS` come after the loops
-are known, take the nodes that are in one, and move parts of products and sums out of it.
+Every pass takes a StepGraph and edits it in place; `PASSES` lists them in order. Those at the end come after the
+loops are known (`hoists.py`), take the nodes that are in one, and move parts of products and sums out of it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def simplify(step: StepGraph) -> None:
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """The sizes of a tensor as ints and sympy expressions (comparable, without adding conditions)."""
     return tuple(expression(s) for s in node.meta["val"].shape)
+
+
+def sizes_of(shape: Iterable[Any]) -> list[Any]:
+    """Sizes as they stand in a node's arguments."""
+    return [e if isinstance(e, int) else Size(e) for e in map(expression, shape)]
 
 
 def _value(argument: Any, mode: Any) -> Any:
@@ -73,11 +78,11 @@ def replace(step: StepGraph, old: fx.Node, new: fx.Node) -> None:
                 roles[i] = new
 
 
-def _calls(step: StepGraph, *targets: Any) -> list[fx.Node]:
+def calls(step: StepGraph, *targets: Any) -> list[fx.Node]:
     return [n for n in step.graph.nodes if n.op == "call_function" and (not targets or n.target in targets)]
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     if position < len(node.args):
         return node.args[position]
     return node.kwargs.get(name, default)
@@ -88,7 +93,7 @@ def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 
 def remove_identities(step: StepGraph) -> None:
     """Copies, full slices, views and casts that change nothing."""
-    for node in _calls(step):
+    for node in calls(step):
         same = _same_as(node)
         if same is not None and same is not node:
             replace(step, node, same)
@@ -120,7 +125,7 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         source = args[0].meta["val"]
         return args[0] if (source.dtype, source.device) == (node.meta["val"].dtype, node.meta["val"].device) else None
     if target is aten.slice.Tensor and shape_of(args[0]) == shape_of(node):
-        return args[0] if _argument(node, 4, "step", 1) == 1 else None
+        return args[0] if argument(node, 4, "step", 1) == 1 else None
     if target is aten.slice_scatter.default and shape_of(args[0]) == shape_of(args[1]):
         return args[1]
     if target is aten.slice_backward.default and shape_of(args[0]) == shape_of(node):
@@ -151,17 +156,17 @@ def _copied(node: fx.Node) -> fx.Node:
 
 def expose_products(step: StepGraph) -> None:
     """addmm and baddbmm as a product and a sum, so that each can go its own way."""
-    for node in _calls(step, aten.addmm.default, aten.baddbmm.default):
+    for node in calls(step, aten.addmm.default, aten.baddbmm.default):
         if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 3:
             continue
         bias, a, b = node.args
         product = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
         product = call(node, product, a, b)
         replace(step, node, call(node, aten.add.Tensor, product, bias))
-    for node in _calls(step, aten.linear.default):
+    for node in calls(step, aten.linear.default):
         if len(shape_of(node.args[0])) == 2:
             result = call(node, aten.mm.default, node.args[0], call(node, aten.t.default, node.args[1]))
-            bias = _argument(node, 2, "bias", None)
+            bias = argument(node, 2, "bias", None)
             replace(step, node, result if bias is None else call(node, aten.add.Tensor, result, bias))
     remove_dead(step)
 
@@ -170,7 +175,7 @@ def split_products(step: StepGraph, in_loop: set[fx.Node]) -> bool:
     """linear(cat(a, b)) = linear_a(a) + linear_b(b) where only b is in the loop, and the transpose of that: a
     product of which one slice is needed in the loop and another outside becomes two products."""
     changed = False
-    for node in _calls(step, aten.mm.default):
+    for node in calls(step, aten.mm.default):
         if node not in in_loop or node.args[1] in in_loop:
             continue
         changed |= _split_sum(step, node, in_loop) or _split_result(step, node, in_loop)
@@ -212,7 +217,7 @@ def _columns(node: Any) -> list[fx.Node] | None:
     """The parts of a concatenation along axis 1 of matrices, all of known width."""
     if not isinstance(node, fx.Node) or node.target is not aten.cat.default:
         return None
-    if _argument(node, 1, "dim", 0) not in (1, -1) or len(shape_of(node)) != 2:
+    if argument(node, 1, "dim", 0) not in (1, -1) or len(shape_of(node)) != 2:
         return None
     parts = list(node.args[0])
     ok = all(len(shape_of(p)) == 2 and isinstance(shape_of(p)[1], int) for p in parts)
@@ -231,18 +236,38 @@ def _results(step: StepGraph) -> set[fx.Node]:
     return {n for role in roles for n in role if n is not None}
 
 
-def drop_unread_statistics(step: StepGraph) -> None:
-    """With fixed statistics the gradient of a batch norm reads nothing that its forward computed."""
-    for node in _calls(step, aten.native_batch_norm_backward.default):
-        if not node.args[7]:
-            node.args = (*node.args[:5], None, None, *node.args[7:])
+def expose_fixed_statistics(step: StepGraph) -> None:
+    """The gradient of a batch norm in eval mode as arithmetic: it is one of a product and a sum."""
+    for node in calls(step, aten.native_batch_norm_backward.default):
+        if node.args[7] or any(u.target is not operator.getitem for u in node.users):
+            continue
+        for user in list(node.users):
+            replace(step, user, _of_fixed_statistics(node, user.args[1]))
     remove_dead(step)
+
+
+def _of_fixed_statistics(node: fx.Node, which: int) -> fx.Node:
+    """The gradient of input, weight or bias."""
+    grad, x, weight, mean, variance = node.args[:5]
+    rank = len(shape_of(grad))
+
+    def wide(value: fx.Node) -> fx.Node:
+        return call(node, aten.view.default, value, [-1, *[1] * (rank - 2)])
+
+    inverse = call(node, aten.rsqrt.default, call(node, aten.add.Tensor, variance, node.args[8]))
+    if which == 0:
+        scale = inverse if weight is None else call(node, aten.mul.Tensor, inverse, weight)
+        return call(node, aten.mul.Tensor, grad, wide(scale))
+    if which == 1:
+        normal = call(node, aten.mul.Tensor, call(node, aten.sub.Tensor, x, wide(mean)), wide(inverse))
+        grad = call(node, aten.mul.Tensor, grad, normal)
+    return call(node, aten.sum.dim_IntList, grad, [0, *range(2, rank)])
 
 
 def split_backward_calls(step: StepGraph) -> None:
     """A backward call that gives the gradients of input and weights becomes two: one may have to stay in the
     loop, the other never."""
-    for node in _calls(step):
+    for node in calls(step):
         where = {aten.native_layer_norm_backward.default: 7, aten.native_group_norm_backward.default: 9,
                  aten.convolution_backward.default: 10, aten.native_batch_norm_backward.default: 9,
                  }.get(node.target)  # fmt: skip
@@ -270,7 +295,7 @@ def split_backward_calls(step: StepGraph) -> None:
 def remove_duplicates(step: StepGraph) -> None:
     """Common subexpressions."""
     known: dict[Any, fx.Node] = {}
-    for node in _calls(step):
+    for node in calls(step):
         if is_random(node):
             continue
         key = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
@@ -313,7 +338,7 @@ PASSES: list[Callable[[StepGraph], None]] = [
     remove_identities,
     remove_duplicates,
     expose_products,
-    drop_unread_statistics,
+    expose_fixed_statistics,
     split_backward_calls,
     remove_identities,
     remove_duplicates,
@@ -326,7 +351,7 @@ PASSES: list[Callable[[StepGraph], None]] = [
 def distribute(step: StepGraph, in_loop: set[fx.Node]) -> bool:
     """W(a + b) = W a + W b where only b is in the loop: the product of a leaves it."""
     changed = False
-    for node in _calls(step, aten.mm.default):
+    for node in calls(step, aten.mm.default):
         left, right = node.args
         if node not in in_loop or right in in_loop or left not in in_loop or not _plain_sum(left):
             continue
@@ -343,7 +368,7 @@ def distribute(step: StepGraph, in_loop: set[fx.Node]) -> bool:
 def gather_sums(step: StepGraph, in_loop: set[fx.Node]) -> bool:
     """In a sum of several terms, those from outside the loop are added up outside."""
     changed = False
-    for node in reversed(_calls(step, aten.add.Tensor)):
+    for node in reversed(calls(step, aten.add.Tensor)):
         if node not in in_loop or not _plain_sum(node) or _continues(node, in_loop):
             continue
         terms = _terms(node, in_loop)
@@ -388,133 +413,3 @@ def _terms(node: fx.Node, in_loop: set[fx.Node]) -> list[fx.Node]:
         inner = _plain_sum(part) and len(part.users) == 1 and part.args[0] is not part.args[1]
         terms.extend(_terms(part, in_loop) if inner else [part])
     return terms
-
-
-def hoist_masks(step: StepGraph, in_loop: set[fx.Node]) -> bool:
-    """native_dropout in a loop as a mask, which depends on nothing but sizes, and a product."""
-    changed = False
-    for node in _calls(step, aten.native_dropout.default):
-        x, p, train = node.args
-        rows = x.meta["rows"]
-        if node not in in_loop or train is False or not (rows is None or rows.outer == 1):
-            continue
-        value, mask = node.meta["val"]
-        zeros = _made(node, aten.zeros.default, _sizes(value), like=value)
-        kept = call(node, aten.bernoulli.p, zeros, 1 - p)
-        scaled = call(node, aten.mul.Tensor, kept, 0.0 if p == 1 else 1 / (1 - p))
-        kept = call(node, aten._to_copy.default, kept, dtype=mask.dtype)
-        results = (call(node, aten.mul.Tensor, x, scaled), kept)
-        for user in list(node.users):
-            replace(step, user, results[user.args[1]])
-        changed = True
-    remove_dead(step)
-    return changed
-
-
-def _sizes(value: Tensor) -> list[Any]:
-    return [e if isinstance(e, int) else Size(e) for e in map(expression, value.shape)]
-
-
-def _made(before: fx.Node, target: Any, *args: Any, like: Tensor) -> fx.Node:
-    """A value made from sizes, with the metadata of another."""
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args, {"dtype": like.dtype, "device": like.device})
-    node.meta.update(val=like, line=before.meta.get("line", ""))
-    return node
-
-
-def hoist_draws(step: StepGraph, in_loop: set[fx.Node]) -> bool:
-    """Random numbers are drawn outside the loop, for all steps at once: in the shape of a state (rand_like,
-    dropout's mask) as well, and where their distribution depends on the loop, as standard ones and arithmetic."""
-    changed = False
-    for node in _calls(step):
-        rows = node.meta.get("rows")
-        # Sizes alone tell where the rows are, unless something stands in front of them in one axis.
-        if node in in_loop and node.target in _DRAWS and (rows is None or rows.outer == 1):
-            drawn = _DRAWS[node.target](node)
-            if drawn is not None:
-                replace(step, node, drawn)
-                changed = True
-    remove_dead(step)
-    return changed
-
-
-def _like_another(target: Any, sizes_at: int) -> Callable[[fx.Node], fx.Node]:
-    """rand_like(a) = rand(sizes of a)"""
-
-    def draw(node: fx.Node) -> fx.Node:
-        like = node.meta["val"]
-        return _made(node, target, *node.args[1:sizes_at], _sizes(like), like=like)
-
-    return draw
-
-
-def _written_over(node: fx.Node) -> fx.Node | None:
-    """a.uniform_(): nothing of a is read."""
-    source = node.args[0].meta["val"]
-    zeros = _made(node, aten.zeros.default, _sizes(source), like=source)
-    return call(node, node.target, zeros, *node.args[1:], **node.kwargs)
-
-
-def _standard(node: fx.Node) -> bool:
-    """Whether a draw is from torch's own generator, in a dtype whose standard draws are as fine as torch's."""
-    return node.kwargs.get("generator") is None and node.meta["val"].dtype in (torch.float32, torch.float64)
-
-
-def _bernoulli(node: fx.Node) -> fx.Node | None:
-    """bernoulli(p) = (uniform < p); nan where torch would complain that p is no probability."""
-    p, like = node.args[-1], node.meta["val"]
-    if not _standard(node) or p.meta["val"].dtype != like.dtype:
-        return None
-    uniform = _made(node, aten.rand.default, _sizes(like), like=like)
-    drawn = call(node, aten._to_copy.default, call(node, aten.lt.Tensor, uniform, p), dtype=like.dtype)
-    valid = call(node, aten.eq.Tensor, call(node, aten.clamp.default, p, 0, 1), p)
-    return call(node, aten.where.ScalarOther, valid, drawn, float("nan"))
-
-
-def _normal(node: fx.Node) -> fx.Node | None:
-    """normal(mean, std) = mean + std * standard normal; nan where torch would complain that std is negative."""
-    mean, std, like = _argument(node, 0, "mean", 0.0), _argument(node, 1, "std", 1.0), node.meta["val"]
-    if not _standard(node):
-        return None
-    if isinstance(std, fx.Node):
-        std = call(node, aten.where.ScalarOther, call(node, aten.ge.Scalar, std, 0), std, float("nan"))
-    drawn = _made(node, aten.randn.default, _sizes(like), like=like)
-    return call(node, aten.add.Tensor, call(node, aten.mul.Tensor, drawn, std), mean)
-
-
-def _multinomial(node: fx.Node) -> fx.Node | None:
-    """Draws without replacement, or one, are the largest p / exponential. Whether p is valid is not checked."""
-    p, count = node.args[:2]
-    like, replacement = p.meta["val"], _argument(node, 2, "replacement", False)
-    if (replacement and count != 1) or node.kwargs.get("generator") is not None or not like.dtype.is_floating_point:
-        return None
-    zeros = _made(node, aten.zeros.default, _sizes(like), like=like)
-    scores = call(node, aten.div.Tensor, p, call(node, aten.exponential.default, zeros))
-    if count == 1:
-        return call(node, aten.argmax.default, scores, -1, True)
-    best = call(node, aten.topk.default, scores, count)
-    with node.graph.inserting_before(node):
-        index = node.graph.call_function(operator.getitem, (best, 1))
-    index.meta.update(val=node.meta["val"], line=node.meta.get("line", ""))
-    return index
-
-
-_DRAWS: dict[Any, Callable[[fx.Node], fx.Node | None]] = {
-    aten.rand_like.default: _like_another(aten.rand.default, 1),
-    aten.randn_like.default: _like_another(aten.randn.default, 1),
-    aten.randint_like.default: _like_another(aten.randint.default, 2),
-    aten.randint_like.low_dtype: _like_another(aten.randint.low, 3),
-    **dict.fromkeys([aten.bernoulli.p, aten.uniform.default, aten.normal_functional.default, aten.geometric.default,
-                     aten.exponential.default, aten.cauchy.default, aten.log_normal.default], _written_over),
-    aten.bernoulli.default: _bernoulli, aten.bernoulli.Tensor: _bernoulli, aten.multinomial.default: _multinomial,
-    **dict.fromkeys([aten.normal.Tensor_float, aten.normal.float_Tensor, aten.normal.Tensor_Tensor], _normal),
-}  # fmt: skip
-
-HOISTS: list[Callable[[StepGraph, set[fx.Node]], bool]] = [
-    hoist_masks,
-    hoist_draws,
-    split_products,
-    distribute,
-    gather_sums,
-]

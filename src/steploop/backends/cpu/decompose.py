@@ -10,6 +10,8 @@ from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .expressions import same_shape
+from .language import Const, Iota, Load, Op
 from .lower import Lowering, Unsupported
 
 
@@ -49,11 +51,23 @@ def _walk(low: Lowering, node: fx.Node, graph: fx.Graph, tensors: list[fx.Node])
             low.lower_node(inner)
         elif inner.op == "output":
             found = [low.values[r] if isinstance(r, fx.Node) else r for r in inner.args[0]]
+            _check(low, node, found)
             single = not isinstance(node.meta["val"], (tuple, list))
             return found[0] if single else found
         else:
             raise Unsupported(f"the decomposition of {node.target} holds a tensor of its own")
     raise AssertionError("a graph without output")
+
+
+def _check(low: Lowering, node: fx.Node, found: list[Any]) -> None:
+    """Some decompositions are of another form of the operation, with other results."""
+    wanted = node.meta["val"]
+    for value, like in zip(found, wanted if isinstance(wanted, (tuple, list)) else [wanted]):
+        if not isinstance(like, Tensor):
+            continue
+        known = isinstance(value, (Const, Iota, Load, Op)) and value.dtype == like.dtype
+        if not known or not same_shape(value.shape, low.sizes(like.shape)):
+            raise Unsupported(f"no native form of {node.target}".replace(".default", ""))
 
 
 def _example(low: Lowering, node: fx.Node) -> Tensor:

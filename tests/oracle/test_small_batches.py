@@ -1,0 +1,77 @@
+"""No rows, one row, and steps whose batch is not known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from agree import agree, agree_scan
+from torch import nn
+
+import steploop as sl
+
+
+class Normed(sl.Step):
+    def __init__(self, affine):
+        super().__init__()
+        self.norm, self.h = nn.BatchNorm1d(4, affine=affine).double().eval(), sl.State(4)
+        with torch.no_grad():
+            self.norm.running_mean.normal_()
+            self.norm.running_var.uniform_(0.5, 2)
+
+    def step(self, x):
+        self.h.next = torch.tanh(self.norm(self.h.prev + x))
+        return self.norm(x) + self.h.next
+
+
+@pytest.mark.parametrize("affine", (True, False))
+@pytest.mark.parametrize("steps, batch", [(0, 3), (3, 1), (3, 4)])
+def test_batch_norm_with_fixed_statistics(steps, batch, affine):
+    agree(Normed(affine), torch.randn(steps, batch, 4, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("steps, batch", [(0, 3), (3, 1), (3, 4)])
+def test_batch_norm_in_scan(steps, batch):
+    norm = Normed(True).norm
+
+    def step(h, x):
+        h = torch.tanh(norm(h + x))
+        return h, norm(x)
+
+    init = torch.zeros(batch, 4, dtype=torch.float64, requires_grad=True)
+    agree_scan(step, init, torch.randn(steps, batch, 4, dtype=torch.float64))
+
+
+def test_batch_norm_of_sequences_inside_a_step():
+    class Inner(Normed):
+        def step(self, x):
+            return self.norm(x).sum(-1)
+
+    agree(Inner(True), torch.randn(3, 2, 4, 5, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("batch", (1, 2))
+def test_results_in_parts_go_from_one_piece_to_another(batch):
+    weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+
+    def step(carry, x):
+        m, n = carry
+        gate = F.logsigmoid(x @ weight)  # of two results, of which the backward pass reads one
+        m = torch.maximum(m + gate, x[:, :2])
+        return (m, torch.exp(gate - m) * n + 1), n
+
+    init = (torch.zeros(batch, 2, dtype=torch.float64), torch.zeros(batch, 2, dtype=torch.float64))
+    agree_scan(step, init, torch.randn(4, batch, 3, dtype=torch.float64))
+
+
+def test_weights_that_are_masked_get_gradients_outside_the_loop():
+    weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+
+    def step(h, x):
+        h = torch.tanh(h @ weight.triu() + x @ weight.tril())
+        return h, h
+
+    xs = torch.randn(4, 2, 3, dtype=torch.float64)
+    agree_scan(step, torch.zeros(2, 3, dtype=torch.float64), xs)
+    plan = sl.plan(step, torch.zeros(2, 3, dtype=torch.float64), xs)
+    assert len(plan.backward.loops) == 1
