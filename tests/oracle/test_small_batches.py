@@ -75,3 +75,51 @@ def test_weights_that_are_masked_get_gradients_outside_the_loop():
     agree_scan(step, torch.zeros(2, 3, dtype=torch.float64), xs)
     plan = sl.plan(step, torch.zeros(2, 3, dtype=torch.float64), xs)
     assert len(plan.backward.loops) == 1
+
+
+TABLES = {
+    "of inputs": lambda table, x, k, h: table[k],
+    "several": lambda table, x, k, h: table[torch.stack([k, (k + 1) % 5], 1)].sum(1),
+    "of a state": lambda table, x, k, h: table[h.argmax(-1)],
+    "matrices": lambda table, x, k, h: (table.view(5, 3, 1)[k] * x[:, None]).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_gradients_of_an_indexed_table_leave_the_loop(name):
+    table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+
+    def step(h, given):
+        x, k = given
+        h = torch.tanh(h + x + TABLES[name](table, x, k, h))
+        return h, h
+
+    xs = torch.randn(4, 2, 3, dtype=torch.float64), torch.randint(0, 5, (4, 2))
+    init = torch.zeros(2, 3, dtype=torch.float64)
+    agree_scan(step, init, xs)
+    assert len(sl.plan(step, init, xs).backward.loops) == 1
+
+
+def test_constants_made_from_a_state_are_the_same_at_every_step():
+    def step(h, x):
+        h = torch.tanh(h * h.new_full((3,), 0.5) + x * torch.ones_like(h[0]) + x.new_zeros(3))
+        return h, h.new_ones(2, 3) @ h.unsqueeze(-1)
+
+    xs, init = torch.randn(4, 2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    agree_scan(step, init, xs)
+    (loop,) = sl.plan(step, init, xs).loops
+    assert loop.backend == "cpu", loop.reasons
+
+
+def test_writing_columns_by_index():
+    places = torch.tensor([2, 0])
+
+    def step(h, x):
+        h = torch.tanh(h + x)
+        y = h.clone()
+        y[:, places] = x[:, :2] * h[:, places]
+        return torch.tanh(y), y
+
+    xs = torch.randn(4, 2, 3, dtype=torch.float64)
+    agree_scan(step, torch.zeros(2, 3, dtype=torch.float64, requires_grad=True), xs)
+    assert sl.plan(step, torch.zeros(2, 3, dtype=torch.float64), xs).loops[0].backend == "cpu"

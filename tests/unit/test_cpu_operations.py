@@ -28,6 +28,8 @@ SPECIAL = [
     2.5,
 ]
 
+PLACES = torch.tensor([5, 0, 18, 7])
+
 UNARY = {
     "neg": torch.neg,
     "abs": torch.abs,
@@ -213,6 +215,16 @@ FEATURES = {
         1, (x[:, :9].abs() * 3).long().clamp(max=18), x[:, 2:11]
     ),
     "slice_scatter": lambda x: torch.slice_scatter(x, x[:, :4] * 9, 1, 3, 7),
+    "slice_scatter with a step": lambda x: torch.slice_scatter(x, x[:, :5] * 9, 1, 2, 16, 3),
+    "slice_scatter to the end": lambda x: torch.slice_scatter(x, x[:, :9] * 9, 1, 1, step=2),
+    "slice_backward with a step": lambda x: torch.ops.aten.slice_backward(x[:, :5], [x.shape[0], N], 1, 2, 16, 3),
+    "slice_backward from the start": lambda x: torch.ops.aten.slice_backward(x[:, :4], [x.shape[0], N], 1, 0, N, 5),
+    "index_put": lambda x: torch.ops.aten.index_put(x, [None, PLACES], x[:, 3:7] * 9),
+    "index_put of one value": lambda x: torch.ops.aten.index_put(x, [None, PLACES], torch.tensor(2.0, dtype=x.dtype)),
+    "index_put adds": lambda x: torch.ops.aten.index_put(x, [None, PLACES % 3], x[:, 3:7], True),
+    "index_put in the middle": lambda x: torch.ops.aten.index_put(
+        x[:, :18].view(-1, 3, 6), [None, torch.tensor([2, 0])], x[:, :6].unsqueeze(1)
+    ),
     "mean_all_but": lambda x: x[:, :18].view(-1, 3, 6).mean((1, 2)),
     "where_row": lambda x: torch.where(x[:, :1] > 0, x, -x),
     "ones": lambda x: x * torch.ones(x.shape[-1]),

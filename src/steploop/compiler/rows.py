@@ -597,17 +597,34 @@ def _index(node: fx.Node, batch: sympy.Symbol) -> Axis:
 
 
 def _index_put(node: fx.Node, batch: sympy.Symbol) -> Axis:
-    """Adding up values of all rows in zeros without rows: the gradient of `_index`."""
-    into, indices, values = node.args[:3]
-    adds = len(node.args) > 3 and node.args[3] and into.target is aten.zeros.default
+    base, indices, values = node.args[:3]
+    rows, written = base.meta["rows"], values.meta["rows"]
     given = [d for d, i in enumerate(indices) if i is not None]
-    if not adds or into.meta["rows"] is not None or given != list(range(given[0], given[0] + len(given))):
-        raise Mixed("writes into rows by index")
     plain = [indices[d] for d in given]
-    rows = _aligned(plain, max(len(_shape(i)) for i in plain))
-    if values.meta["rows"] != Rows(rows.dim + given[0], rows.outer, rows.inner):
+    if not given or any(i.meta["val"].dtype == torch.bool for i in plain):
+        raise Mixed("writes into rows by index")
+    if rows is None and len(node.args) > 3 and node.args[3] and base.target in _ZEROS:
+        return _summed_by_index(given, plain, written)
+    if len(given) != 1:
+        raise Mixed("writes into rows by index")
+    (dim,), (index,) = given, plain
+    rank = len(_shape(node)) - 1 + len(_shape(index))  # of what is written
+    if written is not None:
+        written = Rows(written.dim + rank - len(_shape(values)), written.outer, written.inner)
+    if rows is None or rows.dim >= dim or index.meta["rows"] is not None or written not in (None, rows):
+        raise Mixed("writes into rows by index")
+    return rows
+
+
+def _summed_by_index(given: list[int], plain: list[fx.Node], written: Rows | None) -> Axis:
+    """Adding up values of all rows in zeros without rows: the gradient of `_index`."""
+    rows = _aligned(plain, max(len(_shape(i)) for i in plain)) if given == list(range(given[0], given[-1] + 1)) else None
+    if rows is None or written != Rows(rows.dim + given[0], rows.outer, rows.inner):
         raise Mixed("writes into rows by index")
     return CONTRACTED
+
+
+_ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
 
 
 def _pad(node: fx.Node, batch: sympy.Symbol) -> Axis:

@@ -334,8 +334,32 @@ def remove_dead(step: StepGraph) -> None:
             step.graph.erase_node(node)
 
 
+def free_constants(step: StepGraph) -> None:
+    """new_zeros, ones_like and the like of known sizes depend on no value: they are the same at every step."""
+    for node in calls(step):
+        made = _FROM_SIZES.get(node.target)
+        if made is None or not all(isinstance(size, int) for size in shape_of(node)):
+            continue
+        like = node.meta["val"]
+        filled = node.args[2:3] if node.target is aten.new_full.default else node.args[1:2]
+        args = (sizes_of(like.shape), *(filled if made is aten.full.default else ()))
+        with step.graph.inserting_before(node):
+            constant = step.graph.call_function(made, args, {"dtype": like.dtype, "device": like.device})
+        constant.meta.update(val=like, line=node.meta.get("line", ""))
+        replace(step, node, constant)
+    remove_dead(step)
+
+
+_FROM_SIZES = {
+    **dict.fromkeys([aten.new_zeros.default, aten.zeros_like.default], aten.zeros.default),
+    **dict.fromkeys([aten.new_ones.default, aten.ones_like.default], aten.ones.default),
+    **dict.fromkeys([aten.new_full.default, aten.full_like.default], aten.full.default),
+}  # fmt: skip
+
+
 PASSES: list[Callable[[StepGraph], None]] = [
     remove_identities,
+    free_constants,
     remove_duplicates,
     expose_products,
     expose_fixed_statistics,

@@ -123,6 +123,22 @@ def _index_add(low: Lowering, node: fx.Node) -> Expr:
     return _write(low, node, value, dim, wide, source, add)
 
 
+@lowers("index_put", "_unsafe_index_put")
+def _index_put(low: Lowering, node: fx.Node) -> Expr:
+    value, indices, source = low.args(node)[:3]
+    add = node_arg(low, node, 3, False)
+    used = [d for d, i in enumerate(indices) if i is not None]
+    if len(used) != 1 or indices[used[0]].dtype == torch.bool:
+        raise Unsupported("writing by several tensors or by a mask")
+    dim = low.inner(node, used[0])
+    index, shape = indices[dim], low.shape(node)
+    if len(index.shape) != 1:
+        raise Unsupported("writing by an index of several axes")
+    wanted = (*shape[:dim], index.shape[0], *shape[dim + 1 :])
+    wide = low.reshape(index, tuple(n if d == dim else 1 for d, n in enumerate(wanted)))
+    return _write(low, node, value, dim, low.expand(wide, wanted), low.expand(source, wanted), add)
+
+
 @lowers("embedding_dense_backward")
 def _embedding_backward(low: Lowering, node: fx.Node) -> Expr:
     raise Unsupported("the gradient of an embedding table inside the loop")

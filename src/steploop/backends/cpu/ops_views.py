@@ -232,12 +232,40 @@ def surround(low: Lowering, node: fx.Node, middle: Expr, dim: int, start: Dim, a
     return place(low, node, parts, dim)
 
 
+def interleave(low: Lowering, node: fx.Node, middle: Expr, dim: int, start: Dim, step: int, around: Any) -> Expr:
+    """`middle` at every `step`-th place from `start` along an axis, in a new buffer of the full shape."""
+    shape = low.shape(node)
+    if not all(isinstance(n, int) for n in (start, shape[dim], middle.shape[dim])):
+        raise Unsupported("a slice with a step on an axis of unknown size")
+    target = whole(low.temp(shape, node.meta["val"].dtype))
+
+    def fill(begin: int, count: int, pace: int, value: Expr | None = None) -> None:
+        if count <= 0:
+            return
+        view = geometry.narrow(dim, begin, count, pace)
+        if value is None and isinstance(around, (int, float, bool)):
+            value = low.const(around, middle.dtype, (*shape[:dim], count, *shape[dim + 1 :]))
+        low.store(low.make.view(target, view), low.view(around, view) if value is None else value)
+
+    count = middle.shape[dim]
+    fill(0, start, 1)
+    fill(start, count, step, middle)
+    fill(start + count * step, _places(start + count * step, shape[dim], step), step)
+    for offset in range(1, step):
+        fill(start + offset, _places(start + offset, shape[dim], step), step)
+    return low.make.load(target)
+
+
+def _places(begin: int, stop: int, step: int) -> int:
+    return max(0, -(-(stop - begin) // step))
+
+
 @lowers("slice_backward")
 def _slice_backward(low: Lowering, node: fx.Node) -> Expr:
     grad, _, dim, start, _, step = low.args(node)
-    if step != 1:
-        raise Unsupported("the gradient of a slice with a step")
     dim = low.inner(node, dim)
+    if step != 1:
+        return interleave(low, node, grad, dim, _clip(start, low.shape(node)[dim]), step, 0)
     return surround(low, node, grad, dim, _clip(start, low.shape(node)[dim]), 0)
 
 
@@ -254,11 +282,11 @@ def _slice_scatter(low: Lowering, node: fx.Node) -> Expr:
     value, source = low.args(node)[:2]
     dim = option(low, node, 2, "dim", 0)
     start, step = option(low, node, 3, "start") or 0, option(low, node, 5, "step", 1)
-    if step != 1:
-        raise Unsupported("slice_scatter with a step")
     if low.has_batch(node, dim % len(value.shape)) and source.shape == value.shape:
         return source
     dim = low.inner(node, dim)
+    if step != 1:
+        return interleave(low, node, source, dim, _clip(start, value.shape[dim]), step, value)
     return surround(low, node, source, dim, _clip(start, value.shape[dim]), value)
 
 
