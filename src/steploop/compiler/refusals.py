@@ -32,6 +32,10 @@ def refusal(error: Exception) -> StepError | None:
     where, line = innermost_user_frame(error)
     if isinstance(error, VALUE_ERRORS) or ".numpy() is not supported" in text:
         return _uses_value(where, line)
+    if isinstance(error, SyntaxError) and "<eval_with_key>" in str(error.filename):
+        return StepError(
+            "torch can't trace `random_` with bounds; write torch.randint(low, high, x.shape) instead. " + _REFERENCE
+        )
     if "non-functional tensor" in text:
         return StepError(f"the step changes a tensor in place that is not its own{where}:\n    {line}\n{KEEP}")
     if isinstance(error, TypeError) and "__torch_dispatch__ handlers returned NotImplemented" in text:
@@ -54,7 +58,8 @@ def _uses_value(where: str, line: str) -> StepError:
         f"the step uses the value of a tensor in Python{where}:\n    {line}\n"
         "A step is captured once for all steps and rows, so it can't branch on, print or convert what a tensor "
         "holds. Write torch.where(condition, a, b) instead of `if`, keep counts in an sl.State instead of "
-        ".item(), and use sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. " + _REFERENCE
+        ".item(), index with i.view(1) (index_select, index_copy) where i is a tensor without axes, and use "
+        "sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. " + _REFERENCE
     )
 
 
