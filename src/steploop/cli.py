@@ -147,7 +147,8 @@ def train_charlm(
     console.print(
         f"Best validation loss: {best['val_nats']:.4f} nats = {best['val_bits_per_character']:.4f} bits per "
         f"character.\n  checkpoints  {out / BEST}, {out / LAST}\n  curve        {out / 'curve.png'}\n"
-        f"  plan         {out / 'plan.txt'}, {out / 'plan.html'}\n  logs         {out / 'logs'}, {out / 'tensorboard'}\n"
+        f"  plan         {out / 'plan.txt'}, {out / 'plan.html'}\n"
+        f"  logs         {out / 'logs'}, {out / 'tensorboard'}\n"
         f'Try it:  steploop sample --checkpoint {out / BEST} --prompt "..."',
         highlight=False,
         soft_wrap=True,

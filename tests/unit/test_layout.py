@@ -12,7 +12,7 @@ import steploop
 ROOT = Path(steploop.__file__).parent
 FRONT = {
     "arguments", "closed_over", "compare", "dispatch", "frame", "initial", "inputs", "loop", "packed", "scan",
-    "share", "sizing", "state", "states", "step", "step_program", "stream", "tree", "verify",
+    "replay", "share", "sizing", "state", "states", "step", "step_program", "stream", "tree", "verify",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}
 # What the modules of a part may import besides errors and their own part.
@@ -21,7 +21,7 @@ ALLOWED = {
     "view": set(),
     "tree": set(),
     "compiler": {"view", "backends.cpu.stepper"},
-    "backends": {"compiler.blocks", "compiler.graph", "compiler.printing", "compiler.program", "compiler.schedule", "tree"},
+    "backends": {f"compiler.{name}" for name in ("blocks", "graph", "printing", "program", "schedule")} | {"tree"},
     "front": {"compiler", "backends"},
     "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
     "recipes": {"public"},

@@ -389,7 +389,7 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
     new = fx.Graph()
     made: dict[fx.Node, Any] = {}
     real = []
-    for i, tensor in enumerate(captured.tensors):
+    for i in range(len(captured.tensors)):
         node = new.placeholder(f"captured_{i}")
         real.append(node)
     copies = {

@@ -141,9 +141,7 @@ class Dependencies:
 
     def watch(self) -> None:
         """Remembers where the memory of every tensor is, for `changes`."""
-        plain = [(t, p) for t, p in zip(self.tensors, self.paths)
-                 if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and not t.is_inference()]  # fmt: skip
-        self._held = [(t, p, t.data, t._version) for t, p in plain]
+        self._held = [(t, p, t.data, t._version) for t, p in zip(self.tensors, self.paths) if _has_version(t)]
 
     def random_states(self) -> list[Any]:
         """The states of Python's and numpy's random generators, those among the objects that the walk met too."""
@@ -329,6 +327,10 @@ def _function_of(item: Any) -> types.FunctionType | None:
     item = getattr(item, "__func__", item) if isinstance(item, (staticmethod, classmethod)) else item
     item = item.fget if isinstance(item, property) else item
     return item if isinstance(item, types.FunctionType) else None
+
+
+def _has_version(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

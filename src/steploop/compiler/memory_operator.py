@@ -353,7 +353,8 @@ def _autograd() -> Iterator[None]:
     """Turns autograd on inside an operator's kernel, where torch's dispatcher leaves it out."""
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther, keys.ADInplaceOrView):
+    autograd = (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.AutogradOther)
+    for key in (*autograd, keys.ADInplaceOrView):
         excluded = excluded.remove(key)
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():

@@ -195,7 +195,8 @@ def _compile(
     key = ("lowered", backend, save, nested, one_loop, needs)
     lowered = capture.plans.get(key)
     if lowered is None:
-        lowered = capture.plans[key] = Lowered(graph, capture.program.state_names, backend, save, nested, one_loop, needs)
+        names = capture.program.state_names
+        lowered = capture.plans[key] = Lowered(graph, names, backend, save, nested, one_loop, needs)
     return Invocation(capture, layout, call.reverse, call.on_masked, training, nested, mixing, lowered)
 
 

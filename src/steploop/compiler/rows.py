@@ -618,7 +618,8 @@ def _index_put(node: fx.Node, batch: sympy.Symbol) -> Axis:
 
 def _summed_by_index(given: list[int], plain: list[fx.Node], written: Rows | None) -> Axis:
     """Adding up values of all rows in zeros without rows: the gradient of `_index`."""
-    rows = _aligned(plain, max(len(_shape(i)) for i in plain)) if given == list(range(given[0], given[-1] + 1)) else None
+    together = given == list(range(given[0], given[-1] + 1))
+    rows = _aligned(plain, max(len(_shape(i)) for i in plain)) if together else None
     if rows is None or written != Rows(rows.dim + given[0], rows.outer, rows.inner):
         raise Mixed("writes into rows by index")
     return CONTRACTED
@@ -771,7 +772,8 @@ RULES: dict[Any, Callable] = dict.fromkeys(PRODUCTS, _history_product)
 PACKET_RULES: dict[str, Callable] = {
     **dict.fromkeys(["view", "reshape", "_unsafe_view"], _view),
     "sum": _reduction(linear=True),
-    **dict.fromkeys(["mean", "nansum", "amax", "amin", "any", "all", "argmax", "argmin", "logsumexp", "prod"], _reduction(False)),
+    **dict.fromkeys(["mean", "nansum", "amax", "amin", "any", "all"], _reduction(False)),
+    **dict.fromkeys(["argmax", "argmin", "logsumexp", "prod"], _reduction(False)),
     **dict.fromkeys(["var", "std"], _reduction(False, 1, 99)),
     "var_mean": _reduction(False, 1, 99, 2),
     "norm": _reduction(False, 2, 3),
