@@ -77,7 +77,7 @@ SCALARS: dict[str, Scalar] = {
     "atan2": Scalar(_call("lanes_atan2", 2), torch.atan2, True),
     "hypot": Scalar(_call("lanes_hypot", 2), torch.hypot, True),
     "pow": Scalar(_call("lanes_pow", 2), torch.pow, True),
-    "copysign": Scalar(_call("lanes_copysign", 2), torch.copysign),
+    "copysign": Scalar(_call("with_sign", 2), torch.copysign),
     "lt": Scalar(_call("less", 2), torch.lt),
     "le": Scalar(_call("less_equal", 2), torch.le),
     "gt": Scalar(_call("greater", 2), torch.gt),

@@ -54,15 +54,44 @@ LANES(lanes_atanh, atanhf, atanh)
 LANES_2(lanes_atan2, atan2f, atan2)
 LANES_2(lanes_hypot, hypotf, hypot)
 LANES_2(lanes_pow, powf, pow)
-LANES_2(lanes_copysign, copysignf, copysign)
 LANES_2(fmod_real, fmodf, fmod)
 
+// Signs by their bit: lane by lane the compiler would take every number out of the vector and put it back.
+template <class V> using BitsOf = Like<V, typename std::conditional<sizeof(Elem<V>) == 4, int, i64>::type>;
+template <class V> INLINE BitsOf<V> bits_of(V x) {
+  BitsOf<V> bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+template <class V> INLINE V from_bits(BitsOf<V> bits) {
+  V x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+template <class V> constexpr Elem<BitsOf<V>> sign_bit() { return (Elem<BitsOf<V>>)1 << (sizeof(Elem<V>) * 8 - 1); }
+template <class V> INLINE V with_sign(V x, V sign) {
+  return from_bits<V>((bits_of(x) & ~sign_bit<V>()) | (bits_of(sign) & sign_bit<V>()));
+}
 template <class V> INLINE V absolute(V x) {
-  if constexpr (is_real<V>()) return lanewise(x, [](auto a) { if constexpr (sizeof a == 4) return __builtin_fabsf(a); else return __builtin_fabs(a); });
+  if constexpr (is_real<V>()) return from_bits<V>(bits_of(x) & ~sign_bit<V>());
   else return choose(less(x, V{}), -x, x);
 }
 template <class V> INLINE V square_root(V x) {
   return lanewise(x, [](auto a) { if constexpr (sizeof a == 4) return __builtin_sqrtf(a); else return __builtin_sqrt(a); });
+}
+// a / b for a finite quotient and a normal b, to 1 ulp. With 16 lanes an estimate and two corrections take a fourth of
+// the time of a division.
+template <class V> INLINE V quotient(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (is_float<V>() && lanes_of<V>() == 16) {
+    V y;
+    __asm__("vrcp14ps %1, %0" : "=v"(y) : "v"(b));
+    y = y + y * (1.f - b * y);
+    V q = a * y;
+    return q + y * (a - b * q);
+  }
+#endif
+  return a / b;
 }
 template <class V> INLINE V reciprocal(V x) { return (Elem<V>)1 / x; }
 template <class V> INLINE V reciprocal_root(V x) { return (Elem<V>)1 / square_root(x); }
@@ -92,7 +121,7 @@ template <class V> INLINE V floor_divide(V a, V b) {
     div = choose(not_equal(mod, V{}) & (less(mod, V{}) ^ less(b, V{})), div - one, div);
     V low = lanes_floor(div);
     V found = choose(greater(div - low, V{} + (Elem<V>)0.5), low + one, low);
-    found = choose(equal(div, V{}), lanes_copysign(V{}, a / b), found);
+    found = choose(equal(div, V{}), with_sign(V{}, a / b), found);
     return choose(equal(b, V{}), a / b, found);
   } else {
     V q = trunc_divide(a, b);
@@ -139,7 +168,16 @@ template <class V> INLINE V exponential(V x) {  // float: 2 ulp
 }
 
 template <class V> INLINE V sigmoid(V x) {  // float: 3 ulp
-  return (Elem<V>)1 / ((Elem<V>)1 + exponential(-x));
+  if constexpr (!is_float<V>()) {
+    return (Elem<V>)1 / ((Elem<V>)1 + exponential(-x));
+  } else {  // 1 / (1 + e^-x), where e^-x is in range; below, the result is denormal
+    V edge = V{} + 87.33f;
+    V y = choose(less(x, -edge), edge, choose(greater(x, edge), -edge, -x));
+    V n, r = split_ln2(y, n);
+    V s = power_of_two<V>(__builtin_convertvector(choose(is_nan(x), V{}, n), Like<V, int>));
+    V e = (exp_tail(r) * (r * r) + r) * s + s;
+    return choose(less(x, -edge), V{}, quotient(V{} + 1.f, e + 1.f));
+  }
 }
 
 template <class V> INLINE V hyperbolic_tangent(V x) {  // float: 3 ulp
@@ -153,7 +191,7 @@ template <class V> INLINE V hyperbolic_tangent(V x) {  // float: 3 ulp
     V s = power_of_two<V>(__builtin_convertvector(choose(is_nan(x), V{}, n), Like<V, int>));
     V p = exp_tail(r) * (r * r) + r;
     V e = s * p + (s - 1.f);
-    V t = e / (e + 2.f);
+    V t = quotient(e, e + 2.f);
     V tiny = absolute(x);
     return choose(less(tiny, V{} + 1e-4f), x, t);
   }
@@ -211,7 +249,7 @@ template <class V> INLINE V error_function(V x) {  // float: 3 ulp; coefficients
     r = r * t + -1.28717512e-1f;
     r = r * t - t;
     r = 1.f - exponential(choose(greater(t, V{} + 4.f), V{} - 104.f, r));
-    r = lanes_copysign(r, x);
+    r = with_sign(r, x);
     V p = s * -5.96761703e-4f + 4.99119423e-3f;
     p = p * s + -2.67681349e-2f;
     p = p * s + 1.12819925e-1f;
