@@ -25,10 +25,11 @@ def make_runner(name: str, work: Workload, calls: int) -> Runner:
     start = make(work, xs)
 
     def run() -> Any:
-        step, y = start(), None
-        for index in range(calls):
-            y = step(index % len(xs))
-        return y
+        with torch.no_grad():
+            step, y = start(), None
+            for index in range(calls):
+                y = step(index % len(xs))
+            return y
 
     return Runner(run, lambda y: {"y": np.asarray(y)}, calls=calls)
 
@@ -39,11 +40,7 @@ def _steploop(work: Workload, x: np.ndarray, backend: str) -> Callable[[], Calla
     def start() -> Callable[[int], Any]:
         stream = loop.stream(work.B)
 
-        def step(index: int) -> Any:
-            with torch.no_grad():
-                return stream(xs[index])
-
-        return step
+        return lambda index: stream(xs[index])
 
     return start
 
@@ -57,8 +54,7 @@ def _torch_cell(work: Workload, x: np.ndarray) -> Callable[[], Callable[[int], A
 
         def step(index: int) -> Any:
             nonlocal state
-            with torch.no_grad():
-                state = cell(xs[index], state)
+            state = cell(xs[index], state)
             return state[0]
 
         return step

@@ -279,9 +279,10 @@ class Dependencies:
         if _is_library(code.co_filename):
             return ("function", code, self._id(function) if function.__closure__ else None)
         parts: list[Hashable] = ["function", code]
-        for cell in function.__closure__ or ():
+        for name, cell in zip(code.co_freevars, function.__closure__ or ()):
             contents = _contents(cell)
-            self._cells.append((cell, contents))
+            if name != "__class__":  # what super() reads; no code changes it
+                self._cells.append((cell, contents))
             if contents is not _MISSING:
                 parts.append(self._walk(contents, path))
         parts.append(self._walk(function.__defaults__, path))
