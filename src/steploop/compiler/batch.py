@@ -39,6 +39,14 @@ class Rowwise:
         self.reset_to: dict[fx.Node, Tensor] = {}
         self.down = False
         self.stacked = False
+        self.long_product: Callable[..., Tensor | None] | None = None  # the backend's own, for float32 products
+
+    def product(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        """a @ b + bias for N rows, b the same for all of them."""
+        found = self.long_product(a, b, bias) if self.long_product is not None else None
+        if found is not None:
+            return found
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
     def gather(self, value: Tensor, rows: Rows) -> Tensor:
         """(B rows) -> (N rows): each packed row's own row of a value that is the same at every step."""
@@ -233,6 +241,8 @@ class _Printer:
                 product, other = sums[node]
                 a, b = (self.names[i] for i in product.args)
                 text = f"{self.source.hold(torch.addmm, 'f')}({self.names[other]}, {a}, {b})"
+                if _is_long(product) and other.meta["val"].dim() == 1:
+                    text = f"rowwise.product({a}, {b}, {self.names[other]})"
             else:
                 text = self._text(node)
             add(f"{self.names[node]} = {text}")
@@ -262,6 +272,9 @@ class _Printer:
         if node.target in PRODUCTS:
             arguments = [print_argument(self.source, a, self._rows_name) for a in node.args]
             return f"{self.source.hold(node.target, 'f')}(rowwise, {', '.join(arguments)})"
+        if _is_long(node) and all(map(self._direct, node.args)):
+            a, b = (self.names[i] for i in node.args)
+            return f"rowwise.product({a}, {b})"
         special = self._product_text(node)
         return special or call_text(self.source, node, self._rows_name)
 
@@ -319,6 +332,14 @@ class _Printer:
     def _text_of_delay(self, node: fx.Node) -> str:
         state = self.delayed[node]
         return f"rowwise.delay({self.source.hold(state.prev, 'n')}, {self._rows_name(state.next)})"
+
+
+def _is_long(node: fx.Node) -> bool:
+    """A product of many rows with a weight."""
+    if node.target is not aten.mm.default:
+        return False
+    a, b = node.args
+    return a.meta["rows"] is not None and a.meta["rows"].dim == 0 and a.meta["varies"] and b.meta["rows"] is None
 
 
 _ROW_LINEAR = {

@@ -105,6 +105,8 @@ class Executable:
             else:
                 self.pieces[segment] = self._piece(segment, later[segment])
         self.bytes_per_row = self._bytes_per_row()
+        products = (getattr(runner, "product", None) for runner in self.runners.values())
+        self.long_product = next((p for p in products if p is not None), None)
 
     def _piece(self, segment: Batched, results: list[fx.Node]) -> Any:
         if self.problem.batch is None:
@@ -246,6 +248,7 @@ class _Runner:
     def _span(self, span: Span, whole: bool) -> dict[fx.Node, Tensor]:
         self.rowwise = rowwise = Rowwise(span, self.current)
         rowwise.reset_to, rowwise.down, rowwise.stacked = self.reset_to, self.e.down, self.stacked
+        rowwise.long_product = self.e.long_product
         values = dict(self.once_values)
         for node, sequence in self.sequences.items():
             whole_value = whole and isinstance(sequence, Tensor)

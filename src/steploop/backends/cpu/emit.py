@@ -105,6 +105,18 @@ class Printer:
         for w in self.weights:
             self.line(f"free(call.{w.name}.packed);", 1)
         self.line("}")
+        self._long_product()
+
+    def _long_product(self) -> None:
+        """Products outside the loop run as those inside it, where vectors are wide enough to be worth it."""
+        if not any(w.ctype == "float" for w in self.weights):
+            return
+        self.line("#if defined(__AVX512F__)")
+        self.line('extern "C" __attribute__((visibility("default"))) void steploop_product(')
+        self.line("void** pointers, const i64* numbers, Parallel parallel) {", 2)
+        self.line("long_product<float>(pointers, numbers, parallel);", 1)
+        self.line("}")
+        self.line("#endif")
 
     def _pack(self) -> None:
         for symbol in self.program.symbols:

@@ -31,10 +31,39 @@ CACHE = 1 << 20  # bytes of weights that stay in the cache of one core
 WAIT = 1 << 17  # bytes of weights whose products take longer than a meeting of the threads
 
 
+class Product:
+    """a @ w + bias for many rows: a (N, K), w (K, n), bias (n,) or None, all float32.
+
+    Gives None where it does not apply; torch's product is as good there.
+    """
+
+    def __init__(self, kernel: Any):
+        kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        kernel.restype = None
+        self._kernel = kernel
+
+    def __call__(self, a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | None:
+        rows, depth = a.shape
+        columns = w.shape[1]
+        if rows < 256 or depth < 16 or columns < 64 or a.stride(1) != 1:
+            return None
+        given = (a, w) if bias is None else (a, w, bias)
+        if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in given):
+            return None
+        if bias is not None and (bias.dim() != 1 or not bias.is_contiguous()):
+            return None
+        out = torch.empty(rows, columns)
+        pointers = [a.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()]
+        numbers = [rows, depth, columns, a.stride(0), w.stride(0), w.stride(1), torch.get_num_threads()]
+        self._kernel((ctypes.c_void_p * 4)(*pointers), (ctypes.c_int64 * 7)(*numbers), threads.entry())
+        return out
+
+
 class Runner:
     """One compiled loop."""
 
     writes_into = True  # takes memory for kept values, see __call__
+    product: Product | None = None  # for products outside the loop
 
     def __init__(self, loop: LoopProgram, program: Program, broken: bool = False):
         self.loop, self.program = loop, program
@@ -60,7 +89,10 @@ class Runner:
         return self
 
     def build(self) -> Runner:
-        return self.bind(build(prelude() + "\n" + self.text).steploop_run)
+        library = build(prelude() + "\n" + self.text)
+        if "steploop_product" in self.text and hasattr(library, "steploop_product"):
+            self.product = Product(library.steploop_product)
+        return self.bind(library.steploop_run)
 
     def __call__(
         self,

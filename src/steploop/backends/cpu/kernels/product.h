@@ -37,7 +37,7 @@ template <class T> static void pack(T* to, const T* w, long down, long across, l
 constexpr long kDepth = 24 * 1024 / (kBytes * kVectors);
 
 template <class T, int R, int V, bool FAR>
-static __attribute__((noinline)) void block(const T* a, long a_stride, const T* w, long k, T* out, long out_stride, long columns, bool first, const char* ahead, long stride) {
+static __attribute__((noinline)) void block(const T* a, long a_stride, const T* w, long k, T* out, long out_stride, long columns, bool first, const T* bias, const char* ahead, long stride) {
   constexpr int W = width<T>();
   typedef Vec<T, W> F;
   F sum[R][V];
@@ -45,8 +45,8 @@ static __attribute__((noinline)) void block(const T* a, long a_stride, const T* 
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      const T* from = out + r * out_stride + v * W;
-      if (first) sum[r][v] = F{};
+      const T* from = first ? bias + v * W : out + r * out_stride + v * W;
+      if (first && !bias) sum[r][v] = F{};
       else if (v < V - 1 || columns == V * W) sum[r][v] = load(from, Full<W>{});
       else sum[r][v] = load(from, Part<W>{columns - v * W});
     }
@@ -73,7 +73,7 @@ static __attribute__((noinline)) void block(const T* a, long a_stride, const T* 
 }
 
 template <class T, int V, bool FAR>
-static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k, T* out, long out_stride, long columns, bool first) {
+static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k, T* out, long out_stride, long columns, bool first, const T* bias) {
   long blocks = (rows + kRows - 1) / kRows;
   // FAR: weights beyond the second cache, whose next part comes nearer with every block.
   const char* ahead = (const char*)(w + k * V * width<T>());
@@ -83,15 +83,15 @@ static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k,
     const T* from = a + done * a_stride;
     T* to = out + done * out_stride;
     switch (now) {
-      case 1: block<T, 1, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
-      case 2: block<T, 2, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
-      case 3: block<T, 3, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
-      case 4: block<T, 4, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
+      case 1: block<T, 1, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
+      case 2: block<T, 2, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
+      case 3: block<T, 3, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
+      case 4: block<T, 4, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
 #if defined(__AVX__)
-      case 5: block<T, 5, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
+      case 5: block<T, 5, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
 #endif
 #if defined(__AVX512F__)
-      case 6: block<T, 6, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, ahead, stride); break;
+      case 6: block<T, 6, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
 #endif
     }
     done += now;
@@ -99,11 +99,11 @@ static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k,
   }
 }
 
-// Panels from..stop of the columns.
+// Panels from..stop of the columns; bias (n): null for none.
 template <class T>
-static void multiply_packed(const T* a, long a_stride, long rows, const T* w, long k, long n, T* out, long out_stride, long from, long stop) {
+static void multiply_packed(const T* a, long a_stride, long rows, const T* w, long k, long n, T* out, long out_stride, long from, long stop, const T* bias) {
   constexpr int W = width<T>(), P = panel<T>();
-  const bool far = (stop - from) * P * k * (long)sizeof(T) > (1 << 18);
+  const bool far = n * k * (long)sizeof(T) > (1 << 18);
   w += from * P * k;
   for (long c = from * P; c < stop * P && c < n; c += P) {
     long columns = n - c < P ? n - c : P, vectors = (columns + W - 1) / W;
@@ -111,15 +111,15 @@ static void multiply_packed(const T* a, long a_stride, long rows, const T* w, lo
       long depth = k - i < kDepth ? k - i : kDepth;
       const T* part = w + i * vectors * W;
       if (far && vectors == kVectors) {
-        panel_rows<T, kVectors, true>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0);
+        panel_rows<T, kVectors, true>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0, bias ? bias + c : 0);
         continue;
       }
       switch (vectors) {
-        case 1: panel_rows<T, 1, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
-        case 2: panel_rows<T, 2, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
+        case 1: panel_rows<T, 1, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0, bias ? bias + c : 0); break;
+        case 2: panel_rows<T, 2, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0, bias ? bias + c : 0); break;
 #if defined(__AVX512F__)
-        case 3: panel_rows<T, 3, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
-        case 4: panel_rows<T, 4, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0); break;
+        case 3: panel_rows<T, 3, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0, bias ? bias + c : 0); break;
+        case 4: panel_rows<T, 4, false>(a + i, a_stride, rows, part, depth, out + c, out_stride, columns, i == 0, bias ? bias + c : 0); break;
 #endif
       }
     }
@@ -205,8 +205,41 @@ template <class T>
 static void multiply(const T* a, long a_stride, long rows, const Weight<T>& weight, T* out, long out_stride, const Member& team) {
   constexpr int P = panel<T>();
   const long k = weight.k, n = weight.n, panels = (n + P - 1) / P, from = team.share(panels), stop = team.share(panels, 1);
-  if (weight.packed) return multiply_packed(a, a_stride, rows, (const T*)weight.packed, k, n, out, out_stride, from, stop);
+  if (weight.packed) return multiply_packed(a, a_stride, rows, (const T*)weight.packed, k, n, out, out_stride, from, stop, (const T*)0);
   const long first = from * P, last = stop * P < n ? stop * P : n;
   for (long r = 0; r < rows; ++r)
     multiply_once(a + r * a_stride, weight.w + first * weight.across, weight.down, weight.across, k, last - first, out + r * out_stride + first);
+}
+
+// A product of its own, for many rows at once: out = a @ weight + bias. The weight is packed as for a loop.
+constexpr long kBand = 64;  // rows whose part of everything stays in the second cache
+template <class T> struct LongProduct {
+  const T *a, *bias;
+  T* out;
+  long rows, a_stride, tile;
+  Weight<T> weight;
+};
+
+template <class T> static void product_tile(void* given, long tile, const Member&) {
+  const LongProduct<T>& call = *(const LongProduct<T>*)given;
+  const long n = call.weight.n, panels = (n + panel<T>() - 1) / panel<T>(), size = call.a_stride * sizeof(T);
+  const long end = call.rows < (tile + 1) * call.tile ? call.rows : (tile + 1) * call.tile;
+  for (long start = tile * call.tile; start < end; start += kBand) {
+    const long rows = end - start < kBand ? end - start : kBand, next = end - start - rows < kBand ? end - start - rows : kBand;
+    const T* a = call.a + start * call.a_stride;
+    const char* ahead = (const char*)(a + rows * call.a_stride);
+    for (long p = 0; p < panels; ++p) {  // with every panel, a part of the next rows comes nearer
+      for (long at = next * size * p / panels / 64 * 64; at < next * size * (p + 1) / panels; at += 64) __builtin_prefetch(ahead + at, 0, 2);
+      multiply_packed(a, call.a_stride, rows, (const T*)call.weight.packed, call.weight.k, n, call.out + start * n, n, p, p + 1, call.bias);
+    }
+  }
+}
+
+// pointers: a, w, bias (null: none), out.  numbers: rows, k, n, strides of a's rows and of w, threads.
+template <class T> static void long_product(void** pointers, const i64* numbers, Parallel parallel) {
+  LongProduct<T> call = {(const T*)pointers[0], (const T*)pointers[2], (T*)pointers[3], numbers[0], numbers[3], 4 * kBand,
+                         {(const T*)pointers[1], numbers[4], numbers[5], numbers[1], numbers[2], 0}};
+  call.weight.prepare(true);
+  run_tiles(product_tile<T>, &call, (call.rows + call.tile - 1) / call.tile, numbers[6], 0, parallel);
+  free(call.weight.packed);
 }
