@@ -52,7 +52,7 @@ class Product:
             return None
         if bias is not None and (bias.dim() != 1 or not bias.is_contiguous()):
             return None
-        out = torch.empty(rows, columns)
+        out = blocks.empty((rows, columns), torch.float32)
         pointers = [a.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()]
         numbers = [rows, depth, columns, a.stride(0), w.stride(0), w.stride(1), torch.get_num_threads()]
         self._kernel((ctypes.c_void_p * 4)(*pointers), (ctypes.c_int64 * 7)(*numbers), threads.entry())
