@@ -8,7 +8,8 @@
     ├── UnsupportedError(NotImplementedError) right, but not by this backend or under this transform
     ├── MismatchError(AssertionError)         verify found a difference
     ├── DataError(ValueError)                 recipes: a data file
-    └── BuildError(RuntimeError)              the native compiler failed
+    ├── BuildError(RuntimeError)              the native compiler failed
+    └── OutsideError(IndexError, RuntimeError) an index outside its axis, found while a loop runs
 
 A message says what was expected, what was found, the user's own file and line, and what to type next.
 """
@@ -56,6 +57,10 @@ class DataError(SteploopError, ValueError):
 
 class BuildError(SteploopError, RuntimeError):
     """The native compiler failed."""
+
+
+class OutsideError(SteploopError, IndexError, RuntimeError):
+    """An index outside its axis. torch raises one of IndexError and RuntimeError, by operation; this is both."""
 
 
 def message(

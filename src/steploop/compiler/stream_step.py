@@ -101,7 +101,9 @@ def _native(step: StreamStep, call: Call) -> Any:
     if "stream" not in plans:
         plans["stream"] = _native_plan(step.capture)
     found = plans["stream"]
-    return None if found is None else _Native(step, *found, call)
+    if found is None or found[0].executable.runners[found[1]].left_to_torch(step.sizes):
+        return None
+    return _Native(step, *found, call)
 
 
 def _native_plan(capture: Capture) -> tuple[Any, Loop] | None:

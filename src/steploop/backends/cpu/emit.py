@@ -1,6 +1,7 @@
 """Prints a fused plan as one C++ function: all steps for a tile of rows.
 
-    pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets
+    pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, and an
+              int64 that becomes the number of a check which found an index outside its axis
     numbers   batch, start, stop, down, rows per tile, threads, first packed row, whether to pack weights,
               whether the threads are a team, then the symbols
 Kernels know no number of steps, rows or threads, so new ones need no new kernel.
@@ -18,7 +19,7 @@ from .language import Buffer, Load, Product, Program, loads
 KERNELS = Path(__file__).parent / "kernels"
 HEADERS = ("vector.h", "math.h", "tiles.h", "product.h")
 NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team")
-TAIL = ("sizes", "offsets", "resets")
+TAIL = ("sizes", "offsets", "resets", "fault")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,7 @@ class Printer:
             self.line(f"{CTYPES[b.dtype]}* {b.name};{_comment(b)}", 1)
         self.line("const i64 *sizes, *offsets;", 1)
         self.line("const u8* resets;", 1)
+        self.line("i64* fault;", 1)
         for w in self.weights:
             self.line(f"Weight<{w.ctype}> {w.name};", 1)
         self.line(f"long {', '.join((*NUMBERS, *program.symbols))};", 1)

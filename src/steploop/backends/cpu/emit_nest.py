@@ -106,12 +106,14 @@ class NestPrinter:
     def pointer(self, load: Load) -> str:
         """The address of the first lane, the look-ups of one index for all lanes included."""
         text = f"{self.base(load.buffer)} + {self.address(load.strides, load.offset)}"
-        for index, step, size in load.at:
-            text += f" + wrap({self.scalar(index)}, {size_text(size)}) * {size_text(step)}"
+        for index, step in load.at:
+            text += f" + {self.scalar(index)} * {size_text(step)}"
         return text
 
     def scalar(self, expr: Expr) -> str:
         """An index that all lanes share."""
+        if id(expr) in self.values:  # it may be in a register only
+            return f"{self.values[id(expr)]}[0]"
         if isinstance(expr, Const):
             return str(int(expr.value))
         if isinstance(expr, Iota):
@@ -163,7 +165,7 @@ class NestPrinter:
 
     def loaded(self, load: Load) -> str:
         mask = load.dtype == torch.bool
-        if any(not self._uniform(index) for index, _, _ in load.at):
+        if any(not self._uniform(index) for index, _ in load.at):
             return self.gathered(load)
         stride = self.stride(load.strides)
         pointer = self.pointer(load)
@@ -185,18 +187,15 @@ class NestPrinter:
 
     def gathered(self, load: Load) -> str:
         """Every lane looks up its own index."""
-        (index, step, size), *rest = sorted(load.at, key=lambda a: self._uniform(a[0]))
+        (index, step), *rest = sorted(load.at, key=lambda a: self._uniform(a[0]))
         assert all(self._uniform(other[0]) for other in rest)
         pointer = f"{self.base(load.buffer)} + {self.address(load.strides, load.offset, skip_vector=True)}"
-        for other, jump, limit in rest:
-            pointer += f" + wrap({self.scalar(other)}, {size_text(limit)}) * {size_text(jump)}"
+        for other, jump in rest:
+            pointer += f" + {self.scalar(other)} * {size_text(jump)}"
         along = self.stride(load.strides)
         start = "" if same(along, 0) else f" + i * {size_text(along)}"
         kind = "gather_mask" if load.dtype == torch.bool else "gather"
-        return (
-            f"{kind}({pointer}{start}, {self.value(index)}, {size_text(step)}, {size_text(size)}, "
-            f"{size_text(along)}, m)"
-        )
+        return f"{kind}({pointer}{start}, {self.value(index)}, {size_text(step)}, {size_text(along)}, m)"
 
     def save(self, target: Load, value: str) -> None:
         stride = self.stride(target.strides)
@@ -369,8 +368,8 @@ class NestPrinter:
         value = self.value(scatter.value)
         target = scatter.target
         pointer = f"{self.base(target.buffer)} + {self.address(target.strides, target.offset)}"
-        for index, step, size in target.at:
-            pointer += f" + wrap({self.value(index)}[0], {size_text(size)}) * {size_text(step)}"
+        for index, step in target.at:
+            pointer += f" + {self.value(index)}[0] * {size_text(step)}"
         number_ = f"({value}[0] != 0)" if target.dtype == torch.bool else f"{value}[0]"
         self.line(f"({pointer})[0] {'+=' if scatter.add else '='} {number_};")
         self._end_span()

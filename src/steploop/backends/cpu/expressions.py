@@ -35,7 +35,7 @@ class Expressions:
     def load(self, like: Load) -> Load:
         strides = tuple(0 if same(n, 1) else s for n, s in zip(like.shape, like.strides))
         like = Load(like.buffer, like.shape, strides, like.offset, like.at)
-        at = tuple((id(e), s, n) for e, s, n in like.at)
+        at = tuple((id(e), s) for e, s in like.at)
         key = ("load", id(like.buffer), like.shape, like.strides, like.offset, at)
         return self._share(key, lambda: like)
 
@@ -73,7 +73,7 @@ class Expressions:
         shape, strides, delta = change(expr.shape, expr.strides)
         if isinstance(expr, Iota):
             return self.iota(shape, strides, expr.offset + delta)
-        at = tuple((self.view(e, change, memo), s, n) for e, s, n in expr.at)
+        at = tuple((self.view(e, change, memo), s) for e, s in expr.at)
         return self.load(Load(expr.buffer, shape, strides, expr.offset + delta, at))
 
     def expand(self, expr: Expr, shape: tuple[Dim, ...]) -> Expr:

@@ -99,20 +99,11 @@ def _overwrites_nothing(order: list[tuple[int, Nest | None, Statement]], prev: B
         for load in loads(statement):
             if load.buffer is not prev or when < number:
                 continue
-            # (an index is read from memory wherever it is used)
-            late = i > writes[0] and (id(load) not in seen or _is_index(load, statement))
+            late = i > writes[0] and id(load) not in seen
             if when > number or late or not _same_place(load, store, nest):
                 return False
             seen.add(id(load))
     return True
-
-
-def _is_index(load: Load, statement: Statement) -> bool:
-    found: list[Load] = []
-    for outer in loads(statement):
-        for index, _, _ in outer.at:
-            walk(index, lambda e: found.append(e) if e is load else None)
-    return bool(found)
 
 
 def _same_place(load: Load, store: Statement, nest: Nest) -> bool:

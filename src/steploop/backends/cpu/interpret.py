@@ -155,11 +155,8 @@ class Step:
     def _places(self, load: Load) -> Tensor:
         """(rows or 1, *shape): the element of the row that each index means."""
         address = self._address(load)[None]
-        for index, step, size in load.at:
-            count = _number(size, self.sizes)
-            where = self.value(index).to(torch.int64)
-            where = torch.where(where < 0, where + count, where).clamp(0, max(count - 1, 0))
-            address = address + where * _number(step, self.sizes)
+        for index, step in load.at:
+            address = address + self.value(index) * _number(step, self.sizes)
         return address
 
     def _read(self, load: Load) -> Tensor:

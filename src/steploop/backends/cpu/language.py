@@ -59,13 +59,16 @@ class Const:
 
 @dataclass(frozen=True, eq=False)
 class Load:
-    """buffer[offset + sum(index * stride)]; `at` adds (index expression, stride, size) for gathers."""
+    """buffer[offset + sum(index * stride)]; `at` adds (index expression, stride) for gathers.
+
+    Those indices are inside their axis: operations "inside" and "inside_from_end" have looked at them.
+    """
 
     buffer: Buffer
     shape: tuple[Dim, ...]
     strides: tuple[Dim, ...]
     offset: Dim
-    at: tuple[tuple[Expr, Dim, Dim], ...] = ()
+    at: tuple[tuple[Expr, Dim], ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,6 +142,15 @@ class Scatter(Statement):
     add: bool
 
 
+@dataclass(frozen=True)
+class Check:
+    """Indices that must be inside an axis of `size`: what took them (an ATen name), and where it stands."""
+
+    operation: str
+    size: Dim
+    line: str
+
+
 @dataclass(eq=False)
 class Program:
     """One step of one row: inputs, states and kept values in the order of the loop, and temporaries."""
@@ -151,6 +163,7 @@ class Program:
     statements: list[Statement] = field(default_factory=list)
     make: Any = None  # the Expressions that built it
     symbols: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)  # operation "inside" numbers them from 1
 
 
 def product(sizes: Sequence[Dim]) -> Dim:
@@ -164,6 +177,13 @@ def same(a: Dim, b: Dim) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     return sympy.expand(a - b) == 0
+
+
+def evaluate(size: Dim, sizes: dict[str, int]) -> int:
+    """A size as a number; `sizes` has the values of the symbols."""
+    if isinstance(size, int):
+        return size
+    return int(size.xreplace({s: sizes[str(s)] for s in size.free_symbols}))
 
 
 def contiguous(shape: Sequence[Dim]) -> tuple[Dim, ...]:
@@ -188,7 +208,7 @@ def children(expr: Expr) -> tuple[Expr, ...]:
     if isinstance(expr, Op):
         return expr.args
     if isinstance(expr, Load):
-        return tuple(index for index, _, _ in expr.at)
+        return tuple(index for index, _ in expr.at)
     return ()
 
 
@@ -205,7 +225,7 @@ def walk(expr: Expr, visit: Callable[[Expr], None], seen: set[int] | None = None
 
 def expressions(statement: Statement) -> list[Expr]:
     """What a statement reads."""
-    found: list[Expr] = [index for index, _, _ in statement.target.at]
+    found: list[Expr] = [index for index, _ in statement.target.at]
     if isinstance(statement, Product):
         return [*found, statement.left, statement.right]
     return [*found, statement.value]

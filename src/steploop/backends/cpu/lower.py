@@ -24,6 +24,7 @@ from . import geometry
 from .expressions import Expressions, is_contiguous, same_shape
 from .language import (
     Buffer,
+    Check,
     Const,
     Dim,
     Expr,
@@ -83,8 +84,8 @@ RESERVED = frozenset(
     load_mask load_rows loaded logarithm logarithm_1p m main maximum memcpy memory minimum move multiply
     n not_equal numbers old only p pack packed_size pointers prelude r reciprocal reciprocal_root
     remainder_of resets row0 rows run_tile run_tiles save_rows scratch sigmoid sign_of sizes smallest
-    span square_root step stop store t tile tiles to to_mask total total_product trunc_divide u8 wrap
-    batch start down tile_rows threads first offsets active linux unix
+    span square_root step stop store t tile tiles to to_mask total total_product trunc_divide u8 inside
+    inside_from_end fault     batch start down tile_rows threads first offsets active linux unix
     end team relax spin half Barrier Member Work Start NoDenormals take_tiles join_team dot_columns""".split()
 )
 
@@ -105,6 +106,7 @@ class Lowering:
         self._taken: set[str] = set()
         self._line = ""
         self._name = "value"
+        self._operation = ""
 
     # Sizes and arguments
 
@@ -250,6 +252,11 @@ class Lowering:
         self.emit(Reduce(target, kind, value, axes))
         return self.make.load(target)
 
+    def check(self, size: Dim) -> int:
+        """The number of a new check of indices into an axis, by the operation at hand."""
+        self.program.checks.append(Check(self._operation, size, self._line))
+        return len(self.program.checks)
+
     # The walk
 
     def run(self) -> Program:
@@ -306,7 +313,7 @@ class Lowering:
             value = self.value(node.args[0])[node.args[1]]
             self.values[node] = self._settle(node, value)
             return
-        name = op_name(node)
+        name = self._operation = op_name(node)
         self._check_batch(node, name)
         value = TABLE.get(name, decomposed)(self, node)
         if isinstance(value, (tuple, list)):

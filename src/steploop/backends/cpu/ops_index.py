@@ -8,15 +8,32 @@ import torch
 from torch import fx
 
 from . import geometry
-from .language import Dim, Expr, Load, Op, Scatter
+from .language import Const, Dim, Expr, Load, Scatter
 from .lower import Lowering, Unsupported, lowers
 from .ops_pointwise import node_arg
+
+
+def checked(low: Lowering, index: Expr, size: Dim, from_end: bool = False) -> Expr:
+    """The indices as int64, none outside an axis of `size`: the kernel tells when it finds one, see `Check`.
+
+    from_end: negative ones count from the end, as in x[index] alone.
+    """
+    index = low.make.cast(index, torch.int64)
+    if isinstance(index, Const) and isinstance(size, int) and 0 <= index.value < size:
+        return index
+    name = "inside_from_end" if from_end else "inside"
+    return low.copy(low.make.op(name, [index, *_check(low, index, size)], torch.int64), "index")
+
+
+def _check(low: Lowering, index: Expr, size: Dim) -> list[Expr]:
+    """The size and the check's number, in the shape of the index."""
+    return [low.const(n, torch.int64, index.shape) for n in (size, low.check(size))]
 
 
 def lookup(
     low: Lowering, table: Expr, dim: int, index: Expr, index_axes: tuple[int, ...], shape: Any
 ) -> Load:
-    """out[i...] = table[.., index, ..] with `index` (an int64 expression of `shape`) along `dim`.
+    """out[i...] = table[.., index, ..] with `index` (`checked`, of `shape`) along `dim`.
 
     index_axes: for every other axis of the table, the axis of `shape` that runs along it.
     """
@@ -27,11 +44,7 @@ def lookup(
     others = [d for d in range(len(table.shape)) if d != dim]
     for axis, d in zip(index_axes, others):
         strides[axis] = table.strides[d]
-    index = low.make.cast(index, torch.int64)
-    if isinstance(index, Op):
-        index = low.realise(index)
-    wide = low.expand(index, tuple(shape))
-    at = (*table.at, (wide, table.strides[dim], table.shape[dim]))
+    at = (*table.at, (low.expand(index, tuple(shape)), table.strides[dim]))
     return low.make.load(Load(table.buffer, tuple(shape), tuple(strides), table.offset, at))
 
 
@@ -39,6 +52,7 @@ def lookup(
 def _embedding(low: Lowering, node: fx.Node) -> Expr:
     table, index = low.args(node)[:2]
     shape = low.shape(node)
+    index = checked(low, index, table.shape[0])
     wide = low.view(index, geometry.unsqueeze(len(index.shape)))
     return lookup(low, table, 0, wide, (len(shape) - 1,), shape)
 
@@ -50,6 +64,7 @@ def _index_select(low: Lowering, node: fx.Node) -> Expr:
     dim = dim % len(value.shape)
     if low.has_batch(node.args[0], dim):
         raise Unsupported("index_select along the batch axis")
+    index = checked(low, index, value.shape[dim])
     wide = low.reshape(index, tuple(shape[dim] if d == dim else 1 for d in range(len(shape))))
     return lookup(low, value, dim, wide, tuple(d for d in range(len(shape)) if d != dim), shape)
 
@@ -61,6 +76,7 @@ def _gather(low: Lowering, node: fx.Node) -> Expr:
     if not shape:
         return value
     dim = low.inner(node.args[0], dim)
+    index = checked(low, index, value.shape[dim])
     return lookup(low, value, dim, index, tuple(d for d in range(len(shape)) if d != dim), shape)
 
 
@@ -73,7 +89,7 @@ def _index(low: Lowering, node: fx.Node) -> Expr:
     dim = used[0]
     if low.has_batch(node.args[0], dim):
         raise Unsupported("indexing along the batch axis")
-    index, shape = indices[dim], low.shape(node)
+    index, shape = checked(low, indices[dim], value.shape[dim], from_end=True), low.shape(node)
     count = len(index.shape)
     wide = low.reshape(index, (*index.shape, *(1,) * (len(shape) - dim - count)))
     axes = (*range(dim), *range(dim + count, len(shape)))
@@ -82,8 +98,8 @@ def _index(low: Lowering, node: fx.Node) -> Expr:
 
 @lowers("one_hot")
 def _one_hot(low: Lowering, node: fx.Node) -> Expr:
-    index = node_arg(low, node, 0)
     shape = low.shape(node)
+    index = checked(low, node_arg(low, node, 0), shape[-1])
     wide = low.expand(low.view(index, geometry.unsqueeze(len(index.shape))), shape)
     classes = low.make.iota(shape, (0,) * (len(shape) - 1) + (1,))
     return low.make.cast(low.make.op("eq", [wide, classes], torch.bool), torch.int64)
@@ -96,19 +112,20 @@ def _scatter(low: Lowering, node: fx.Node) -> Expr:
         raise Unsupported("scatter with a reduction")
     add = node.target.overloadpacket.__name__ == "scatter_add"
     dim = low.inner(node, dim)
-    return _write(low, node, value, dim, index, source, add)
+    return _write(low, node, value, dim, checked(low, index, value.shape[dim]), source, add)
 
 
 def _write(low: Lowering, node: fx.Node, value: Expr, dim: int, index: Expr, source: Any, add: bool) -> Expr:
+    """`index`: `checked`, in the shape of what is written."""
     target = low.copy(low.expand(value, low.shape(node)), node.name)
     shape = index.shape
-    index = low.dense(low.make.cast(index, torch.int64))
+    index = low.dense(index)
     if isinstance(source, (int, float, bool)):
         source = low.const(source, value.dtype, shape)
     for d, size in enumerate(shape):
         source = low.view(source, geometry.narrow(d, 0, size))
     strides = tuple(0 if d == dim else s for d, s in enumerate(target.strides))
-    at = ((index, target.strides[dim], target.shape[dim]),)
+    at = ((index, target.strides[dim]),)
     low.emit(Scatter(Load(target.buffer, shape, strides, target.offset, at), source, add))
     return target
 
@@ -117,6 +134,7 @@ def _write(low: Lowering, node: fx.Node, value: Expr, dim: int, index: Expr, sou
 def _index_add(low: Lowering, node: fx.Node) -> Expr:
     value, dim, index, source = low.args(node)[:4]
     dim = low.inner(node, dim)
+    index = checked(low, index, value.shape[dim])
     wide = low.reshape(index, tuple(source.shape[dim] if d == dim else 1 for d in range(len(source.shape))))
     wide = low.expand(wide, source.shape)
     add = node.target.overloadpacket.__name__ == "index_add"
@@ -134,6 +152,7 @@ def _index_put(low: Lowering, node: fx.Node) -> Expr:
     index, shape = indices[dim], low.shape(node)
     if len(index.shape) != 1:
         raise Unsupported("writing by an index of several axes")
+    index = checked(low, index, shape[dim], from_end=True)
     wanted = (*shape[:dim], index.shape[0], *shape[dim + 1 :])
     wide = low.reshape(index, tuple(n if d == dim else 1 for d, n in enumerate(wanted)))
     return _write(low, node, value, dim, low.expand(wide, wanted), low.expand(source, wanted), add)

@@ -17,11 +17,11 @@ from ...compiler import blocks
 from ...compiler.graph import LoopProgram, Rows, rows_of
 from ...compiler.schedule import Span
 from .. import eager
-from . import threads
+from . import checks, threads
 from .build import build
-from .emit import Printer, prelude
+from .emit import TAIL, Printer, prelude
 from .fuse import Plan, fuse
-from .language import Buffer, Dim, Program
+from .language import Buffer, Dim, Program, evaluate
 
 # Test-only: "cpu" builds kernels that are wrong on purpose; the oracle must notice.
 BREAK = "STEPLOOP_TEST_BREAK"
@@ -73,7 +73,7 @@ class Runner:
         self.text = printer.text()
         self._kernel: Any = None
         self._eager: eager.Runner | None = None
-        count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + 3
+        count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + len(TAIL)
         self._pointers = ctypes.c_void_p * count
         self._arrange = [_arrangement(i.rows, b) for i, b in zip(loop.inputs, program.inputs)]
         self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
@@ -106,7 +106,7 @@ class Runner:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """See `eager.Runner`. into: contiguous memory for kept values, None where there is none."""
         schedule = span.schedule
-        if schedule.members is not None:
+        if schedule.members is not None or self.left_to_torch(sizes):
             if self._eager is None:
                 self._eager = eager.Runner(self.loop)
             return self._eager(inputs, states, reset_to, span, down, sizes)
@@ -127,12 +127,19 @@ class Runner:
         tables = (None, None) if full else _tables(schedule)
         if batch and total:
             numbers = self._numbers(span, batch, full, down, sizes)
-            self._call([*given, *before, *back, *after, *kept, *tables, resets], numbers)
+            self._call([*given, *before, *back, *after, *kept, *tables, resets], numbers, sizes)
         return after, [self._shaped(k, rows) for k, rows in zip(kept, self._kept_rows)]
 
-    def _call(self, held: list[Tensor | None], numbers: list[int]) -> None:
-        pointers = self._pointers(*[None if t is None else t.data_ptr() for t in held])
+    def left_to_torch(self, sizes: dict[str, int]) -> bool:
+        """Whether indices are taken into an axis without entries."""
+        return bool(self.program.checks) and checks.any_empty(self.program.checks, sizes)
+
+    def _call(self, held: list[Tensor | None], numbers: list[int], sizes: dict[str, int]) -> None:
+        fault = ctypes.c_int64(0)
+        pointers = self._pointers(*[None if t is None else t.data_ptr() for t in held], ctypes.addressof(fault))
         self._kernel(pointers, (ctypes.c_int64 * len(numbers))(*numbers), threads.entry())
+        if fault.value:
+            raise checks.error(self.program.checks[fault.value - 1], sizes)
 
     def _numbers(self, span: Span, batch: int, full: bool, down: bool, sizes: dict[str, int]) -> list[int]:
         steps = span.stop - span.start
@@ -176,7 +183,7 @@ class Runner:
 
     def _shape(self, buffer: Buffer, sizes: dict[str, int]) -> list[int]:
         """One row's shape."""
-        return [n if isinstance(n, int) else _at(n, sizes) for n in buffer.shape]
+        return [n if isinstance(n, int) else evaluate(n, sizes) for n in buffer.shape]
 
     def _shaped(self, value: Tensor, rows: Rows) -> Tensor:
         """The inverse of `_arrangement`."""
@@ -206,12 +213,6 @@ def _tables(schedule: object) -> tuple[Tensor, Tensor]:
         found = tuple(torch.tensor(v, dtype=torch.int64) for v in (schedule.sizes, schedule.offsets))
         schedule._native_tables = found
     return found
-
-
-def _at(size: Dim, sizes: dict[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    return int(size.xreplace({s: sizes[str(s)] for s in size.free_symbols}))
 
 
 def _at_least(shape: Sequence[Dim]) -> int:

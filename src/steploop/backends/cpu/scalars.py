@@ -24,6 +24,16 @@ def _call(name: str, count: int = 1) -> str:
     return f"{name}({', '.join(f'{{{i}}}' for i in range(count))})"
 
 
+def _inside(index: Tensor, size: Tensor, check: Tensor) -> Tensor:
+    if ((index < 0) | (index >= size)).any():
+        raise IndexError(f"an index is outside an axis of {int(size.flatten()[0])}")
+    return index
+
+
+def _inside_from_end(index: Tensor, size: Tensor, check: Tensor) -> Tensor:
+    return _inside(torch.where(index < 0, index + size, index), size, check)
+
+
 def _trunc_divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.div(a, b, rounding_mode="trunc")
 
@@ -92,5 +102,7 @@ SCALARS: dict[str, Scalar] = {
     "bitwise_xor": Scalar("{0} ^ {1}", torch.bitwise_xor),
     "bitwise_not": Scalar("~{0}", torch.bitwise_not),
     "shift_left": Scalar("{0} << {1}", torch.bitwise_left_shift),
+    "inside": Scalar("inside({0}, {1}, {2}, call.fault, m)", _inside),  # (index, size, number of the check)
+    "inside_from_end": Scalar("inside_from_end({0}, {1}, {2}, call.fault, m)", _inside_from_end),
     "shift_right": Scalar("{0} >> {1}", torch.bitwise_right_shift),
 }

@@ -93,7 +93,7 @@ def _statement(s: Statement, nest: Nest) -> str:
 
 
 def _place(load: Load | Iota) -> str:
-    terms = [f"{expression(e)}*{_size(step)}" for e, step, _ in getattr(load, "at", ())]
+    terms = [f"{expression(e)}*{_size(step)}" for e, step in getattr(load, "at", ())]
     for axis, stride in enumerate(load.strides):
         if not same(stride, 0):
             terms.append(f"i{axis}" if same(stride, 1) else f"i{axis}*{_size(stride)}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import threads
+from . import checks, threads
 from .emit import NUMBERS
 from .runner import Runner
 
@@ -39,6 +39,9 @@ class Stepper:
         self._arrange = runner._arrange
         self._pointers = array.array("Q", [0] * len(runner._pointers()))
         self._numbers = _numbers(runner, batch, sizes)
+        self._checks, self._sizes = program.checks, sizes
+        self._fault = array.array("q", [0])  # the number of a check that failed
+        self._pointers[-1] = self._fault.buffer_info()[0]
         self.set_constants(constants)
         kept = [runner._empty(b, rows, batch, sizes) for b, rows in zip(program.kept, runner._kept_rows)]
         nexts = [torch.empty(batch, *runner._shape(b, sizes)[1:], dtype=b.dtype) for b in program.prevs]
@@ -77,9 +80,17 @@ class Stepper:
                 lines += [f"{name}{i} = new_{name}{i}({text})", f"pointers[{start + i}] = {name}{i}.data_ptr()"]
         threaded = self._numbers[NUMBERS.index("threads")] > 1
         lines.append(f"kernel(at, numbers, {'entry()' if threaded else '0'})")
+        if self._checks:
+            known.update(fault=self._fault, failed=self._failed)
+            lines.append("if fault[0]: raise failed()")
         lines.append(f"return [{', '.join(f'k{i}' for i in outputs)}], [{', '.join(f'a{i}' for i in states)}]")
         exec("def step(xs, states):\n    " + "\n    ".join(lines), known)
         return known["step"]
+
+    def _failed(self) -> Exception:
+        check = self._checks[self._fault[0] - 1]
+        self._fault[0] = 0
+        return checks.error(check, self._sizes)
 
 
 def _maker(like: Tensor) -> tuple[Callable[..., Tensor], str]:

@@ -115,18 +115,25 @@ template <class M> INLINE void store_mask_strided(u8* p, long stride, Vec<int, M
   for (long l = 0; l < count_of(m); ++l) p[l * stride] = x[l] != 0;
 }
 
-// An index into an axis of n entries: negative ones count from the end; never outside.
-INLINE long wrap(long index, long n) {
-  index = index < 0 ? index + n : index;
-  return index < 0 ? 0 : index < n ? index : n - 1;
+// Indices into an axis of n entries. One that is outside becomes 0, so that nothing else is read or written, and the
+// number of its check is left in `fault` for the caller to raise an error.
+template <class M> INLINE Vec<i64, M::lanes> inside(Vec<i64, M::lanes> index, Vec<i64, M::lanes> n, Vec<i64, M::lanes> check, i64* fault, M m) {
+  Vec<i64, M::lanes> good = (index >= 0) & (index < n);
+  i64 all = -1;
+  for (long l = 0; l < count_of(m); ++l) all &= good[l];
+  if (__builtin_expect(!all, 0)) __atomic_store_n(fault, check[0], __ATOMIC_RELAXED);
+  return index & good;
 }
-template <class T, class M> INLINE Vec<T, M::lanes> gather(const T* p, Vec<i64, M::lanes> index, long stride, long n, long step, M m) {
+template <class M> INLINE Vec<i64, M::lanes> inside_from_end(Vec<i64, M::lanes> index, Vec<i64, M::lanes> n, Vec<i64, M::lanes> check, i64* fault, M m) {
+  return inside(index + (n & (index < 0)), n, check, fault, m);
+}
+template <class T, class M> INLINE Vec<T, M::lanes> gather(const T* p, Vec<i64, M::lanes> index, long stride, long step, M m) {
   T parts[M::lanes] = {};
-  for (long l = 0; l < count_of(m); ++l) parts[l] = p[wrap(index[l], n) * stride + l * step];
+  for (long l = 0; l < count_of(m); ++l) parts[l] = p[index[l] * stride + l * step];
   return load(parts, Full<M::lanes>{});
 }
-template <class M> INLINE Vec<int, M::lanes> gather_mask(const u8* p, Vec<i64, M::lanes> index, long stride, long n, long step, M m) {
-  return __builtin_convertvector(gather(p, index, stride, n, step, m) != 0, Vec<int, M::lanes>);
+template <class M> INLINE Vec<int, M::lanes> gather_mask(const u8* p, Vec<i64, M::lanes> index, long stride, long step, M m) {
+  return __builtin_convertvector(gather(p, index, stride, step, m) != 0, Vec<int, M::lanes>);
 }
 
 template <int L> INLINE Vec<i64, L> counting(long first, long step) {

@@ -1,0 +1,35 @@
+"""Indices outside their axis: kernels note them and stay inside, the callers of kernels raise the error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...errors import OutsideError, message
+from .language import Check, evaluate
+
+_CALLED = {
+    "index": "x[index]", "_unsafe_index": "x[index]", "index_put": "x[index] = ...",
+    "_unsafe_index_put": "x[index] = ...",
+}  # fmt: skip
+_FROM_END = frozenset(_CALLED)  # operations for which negative indices count from the end
+
+
+def error(check: Check, sizes: dict[str, int]) -> OutsideError:
+    """The error for a check that failed. sizes: the values of symbols."""
+    size = evaluate(check.size, sizes)
+    name = _CALLED.get(check.operation, check.operation)
+    least = -size if check.operation in _FROM_END else 0
+    return OutsideError(
+        message(
+            f"index out of range in {name}: the axis has size {size}",
+            expected=f"indices from {least} to {size - 1}",
+            found="an index outside, in a row that runs",
+            at=check.line,
+            fix="look at the values of the index tensor; clamp or mask those that stand for `nothing`",
+        )
+    )
+
+
+def any_empty(checks: Sequence[Check], sizes: dict[str, int]) -> bool:
+    """Whether an axis has no entries: then no index is right, and a kernel has nothing to read instead."""
+    return any(evaluate(check.size, sizes) == 0 for check in checks)
