@@ -20,6 +20,7 @@ from typing import Any
 
 import sympy
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -490,7 +491,7 @@ class _Lines(TorchFunctionMode):
             self.refused = self.refused or changes_in_place(line)
             raise self.refused
         self._tag(self._line)
-        function = _UNCHECKED.get(function, function)
+        function = _TRACED_AS.get(function, function)
         result = function(*args, **(kwargs or {}))
         self._tag(line)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
@@ -539,10 +540,17 @@ def _unchecked(name: str) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: function(*args, **kwargs)[0]
 
 
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """What torch does with values; in a trace it compares with `arange` instead, and no class is out of range."""
+    if num_classes <= 0 or tensor.dtype != torch.int64:
+        return F.one_hot(tensor, num_classes)
+    return tensor.new_zeros((*tensor.shape, num_classes)).scatter(-1, tensor.unsqueeze(-1), 1)
+
+
 # LAPACK's check for singular matrices reads values, which a trace has not: without it they give inf and nan.
-_UNCHECKED: dict[Any, Callable[..., Tensor]] = {
+_TRACED_AS: dict[Any, Callable[..., Tensor]] = {
     torch.linalg.solve: _unchecked("solve_ex"), torch.linalg.inv: _unchecked("inv_ex"),
     torch.inverse: _unchecked("inv_ex"), Tensor.inverse: _unchecked("inv_ex"),
     torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
-    Tensor.cholesky: _unchecked("cholesky_ex"),
+    Tensor.cholesky: _unchecked("cholesky_ex"), F.one_hot: _one_hot,
 }  # fmt: skip

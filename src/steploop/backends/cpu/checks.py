@@ -9,9 +9,9 @@ from .language import Check, evaluate
 
 _CALLED = {
     "index": "x[index]", "_unsafe_index": "x[index]", "index_put": "x[index] = ...",
-    "_unsafe_index_put": "x[index] = ...",
+    "_unsafe_index_put": "x[index] = ...", "scatter": "scatter or one_hot",
 }  # fmt: skip
-_FROM_END = frozenset(_CALLED)  # operations for which negative indices count from the end
+_FROM_END = frozenset(n for n in _CALLED if "index" in n)  # operations for which negative indices count from the end
 
 
 def error(check: Check, sizes: dict[str, int]) -> OutsideError:
