@@ -13,16 +13,17 @@ from .lower import Lowering, Unsupported, lowers
 from .ops_pointwise import node_arg
 
 
-def checked(low: Lowering, index: Expr, size: Dim, from_end: bool = False) -> Expr:
+def checked(low: Lowering, index: Expr, size: Dim, from_end: bool = False, copy: bool = True) -> Expr:
     """The indices as int64, none outside an axis of `size`: the kernel tells when it finds one, see `Check`.
 
-    from_end: negative ones count from the end, as in x[index] alone.
+    from_end: negative ones count from the end, as in x[index] alone. copy: False where each is read once.
     """
     index = low.make.cast(index, torch.int64)
     if isinstance(index, Const) and isinstance(size, int) and 0 <= index.value < size:
         return index
     name = "inside_from_end" if from_end else "inside"
-    return low.copy(low.make.op(name, [index, *_check(low, index, size)], torch.int64), "index")
+    found = low.make.op(name, [index, *_check(low, index, size)], torch.int64)
+    return low.copy(found, "index") if copy else found
 
 
 def _check(low: Lowering, index: Expr, size: Dim) -> list[Expr]:
@@ -112,14 +113,13 @@ def _scatter(low: Lowering, node: fx.Node) -> Expr:
         raise Unsupported("scatter with a reduction")
     add = node.target.overloadpacket.__name__ == "scatter_add"
     dim = low.inner(node, dim)
-    return _write(low, node, value, dim, checked(low, index, value.shape[dim]), source, add)
+    return _write(low, node, value, dim, checked(low, index, value.shape[dim], copy=False), source, add)
 
 
 def _write(low: Lowering, node: fx.Node, value: Expr, dim: int, index: Expr, source: Any, add: bool) -> Expr:
     """`index`: `checked`, in the shape of what is written."""
     target = low.copy(low.expand(value, low.shape(node)), node.name)
     shape = index.shape
-    index = low.dense(index)
     if isinstance(source, (int, float, bool)):
         source = low.const(source, value.dtype, shape)
     for d, size in enumerate(shape):

@@ -115,18 +115,6 @@ template <class M> INLINE void store_mask_strided(u8* p, long stride, Vec<int, M
   for (long l = 0; l < count_of(m); ++l) p[l * stride] = x[l] != 0;
 }
 
-// Indices into an axis of n entries. One that is outside becomes 0, so that nothing else is read or written, and the
-// number of its check is left in `fault` for the caller to raise an error.
-template <class M> INLINE Vec<i64, M::lanes> inside(Vec<i64, M::lanes> index, Vec<i64, M::lanes> n, Vec<i64, M::lanes> check, i64* fault, M m) {
-  Vec<i64, M::lanes> good = (index >= 0) & (index < n);
-  i64 all = -1;
-  for (long l = 0; l < count_of(m); ++l) all &= good[l];
-  if (__builtin_expect(!all, 0)) __atomic_store_n(fault, check[0], __ATOMIC_RELAXED);
-  return index & good;
-}
-template <class M> INLINE Vec<i64, M::lanes> inside_from_end(Vec<i64, M::lanes> index, Vec<i64, M::lanes> n, Vec<i64, M::lanes> check, i64* fault, M m) {
-  return inside(index + (n & (index < 0)), n, check, fault, m);
-}
 template <class T, class M> INLINE Vec<T, M::lanes> gather(const T* p, Vec<i64, M::lanes> index, long stride, long step, M m) {
   T parts[M::lanes] = {};
   for (long l = 0; l < count_of(m); ++l) parts[l] = p[index[l] * stride + l * step];
@@ -212,6 +200,19 @@ template <class V> INLINE Elem<V> largest(V x) { return fold(x, [](auto a, auto 
 template <class V> INLINE Elem<V> smallest(V x) { return fold(x, [](auto a, auto b) ALWAYS { return minimum(a, b); }); }
 template <class V> INLINE bool any_of(V x) { return fold(x, [](auto a, auto b) ALWAYS { return a | b; }) != 0; }
 template <class V> INLINE bool all_of(V x) { return fold(x, [](auto a, auto b) ALWAYS { return a & b; }) != 0; }
+
+// Indices into an axis of n entries. One that is outside becomes 0, so that nothing else is read or written, and the
+// number of its check is left in `fault` for the caller to raise an error.
+template <class M> INLINE Vec<i64, M::lanes> inside(Vec<i64, M::lanes> index, Vec<i64, M::lanes> n, Vec<i64, M::lanes> check, i64* fault, M m) {
+  index = only(m, index, Vec<i64, M::lanes>{});
+  Vec<i64, M::lanes> bad = (index < 0) | (index >= n);
+  if (__builtin_expect(fold(bad, [](auto a, auto b) ALWAYS { return a | b; }) != 0, 0))
+    __atomic_store_n(fault, check[0], __ATOMIC_RELAXED);
+  return index & ~bad;
+}
+template <class M> INLINE Vec<i64, M::lanes> inside_from_end(Vec<i64, M::lanes> index, Vec<i64, M::lanes> n, Vec<i64, M::lanes> check, i64* fault, M m) {
+  return inside(index + (n & (index < 0)), n, check, fault, m);
+}
 
 // The first place of the best value; a NaN is better than any number.
 template <class V> INLINE MaskOf<V> better_max(V a, V b) { return greater(a, b) | (is_nan(a) & ~is_nan(b)); }
