@@ -9,7 +9,7 @@
     ├── MismatchError(AssertionError)         verify found a difference
     ├── DataError(ValueError)                 recipes: a data file
     ├── BuildError(RuntimeError)              the native compiler failed
-    └── OutsideError(IndexError, RuntimeError) an index outside its axis, found while a loop runs
+    └── OutsideError(IndexError, RuntimeError)  an index outside its axis, found while a loop runs
 
 A message says what was expected, what was found, the user's own file and line, and what to type next.
 """
