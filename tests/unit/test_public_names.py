@@ -3,7 +3,7 @@
 import steploop as sl
 
 NAMES = """
-BuildError CarryError DataError InputError Loop MismatchError Report State StateError States Step StepError
+BuildError CarryError DataError InputError Loop MismatchError OutsideError Report State StateError States Step StepError
 SteploopError Stream UnsupportedError memory nn plan scan share unbatched verify
 """.split()
 
@@ -24,6 +24,7 @@ def test_every_error_is_a_steploop_error_and_a_builtin_one():
         sl.MismatchError: AssertionError,
         sl.DataError: ValueError,
         sl.BuildError: RuntimeError,
+        sl.OutsideError: IndexError,
     }
     for error, builtin in kinds.items():
         assert issubclass(error, sl.SteploopError) and issubclass(error, builtin)
