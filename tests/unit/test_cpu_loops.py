@@ -23,6 +23,7 @@ def sharing(request, monkeypatch):
     if request.param == "team":
         monkeypatch.setattr(native, "CACHE", -1)
         monkeypatch.setattr(native, "WAIT", -1)
+        monkeypatch.setattr(native, "PANEL", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(max(2, before))
     yield

@@ -28,6 +28,7 @@ BREAK = "STEPLOOP_TEST_BREAK"
 FEW = 2  # rows and steps in all for which packing the weights does not pay
 L2 = 1 << 20  # bytes of temporaries that a tile may have
 CACHE = 1 << 20  # bytes of weights that stay in the cache of one core
+PANEL = 64  # columns that a thread of a team takes at least
 WAIT = 1 << 17  # bytes of weights whose products take longer than a meeting of the threads
 
 
@@ -78,6 +79,8 @@ class Runner:
         self._arrange = [_arrangement(i.rows, b) for i, b in zip(loop.inputs, program.inputs)]
         self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
         self._weight_bytes = sum(_at_least(w.right.shape) * w.right.dtype.itemsize for w in printer.weights)
+        # Groups of columns, of which every thread of a team needs one to have any work.
+        self._panels = max((-(-_at_least(w.right.shape[1:]) // PANEL) for w in printer.weights), default=1)
         scratch = [*program.prevs, *program.nexts, *self.plan.shared]
         self._row_bytes = sum(_at_least(b.shape) * b.dtype.itemsize for b in scratch)
 
@@ -145,7 +148,7 @@ class Runner:
         steps = span.stop - span.start
         count = torch.get_num_threads()
         team = count > 1 and self._as_team(batch, steps, count)
-        count = count if batch > 1 or team else 1
+        count = min(count, self._panels) if team else count if batch > 1 else 1
         first = span.first if self.loop.batch is not None else span.start
         tile = self._tile(batch, 1 if team else count, full or team) if batch > 1 else 1
         symbols = [sizes[s] for s in self.program.symbols]
