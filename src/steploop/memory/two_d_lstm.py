@@ -156,7 +156,8 @@ class TwoDLSTM(Memory):
         grid = _Grid(steps, positions, is_valid(lengths, steps, batch, target.device))
         exists = is_valid(source_lengths, positions, batch, target.device).t()  # (B, S)
         of_target = F.linear(target, self.weight_target)
-        gates = grid.skewed(of_target) + self._of_source(source, source_lengths)  # (D, B, S, 5H)
+        # (D, B, S, 5H), the largest array here: added to where it is
+        gates = grid.skewed(of_target).add_(self._of_source(source, source_lengths))
         inputs = [gates, grid.active()]
         given = {"weight": unbatched(torch.cat([self.weight_h, self.weight_v], 1)), "exists": exists}
         if resets is not None:
@@ -241,7 +242,8 @@ class _Grid:
 
     def skewed(self, values: Tensor) -> Tensor:
         """values (T, B, ...) -> (D, B, S, ...): that of the cell's target row."""
-        return values[self.y.clamp(0, self.steps - 1)].transpose(1, 2)
+        rows = torch.arange(values.shape[1], device=values.device).unsqueeze(1)
+        return values[self.y.clamp(0, self.steps - 1).unsqueeze(1), rows]
 
     def active(self) -> Tensor:
         """(D, B, S): whether there is such a cell."""
