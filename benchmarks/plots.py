@@ -112,7 +112,7 @@ def _grid(results: Results, pyplot: Any) -> Any:
             here = {(w["B"], w["T"]): r for w, m, r in points if m == mode and w["H"] == hidden}
             _heat(panels[row][column], here, sizes["B"], sizes["T"])
             panels[row][column].set_title(f"{mode}, H={hidden}", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.95))  # below the title
     return figure
 
 
