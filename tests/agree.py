@@ -15,6 +15,17 @@ VALUES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
+def situations(lengths, holes, resets):
+    """The arguments of a loop's calls by which rows run, each way by itself and all together."""
+    return {
+        "plain": {},
+        "lengths": {"lengths": lengths},
+        "holes": {"mask": holes},
+        "resets": {"resets": resets},
+        "all": {"lengths": lengths, "mask": holes, "resets": resets},
+    }
+
+
 def agree(step, *xs, backend="eager", save=("all", "states"), loop=None, backward=True, **call):
     """Compare a Step under `backend` with the reference; returns what the reference gave.
 

@@ -14,19 +14,13 @@ import steploop as sl
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from agree import agree
+from agree import agree, situations
 
 STEPS, BATCH, SIZE = 9, 4, 6
 HOLES = torch.rand(STEPS, BATCH, generator=torch.Generator().manual_seed(3)) < 0.6
 RESETS = torch.rand(STEPS, BATCH, generator=torch.Generator().manual_seed(4)) < 0.3
 LENGTHS = torch.tensor([9, 4, 0, 7])
-SITUATIONS = {
-    "plain": {},
-    "lengths": {"lengths": LENGTHS},
-    "holes": {"mask": HOLES},
-    "resets": {"resets": RESETS},
-    "all": {"lengths": LENGTHS, "mask": HOLES, "resets": RESETS},
-}
+SITUATIONS = situations(LENGTHS, HOLES, RESETS)
 
 
 class SelfAttention(sl.Step):

@@ -16,7 +16,7 @@ from steploop import memory
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from agree import agree
+from agree import agree, situations
 from compiled_backends import COMPILED, may_decline
 from memory_cases import CASES, FIRST, Case
 
@@ -28,13 +28,7 @@ HOLES = torch.tensor(
 RESETS = torch.tensor(
     [[0, 0, 1, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0, 1], [0, 1, 1, 0, 0, 0, 0]], dtype=torch.bool
 ).t()
-SITUATIONS = {
-    "plain": {},
-    "lengths": {"lengths": LENGTHS},
-    "holes": {"mask": HOLES},
-    "resets": {"resets": RESETS},
-    "all": {"lengths": LENGTHS, "mask": HOLES, "resets": RESETS},
-}
+SITUATIONS = situations(LENGTHS, HOLES, RESETS)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 first_cases = pytest.mark.parametrize("case", FIRST, ids=lambda case: case.name)
 

@@ -10,6 +10,7 @@ STEPLOOP_KEEP_MB sets how much is kept (512; 0: nothing).
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -100,9 +101,7 @@ os.register_at_fork(after_in_child=lambda: setattr(_blocks, "lock", threading.Lo
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """As torch.empty; large ones on the CPU are made where a free block is."""
-    size = dtype.itemsize
-    for n in shape:
-        size *= n
+    size = dtype.itemsize * math.prod(shape)
     on_cpu = device is None or device.type == "cpu"
     if size < LEAST or size > _blocks.limit or not on_cpu or _ALONE is None:
         return torch.empty(shape, dtype=dtype, device=device)

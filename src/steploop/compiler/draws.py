@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .graph import StepGraph
-from .simplify import argument, call, calls, remove_dead, replace, sizes_of
+from .simplify import argument, call, calls, made, remove_dead, replace, sizes_of
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ def hoist_masks(step: StepGraph, in_loop: set[fx.Node]) -> bool:
         if node not in in_loop or train is False or not (rows is None or rows.outer == 1):
             continue
         value, mask = node.meta["val"]
-        zeros = _made(node, aten.zeros.default, sizes_of(value.shape), like=value)
+        zeros = made(node, aten.zeros.default, sizes_of(value.shape), like=value)
         kept = call(node, aten.bernoulli.p, zeros, 1 - p)
         scaled = call(node, aten.mul.Tensor, kept, 0.0 if p == 1 else 1 / (1 - p))
         kept = call(node, aten._to_copy.default, kept, dtype=mask.dtype)
@@ -38,14 +38,6 @@ def hoist_masks(step: StepGraph, in_loop: set[fx.Node]) -> bool:
         changed = True
     remove_dead(step)
     return changed
-
-
-def _made(before: fx.Node, target: Any, *args: Any, like: Tensor) -> fx.Node:
-    """A value made from sizes, with the metadata of another."""
-    with before.graph.inserting_before(before):
-        node = before.graph.call_function(target, args, {"dtype": like.dtype, "device": like.device})
-    node.meta.update(val=like, line=before.meta.get("line", ""))
-    return node
 
 
 def hoist_draws(step: StepGraph, in_loop: set[fx.Node]) -> bool:
@@ -69,7 +61,7 @@ def _like_another(target: Any, sizes_at: int) -> Callable[[fx.Node], fx.Node]:
 
     def draw(node: fx.Node) -> fx.Node:
         like = node.meta["val"]
-        return _made(node, target, *node.args[1:sizes_at], sizes_of(like.shape), like=like)
+        return made(node, target, *node.args[1:sizes_at], sizes_of(like.shape), like=like)
 
     return draw
 
@@ -77,7 +69,7 @@ def _like_another(target: Any, sizes_at: int) -> Callable[[fx.Node], fx.Node]:
 def _written_over(node: fx.Node) -> fx.Node | None:
     """a.uniform_(): nothing of a is read."""
     source = node.args[0].meta["val"]
-    zeros = _made(node, aten.zeros.default, sizes_of(source.shape), like=source)
+    zeros = made(node, aten.zeros.default, sizes_of(source.shape), like=source)
     return call(node, node.target, zeros, *node.args[1:], **node.kwargs)
 
 
@@ -91,7 +83,7 @@ def _bernoulli(node: fx.Node) -> fx.Node | None:
     p, like = node.args[-1], node.meta["val"]
     if not _standard(node) or p.meta["val"].dtype != like.dtype:
         return None
-    uniform = _made(node, aten.rand.default, sizes_of(like.shape), like=like)
+    uniform = made(node, aten.rand.default, sizes_of(like.shape), like=like)
     drawn = call(node, aten._to_copy.default, call(node, aten.lt.Tensor, uniform, p), dtype=like.dtype)
     valid = call(node, aten.eq.Tensor, call(node, aten.clamp.default, p, 0, 1), p)
     return call(node, aten.where.ScalarOther, valid, drawn, float("nan"))
@@ -104,7 +96,7 @@ def _normal(node: fx.Node) -> fx.Node | None:
         return None
     if isinstance(std, fx.Node):
         std = call(node, aten.where.ScalarOther, call(node, aten.ge.Scalar, std, 0), std, float("nan"))
-    drawn = _made(node, aten.randn.default, sizes_of(like.shape), like=like)
+    drawn = made(node, aten.randn.default, sizes_of(like.shape), like=like)
     return call(node, aten.add.Tensor, call(node, aten.mul.Tensor, drawn, std), mean)
 
 
@@ -114,7 +106,7 @@ def _multinomial(node: fx.Node) -> fx.Node | None:
     like, replacement = p.meta["val"], argument(node, 2, "replacement", False)
     if (replacement and count != 1) or node.kwargs.get("generator") is not None or not like.dtype.is_floating_point:
         return None
-    zeros = _made(node, aten.zeros.default, sizes_of(like.shape), like=like)
+    zeros = made(node, aten.zeros.default, sizes_of(like.shape), like=like)
     scores = call(node, aten.div.Tensor, p, call(node, aten.exponential.default, zeros))
     if count == 1:
         return call(node, aten.argmax.default, scores, -1, True)

@@ -7,6 +7,7 @@ not see is taken out of the result, or of the weights. `whole_histories` puts th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,10 +70,7 @@ def _as_matrices(frames: Tensor, sizes: list[int], inner: list[int], rest: list[
 
 
 def _count(sizes: list[int], which: list[int]) -> int:
-    count = 1
-    for i in which:
-        count *= sizes[i]
-    return count
+    return math.prod(sizes[i] for i in which)
 
 
 def _slots(

@@ -127,7 +127,7 @@ class Invocation:
         if stacked:
             xs = [x.flip(0) if self.reverse else x for x in parts["xs"]]
         else:
-            flat = [x.reshape(schedule.time * schedule.batch, *x.shape[2:]) for x in parts["xs"]]
+            flat = [schedule.flat(x) for x in parts["xs"]]
             xs = flat if schedule.source is None else map(Unpacked, flat)
         batched = self.capture.program.constant_batched
         constants = [

@@ -93,9 +93,13 @@ class Schedule:
             return value
         return torch.empty_like(value).index_copy_(0, self.order, value)
 
+    def flat(self, sequence: Tensor) -> Tensor:
+        """(T, B, ...) -> (T * B, ...)"""
+        return sequence.reshape(self.time * self.batch, *sequence.shape[2:])
+
     def pack(self, sequence: Tensor) -> Tensor:
         """(T, B, ...) -> (N, ...); only valid steps are read."""
-        flat = sequence.reshape(self.time * self.batch, *sequence.shape[2:])
+        flat = self.flat(sequence)
         return flat if self.source is None else flat.index_select(0, self.source)
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ class Schedule:
         """The transpose of `unpack`."""
         if self.repeat is None or self.source is None:
             return self.pack(sequence)
-        flat = sequence.reshape(self.time * self.batch, *sequence.shape[2:])
+        flat = self.flat(sequence)
         packed = flat.new_zeros(self.total + 1, *flat.shape[1:])
         return packed.index_add_(0, self.repeat, flat)[: self.total]
 

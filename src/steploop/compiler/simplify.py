@@ -61,6 +61,14 @@ def call(before: fx.Node, target: Any, *args: Any, line: str | None = None, **kw
     return node
 
 
+def made(before: fx.Node, target: Any, *args: Any, like: Tensor) -> fx.Node:
+    """A value made from sizes, in front of a node, with the metadata of another."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(target, args, {"dtype": like.dtype, "device": like.device})
+    node.meta.update(val=like, line=before.meta.get("line", ""))
+    return node
+
+
 def _tensors(args: Iterable[Any]) -> Iterable[Tensor]:
     for a in args:
         if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor):
@@ -337,16 +345,13 @@ def remove_dead(step: StepGraph) -> None:
 def free_constants(step: StepGraph) -> None:
     """new_zeros, ones_like and the like of known sizes depend on no value: they are the same at every step."""
     for node in calls(step):
-        made = _FROM_SIZES.get(node.target)
-        if made is None or not all(isinstance(size, int) for size in shape_of(node)):
+        target = _FROM_SIZES.get(node.target)
+        if target is None or not all(isinstance(size, int) for size in shape_of(node)):
             continue
         like = node.meta["val"]
         filled = node.args[2:3] if node.target is aten.new_full.default else node.args[1:2]
-        args = (sizes_of(like.shape), *(filled if made is aten.full.default else ()))
-        with step.graph.inserting_before(node):
-            constant = step.graph.call_function(made, args, {"dtype": like.dtype, "device": like.device})
-        constant.meta.update(val=like, line=node.meta.get("line", ""))
-        replace(step, node, constant)
+        args = (sizes_of(like.shape), *(filled if target is aten.full.default else ()))
+        replace(step, node, made(node, target, *args, like=like))
     remove_dead(step)
 
 

@@ -47,6 +47,7 @@ class Printer:
     def __init__(self, plan: Plan, broken: bool):
         self.plan, self.program, self.broken = plan, plan.program, broken
         self.weights = _weights(plan)
+        self.local = set(map(id, plan.local))
         self.lines: list[str] = []
 
     def line(self, text: str = "", indent: int = 0) -> None:
@@ -99,8 +100,7 @@ class Printer:
             self.line(f"call.{name} = numbers[{number}];", 1)
         self._pack()
         self.line("long tiles = (call.batch + call.tile_rows - 1) / call.tile_rows;", 1)
-        symbols = "".join(f", {s}" for s in self.program.symbols)
-        self.line(f"const Scratch scratch(call.tile_rows, call.threads{symbols});", 1)
+        self.line(f"const Scratch scratch(call.tile_rows, call.threads{self._symbols()});", 1)
         self.line("char* memory = call.team ? (char*)aligned_alloc(64, scratch.bytes) : 0;", 1)
         self.line("run_tiles(run_tile, &call, tiles, call.threads, memory, parallel);", 1)
         self.line("free(memory);", 1)
@@ -140,14 +140,12 @@ class Printer:
         for b in buffers:
             self.line(f"long {b.name}, {b.name}_row;", 1)
         self.line("long bytes;", 1)
-        symbols = "".join(f", long {s}" for s in self.program.symbols)
-        self.line(f"Scratch(long rows, long members{symbols}) {{", 1)
+        self.line(f"Scratch(long rows, long members{self._symbols('long ')}) {{", 1)
         self.line("long at = 0;", 2)
-        local = set(map(id, self.plan.local))
         for b in buffers:
             size = CTYPES[b.dtype]
             self.line(f"{b.name}_row = padded({size_text(b.numel)}, sizeof({size}));", 2)
-            rows = "members" if id(b) in local else "rows"
+            rows = "members" if id(b) in self.local else "rows"
             self.line(f"{b.name} = at; at += ({rows} * {b.name}_row * sizeof({size}) + 127) / 64 * 64;", 2)
         self.line("bytes = (at + 127) / 64 * 64;", 2)
         self.line("}", 1)
@@ -157,6 +155,10 @@ class Printer:
         self.line("}", 1)
         self.line("};")
         self.line()
+
+    def _symbols(self, ctype: str = "") -> str:
+        """The sizes that are known when a kernel runs, behind other arguments or parameters."""
+        return "".join(f", {ctype}{s}" for s in self.program.symbols)
 
     def _scratch_buffers(self) -> list[Buffer]:
         nexts = [b for b in self.program.nexts if b.index not in self.plan.in_place]
@@ -172,13 +174,11 @@ class Printer:
         )
         for symbol in program.symbols:
             self.line(f"const long {symbol} = call.{symbol};", 1)
-        symbols = "".join(f", {s}" for s in program.symbols)
-        self.line(f"const Scratch scratch(rows, team.size{symbols});", 1)
+        self.line(f"const Scratch scratch(rows, team.size{self._symbols()});", 1)
         self.line("char* memory = team.memory ? team.memory : (char*)aligned_alloc(64, scratch.bytes);", 1)
-        local = set(map(id, self.plan.local))
         for b in self._scratch_buffers():
             ctype = CTYPES[b.dtype]
-            mine = f" + team.me * scratch.{b.name}_row" if id(b) in local else ""
+            mine = f" + team.me * scratch.{b.name}_row" if id(b) in self.local else ""
             self.line(f"{ctype}* {b.name}_tile = ({ctype}*)(memory + scratch.{b.name}){mine};", 1)
         self._rows_function(
             "load_rows",
@@ -295,7 +295,7 @@ class Printer:
     def _row(self, b: Buffer, row: str = "r") -> str:
         """The pointer to one row of a buffer."""
         size = size_text(b.numel)
-        if b.place == "temp" and id(b) in {id(x) for x in self.plan.local}:
+        if b.place == "temp" and id(b) in self.local:
             return f"{b.name}_tile"
         if b.place == "next" and b.index in self.plan.in_place:
             b = self.program.prevs[b.index]

@@ -97,15 +97,6 @@ def _index(low: Lowering, node: fx.Node) -> Expr:
     return lookup(low, value, dim, wide, axes, shape)
 
 
-@lowers("one_hot")
-def _one_hot(low: Lowering, node: fx.Node) -> Expr:
-    shape = low.shape(node)
-    index = checked(low, node_arg(low, node, 0), shape[-1])
-    wide = low.expand(low.view(index, geometry.unsqueeze(len(index.shape))), shape)
-    classes = low.make.iota(shape, (0,) * (len(shape) - 1) + (1,))
-    return low.make.cast(low.make.op("eq", [wide, classes], torch.bool), torch.int64)
-
-
 @lowers("scatter", "scatter_add")
 def _scatter(low: Lowering, node: fx.Node) -> Expr:
     value, dim, index, source = low.args(node)[:4]
