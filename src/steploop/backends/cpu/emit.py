@@ -1,7 +1,8 @@
 """Prints a fused plan as one C++ function: all steps for a tile of rows.
 
-    pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, and an
-              int64 that becomes the number of a check which found an index outside its axis
+    pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, an int64
+              that becomes the number of a check which found an index outside its axis, and the libraries of
+              products (one for each dtype that weights have)
     numbers   batch, start, stop, down, rows per tile, threads, first packed row, whether to pack weights,
               whether the threads are a team, then the symbols
 Kernels know no number of steps, rows or threads, so new ones need no new kernel.
@@ -33,6 +34,11 @@ class Weight:
     def ctype(self) -> str:
         return CTYPES[self.right.dtype]
 
+    @property
+    def products(self) -> str:
+        """The library that multiplies with it."""
+        return f"{self.ctype}_products"
+
 
 def prelude() -> str:
     return "\n".join((KERNELS / name).read_text() for name in HEADERS)
@@ -47,6 +53,7 @@ class Printer:
     def __init__(self, plan: Plan, broken: bool):
         self.plan, self.program, self.broken = plan, plan.program, broken
         self.weights = _weights(plan)
+        self.products = {w.products: w.ctype for w in self.weights}
         self.local = set(map(id, plan.local))
         self.lines: list[str] = []
 
@@ -78,6 +85,8 @@ class Printer:
         self.line("const i64 *sizes, *offsets;", 1)
         self.line("const u8* resets;", 1)
         self.line("i64* fault;", 1)
+        for name, ctype in self.products.items():
+            self.line(f"const Products<{ctype}>* {name};", 1)
         for w in self.weights:
             self.line(f"Weight<{w.ctype}> {w.name};", 1)
         self.line(f"long {', '.join((*NUMBERS, *program.symbols))};", 1)
@@ -93,7 +102,7 @@ class Printer:
         self.line("Call call;", 1)
         names = [f"call.{b.name}" for b in program.inputs]
         names += [f"call.{prefix}_{b.name}" for prefix in ("in", "to", "out") for b in program.prevs]
-        names += [f"call.{b.name}" for b in program.kept] + [f"call.{n}" for n in TAIL]
+        names += [f"call.{n}" for n in (*(b.name for b in program.kept), *TAIL, *self.products)]
         for number, name in enumerate(names):
             self.line(f"{name} = (decltype({name}))pointers[{number}];", 1)
         for number, name in enumerate((*NUMBERS, *program.symbols)):
@@ -107,18 +116,6 @@ class Printer:
         for w in self.weights:
             self.line(f"free(call.{w.name}.packed);", 1)
         self.line("}")
-        self._long_product()
-
-    def _long_product(self) -> None:
-        """Products outside the loop run as those inside it, where vectors are wide enough to be worth it."""
-        if not any(w.ctype == "float" for w in self.weights):
-            return
-        self.line("#if defined(__AVX512F__)")
-        self.line('extern "C" __attribute__((visibility("default"))) void steploop_product(')
-        self.line("void** pointers, const i64* numbers, Parallel parallel) {", 2)
-        self.line("long_product<float>(pointers, numbers, parallel);", 1)
-        self.line("}")
-        self.line("#endif")
 
     def _pack(self) -> None:
         for symbol in self.program.symbols:
@@ -127,7 +124,7 @@ class Printer:
             k, n = (size_text(s) for s in w.right.shape)
             down, across = (size_text(s) for s in w.right.strides)
             start = f"call.{w.right.buffer.name} + {size_text(w.right.offset)}"
-            self.line(f"call.{w.name} = {{{start}, {down}, {across}, {k}, {n}, 0}};", 1)
+            self.line(f"call.{w.name} = {{call.{w.products}, {start}, {down}, {across}, {k}, {n}, 0}};", 1)
             self.line(f"call.{w.name}.prepare(call.pack);", 1)
 
     # The tile

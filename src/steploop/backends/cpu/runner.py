@@ -17,7 +17,7 @@ from ...compiler import blocks
 from ...compiler.graph import LoopProgram, Rows, rows_of
 from ...compiler.schedule import Span
 from .. import eager
-from . import checks, threads
+from . import checks, products, threads
 from .build import build
 from .emit import TAIL, Printer, prelude
 from .fuse import Plan, fuse
@@ -32,39 +32,11 @@ PANEL = 64  # columns that a thread of a team takes at least
 WAIT = 1 << 17  # bytes of weights whose products take longer than a meeting of the threads
 
 
-class Product:
-    """a @ w + bias for many rows: a (N, K), w (K, n), bias (n,) or None, all float32.
-
-    Gives None where it does not apply; torch's product is as good there.
-    """
-
-    def __init__(self, kernel: Any):
-        kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-        kernel.restype = None
-        self._kernel = kernel
-
-    def __call__(self, a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | None:
-        rows, depth = a.shape
-        columns = w.shape[1]
-        if rows < 256 or depth < 16 or columns < 64 or a.stride(1) != 1:
-            return None
-        given = (a, w) if bias is None else (a, w, bias)
-        if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in given):
-            return None
-        if bias is not None and (bias.dim() != 1 or not bias.is_contiguous()):
-            return None
-        out = blocks.empty((rows, columns), torch.float32)
-        pointers = [a.data_ptr(), w.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()]
-        numbers = [rows, depth, columns, a.stride(0), w.stride(0), w.stride(1), torch.get_num_threads()]
-        self._kernel((ctypes.c_void_p * 4)(*pointers), (ctypes.c_int64 * 7)(*numbers), threads.entry())
-        return out
-
-
 class Runner:
     """One compiled loop."""
 
     writes_into = True  # takes memory for kept values, see __call__
-    product: Product | None = None  # for products outside the loop
+    product: products.LongProduct | None = None  # for products outside the loop
 
     def __init__(self, loop: LoopProgram, program: Program, broken: bool = False):
         self.loop, self.program = loop, program
@@ -74,7 +46,9 @@ class Runner:
         self.text = printer.text()
         self._kernel: Any = None
         self._eager: eager.Runner | None = None
-        count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + len(TAIL)
+        self._dtypes = list(dict.fromkeys(w.right.dtype for w in printer.weights))
+        self._products: list[int] = []
+        count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + len(TAIL) + len(self._dtypes)
         self._pointers = ctypes.c_void_p * count
         self._arrange = [_arrangement(i.rows, b) for i, b in zip(loop.inputs, program.inputs)]
         self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
@@ -86,15 +60,17 @@ class Runner:
 
     def bind(self, kernel: Any) -> Runner:
         """Takes the C function built from `text`."""
+        libraries = [products.library(dtype) for dtype in self._dtypes]
+        self._products = [found.table for found in libraries]
+        self.product = next((found.long for found in libraries if found.long is not None), None)
         kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         kernel.restype = None
         self._kernel = kernel
         return self
 
     def build(self) -> Runner:
-        library = build(prelude() + "\n" + self.text)
-        if "steploop_product" in self.text and hasattr(library, "steploop_product"):
-            self.product = Product(library.steploop_product)
+        with products.under_way(self._dtypes):
+            library = build(prelude() + "\n" + self.text)
         return self.bind(library.steploop_run)
 
     def __call__(
@@ -139,7 +115,8 @@ class Runner:
 
     def _call(self, held: list[Tensor | None], numbers: list[int], sizes: dict[str, int]) -> None:
         fault = ctypes.c_int64(0)
-        pointers = self._pointers(*[None if t is None else t.data_ptr() for t in held], ctypes.addressof(fault))
+        addresses = [None if t is None else t.data_ptr() for t in held]
+        pointers = self._pointers(*addresses, ctypes.addressof(fault), *self._products)
         self._kernel(pointers, (ctypes.c_int64 * len(numbers))(*numbers), threads.entry())
         if fault.value:
             raise checks.error(self.program.checks[fault.value - 1], sizes)
