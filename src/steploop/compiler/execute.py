@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from . import blocks
+from .absorb import absorb
 from .batch import OncePiece, Piece, Rowwise, StackedPiece, size_at
 from .graph import Rows, expression
 from .memory_operator import SequenceRunner
@@ -85,11 +86,12 @@ class Unpacked:
 class Executable:
     """A partition with its pieces printed and its loops compiled.
 
-    choose: gives a compiled loop for a LoopProgram.  down: runs from the last step to the first.
+    choose: gives a compiled loop for a LoopProgram, or for what a function gives that makes it wider (`absorb`).
+    down: runs from the last step to the first.
     """
 
     partition: Partition
-    choose: Callable[[Any], Any]
+    choose: Callable[[Any, Callable[[bool], Any]], Any]
     down: bool = False
     runners: dict[Loop, Any] = field(default_factory=dict)
 
@@ -97,21 +99,51 @@ class Executable:
         problem = self.partition.problem
         self.problem = problem
         self.once = OncePiece(self.partition.once, problem.batch)
-        self.pieces: dict[Any, Any] = {}
+        self.reads: dict[Loop, list[fx.Node]] = {}  # what a loop reads, with what it absorbed
+        self.absorbed: set[fx.Node] = set()
+        for segment in self.partition.loops:
+            self._choose(segment)
+        self.batched = {s: self._left(s) for s in self.partition.segments if isinstance(s, Batched)}
         later = self._later_uses()
-        for segment in self.partition.segments:
-            if isinstance(segment, Loop):
-                self.runners[segment] = self.choose(segment.program)
-            else:
-                self.pieces[segment] = self._piece(segment, later[segment])
+        self.pieces = {s: self._piece(nodes, later[s]) for s, nodes in self.batched.items() if nodes}
+        self.in_place = self._read_in_place()
         self.bytes_per_row = self._bytes_per_row()
         products = (getattr(runner, "product", None) for runner in self.runners.values())
         self.long_product = next((p for p in products if p is not None), None)
 
-    def _piece(self, segment: Batched, results: list[fx.Node]) -> Any:
+    def _choose(self, loop: Loop) -> None:
+        wider: Loop | None = None
+
+        def widen(products: bool) -> Any:
+            nonlocal wider
+            wider = absorb(loop, self.partition, products)
+            return None if wider is None else wider.program
+
+        runner = self.runners[loop] = self.choose(loop.program, widen)
+        self.reads[loop] = loop.inputs
+        if wider is not None and getattr(runner, "loop", None) is wider.program:
+            self.reads[loop] = wider.inputs
+            self.absorbed |= {*wider.nodes} - {*loop.nodes}
+
+    def _left(self, segment: Batched) -> list[fx.Node]:
+        return [n for n in segment.nodes if n not in self.absorbed]
+
+    def _piece(self, nodes: list[fx.Node], results: list[fx.Node]) -> Any:
         if self.problem.batch is None:
-            return StackedPiece(segment.nodes, results, self.partition.delayed)
-        return Piece(segment.nodes, results, set(self.problem.summed), self.problem.batch, self.partition.delayed)
+            return StackedPiece(nodes, results, self.partition.delayed)
+        return Piece(nodes, results, set(self.problem.summed), self.problem.batch, self.partition.delayed)
+
+    def _read_in_place(self) -> set[fx.Node]:
+        """Sequences that only loops read which take rows from where the caller has them."""
+        problem, found = self.problem, set()
+        for loop, reads in self.reads.items():
+            if getattr(self.runners[loop], "reads_in_place", False):
+                found.update(n for n in reads if n.op == "placeholder" and n.meta["varies"])
+        found -= {*problem.wanted, *problem.summed, *self.partition.delayed, *(s.next for s in problem.states)}
+        for loop, reads in self.reads.items():
+            if not getattr(self.runners[loop], "reads_in_place", False):
+                found.difference_update(reads)
+        return found.difference(*(p.reads for p in self.pieces.values()))
 
     def _later_uses(self) -> dict[Any, list[fx.Node]]:
         """For each segment: its values that something after it reads."""
@@ -121,12 +153,12 @@ class Executable:
         found = {}
         reads: set[fx.Node] = set(results)
         for segment in reversed(self.partition.segments):
-            inside = set(segment.nodes)
-            found[segment] = [n for n in segment.nodes if n in reads]
             if isinstance(segment, Loop):
-                reads.update(segment.inputs)
+                reads.update(self.reads[segment])
             else:
-                for n in segment.nodes:
+                inside = set(self.batched[segment])
+                found[segment] = [n for n in self.batched[segment] if n in reads]
+                for n in inside:
                     sources = [self.partition.delayed[n].next] if n in self.partition.delayed else n.all_input_nodes
                     reads.update(i for i in sources if i not in inside)
         # Values of later segments may feed delays in earlier ones only through states, which are read as nexts.
@@ -134,7 +166,7 @@ class Executable:
 
     def _bytes_per_row(self) -> int:
         total = 0
-        nodes = {n for s in self.partition.segments if isinstance(s, Batched) for n in s.nodes}
+        nodes = {n for left in self.batched.values() for n in left}
         nodes |= {n for loop in self.partition.loops for n in loop.kept}
         for node in nodes - set(self.problem.wanted):
             value = node.meta.get("val")
@@ -251,13 +283,14 @@ class _Runner:
         rowwise.long_product = self.e.long_product
         values = dict(self.once_values)
         for node, sequence in self.sequences.items():
-            whole_value = whole and isinstance(sequence, Tensor)
-            values[node] = sequence if whole_value else self._cut(sequence, node, span)
+            as_it_is = isinstance(sequence, Tensor) if whole else False
+            as_it_is |= isinstance(sequence, Unpacked) and node in self.e.in_place
+            values[node] = sequence if as_it_is else self._cut(sequence, node, span)
         self.after: dict[fx.Node, Tensor] = {}
         for segment in self.e.partition.segments:
             if isinstance(segment, Loop):
                 self._loop(segment, span, values)
-            else:
+            elif segment in self.e.pieces:
                 piece = self.e.pieces[segment]
                 results = piece(rowwise, self.sizes, [values[n] for n in piece.reads])
                 values.update(zip(piece.results, results))
@@ -276,7 +309,7 @@ class _Runner:
         reset_to = None
         if self.reset_to and loop.states:
             reset_to = [self.reset_to[s.prev] for s in loop.states]
-        inputs = [values[n] for n in loop.inputs]
+        inputs = [values[n] for n in self.e.reads[loop]]
         runner = self.e.runners[loop]
         into = (self._memory(loop, span),) if self.places and getattr(runner, "writes_into", False) else ()
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)

@@ -194,7 +194,7 @@ def partition(problem: Problem) -> Partition:
     segments = _order(problem, loops, inside, needed, delayed)
     result = Partition(problem, once, segments, delayed)
     for loop in result.loops:
-        _extract(loop, problem, result)
+        extract(loop, problem, result)
     return result
 
 
@@ -313,7 +313,7 @@ _FACTORIES = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "sca
 _LIKES = {"zeros_like", "ones_like", "full_like"}
 
 
-def _extract(loop: Loop, problem: Problem, result: Partition) -> None:
+def extract(loop: Loop, problem: Problem, result: Partition) -> None:
     """Copies a component into a graph of its own, with what it reads as inputs."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

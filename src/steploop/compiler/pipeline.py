@@ -319,10 +319,10 @@ def _saved_note(invocation: Invocation) -> list[str]:
 # -- backends ------------------------------------------------------------------------------------------------
 
 
-def chooser(backend: str) -> Callable[[LoopProgram], Any]:
+def chooser(backend: str) -> Callable[[LoopProgram, Callable[[bool], LoopProgram | None]], Any]:
     """Gives a compiled loop, on the backend asked for or the first that takes it."""
 
-    def choose(loop: LoopProgram) -> Any:
+    def choose(loop: LoopProgram, widen: Callable[[bool], LoopProgram | None]) -> Any:
         if any(map(is_memory, loop.calls)):
             loop.backend, loop.reasons = SequenceRunner.backend, []
             return SequenceRunner(loop)
@@ -338,7 +338,8 @@ def chooser(backend: str) -> Callable[[LoopProgram], Any]:
                 'Use backend="auto", which chooses a backend for every loop.'
             )
         try:
-            runner = backend_module(name).compile(loop)
+            module = backend_module(name)
+            runner = module.compile(module.wider(loop, widen) if name == "cpu" else loop)
         except BuildError as error:
             if backend != "auto":
                 raise

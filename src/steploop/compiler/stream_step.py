@@ -115,7 +115,7 @@ def _native_plan(capture: Capture) -> tuple[Any, Loop] | None:
         return None
     refused: list[Any] = []
 
-    def choose(program: Any) -> Any:
+    def choose(program: Any, _widen: Any) -> Any:
         if native.reasons_against(program):
             refused.append(program)
             return None

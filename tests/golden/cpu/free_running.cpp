@@ -1,9 +1,6 @@
   for (long step = 0; step < call.stop - call.start; ++step) {
-    const long p = call.down ? call.stop - 1 - step : call.start + step;
-    const long active = (call.sizes ? call.sizes[p] : call.batch) - row0;
-    const long n = active < 0 ? 0 : active < rows ? active : rows;
-    const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row
-    const long here = at - call.first;
+    const Where now = where(step);
+    const long p = now.p, n = now.n, at = now.at, here = now.here;
     if (n != loaded) {
       team.wait();
       if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);
@@ -23,7 +20,7 @@
       i64* index = index_tile;
       const float* h = h_tile + r * scratch.h_row;
       const float* captured_0 = call.captured_0;
-      const float* x_x0 = call.x_x0 + (here + r) * 6;
+      const float* x_x0 = call.x_x0 + (call.x_x0_at ? call.x_x0_at[at + r] : here + r) * 6;
       float* tanh_default = tanh_default_tile + r * scratch.tanh_default_row;
       float* next_h = h_tile + r * scratch.h_row;
       // 1: test_cpu_golden.py:68

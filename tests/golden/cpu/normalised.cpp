@@ -1,9 +1,6 @@
   for (long step = 0; step < call.stop - call.start; ++step) {
-    const long p = call.down ? call.stop - 1 - step : call.start + step;
-    const long active = (call.sizes ? call.sizes[p] : call.batch) - row0;
-    const long n = active < 0 ? 0 : active < rows ? active : rows;
-    const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row
-    const long here = at - call.first;
+    const Where now = where(step);
+    const long p = now.p, n = now.n, at = now.at, here = now.here;
     if (n != loaded) {
       team.wait();
       if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);
@@ -21,7 +18,7 @@
     multiply(h_tile + 0 * scratch.h_row + 0, scratch.h_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row, team);  // test_cpu_golden.py:42
     team.wait();
     for (long r = from; r < end; ++r) {
-      const float* x_x0 = call.x_x0 + (here + r) * 6;
+      const float* x_x0 = call.x_x0 + (call.x_x0_at ? call.x_x0_at[at + r] : here + r) * 6;
       const float* mm_default = mm_default_tile + r * scratch.mm_default_row;
       float* native_layer_norm_default = native_layer_norm_default_tile;
       float* native_layer_norm_default_2 = native_layer_norm_default_2_tile;

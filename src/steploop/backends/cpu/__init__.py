@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 
 from ...compiler.graph import LoopProgram
-from .build import BuildError, compiler, folder, problem, what_to_install
+from .build import BuildError, compiler, folder, problem, what_to_install, wide_vectors
 from .lower import lower
 from .runner import Runner
 from .threads import runtime
@@ -34,6 +35,12 @@ def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
 @functools.cache
 def _warn_once(trouble: str) -> None:
     warnings.warn(f"steploop runs loops without native code, which is slower: {trouble}", stacklevel=3)
+
+
+def wider(loop: LoopProgram, widen: Callable[[bool], LoopProgram | None]) -> LoopProgram:
+    """The loop with what it absorbs: products too, where the kernels' own are as good as torch's."""
+    found = widen(wide_vectors())
+    return loop if found is None or _lowered(found)[1] else found
 
 
 def compile(loop: LoopProgram) -> Runner:

@@ -86,6 +86,12 @@ def cpu() -> str:
     return "\n".join([platform.machine(), platform.processor(), *lines])
 
 
+def wide_vectors() -> bool:
+    """Whether kernels are built for AVX-512."""
+    using = compiler()
+    return using is not None and using.arch == NATIVE and "avx512f" in cpu()
+
+
 def folder() -> Path:
     """Where libraries are kept: STEPLOOP_CACHE, or steploop in the user's cache folder."""
     named = os.environ.get("STEPLOOP_CACHE")

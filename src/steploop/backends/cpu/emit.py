@@ -3,8 +3,9 @@
     pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, an int64
               that becomes the number of a check which found an index outside its axis, and the libraries of
               products (one for each dtype that weights have)
+              Then, for every sequence of rows, where its rows stand (null: as they are packed)
     numbers   batch, start, stop, down, rows per tile, threads, first packed row, whether to pack weights,
-              whether the threads are a team, then the symbols
+              whether the threads are a team, steps that early products are made for, then the symbols
 Kernels know no number of steps, rows or threads, so new ones need no new kernel.
 """
 
@@ -13,13 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .emit_early import Early, in_rows, sequence_row
 from .emit_nest import CTYPES, NestPrinter, size_text
 from .fuse import Phase, Plan
 from .language import Buffer, Load, Product, Program, loads
 
 KERNELS = Path(__file__).parent / "kernels"
 HEADERS = ("vector.h", "math.h", "tiles.h", "product.h")
-NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team")
+NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team", "ahead")
 TAIL = ("sizes", "offsets", "resets", "fault")
 
 
@@ -29,6 +31,7 @@ class Weight:
 
     right: Load
     name: str
+    early: bool = False  # read once for several steps
 
     @property
     def ctype(self) -> str:
@@ -55,6 +58,8 @@ class Printer:
         self.weights = _weights(plan)
         self.products = {w.products: w.ctype for w in self.weights}
         self.local = set(map(id, plan.local))
+        self.sequences = [b for b in plan.program.inputs if in_rows(b)]
+        self.early = Early(plan)
         self.lines: list[str] = []
 
     def line(self, text: str = "", indent: int = 0) -> None:
@@ -87,6 +92,8 @@ class Printer:
         self.line("i64* fault;", 1)
         for name, ctype in self.products.items():
             self.line(f"const Products<{ctype}>* {name};", 1)
+        for b in self.sequences:
+            self.line(f"const i64* {b.name}_at;", 1)
         for w in self.weights:
             self.line(f"Weight<{w.ctype}> {w.name};", 1)
         self.line(f"long {', '.join((*NUMBERS, *program.symbols))};", 1)
@@ -103,13 +110,14 @@ class Printer:
         names = [f"call.{b.name}" for b in program.inputs]
         names += [f"call.{prefix}_{b.name}" for prefix in ("in", "to", "out") for b in program.prevs]
         names += [f"call.{n}" for n in (*(b.name for b in program.kept), *TAIL, *self.products)]
+        names += [f"call.{b.name}_at" for b in self.sequences]
         for number, name in enumerate(names):
             self.line(f"{name} = (decltype({name}))pointers[{number}];", 1)
         for number, name in enumerate((*NUMBERS, *program.symbols)):
             self.line(f"call.{name} = numbers[{number}];", 1)
         self._pack()
         self.line("long tiles = (call.batch + call.tile_rows - 1) / call.tile_rows;", 1)
-        self.line(f"const Scratch scratch(call.tile_rows, call.threads{self._symbols()});", 1)
+        self.line(f"const Scratch scratch(call.tile_rows, call.threads, call.ahead{self._symbols()});", 1)
         self.line("char* memory = call.team ? (char*)aligned_alloc(64, scratch.bytes) : 0;", 1)
         self.line("run_tiles(run_tile, &call, tiles, call.threads, memory, parallel);", 1)
         self.line("free(memory);", 1)
@@ -137,12 +145,12 @@ class Printer:
         for b in buffers:
             self.line(f"long {b.name}, {b.name}_row;", 1)
         self.line("long bytes;", 1)
-        self.line(f"Scratch(long rows, long members{self._symbols('long ')}) {{", 1)
+        self.line(f"Scratch(long rows, long members, long ahead{self._symbols('long ')}) {{", 1)
         self.line("long at = 0;", 2)
         for b in buffers:
             size = CTYPES[b.dtype]
             self.line(f"{b.name}_row = padded({size_text(b.numel)}, sizeof({size}));", 2)
-            rows = "members" if id(b) in self.local else "rows"
+            rows = "members" if id(b) in self.local else "rows * ahead" if b in self.early.buffers else "rows"
             self.line(f"{b.name} = at; at += ({rows} * {b.name}_row * sizeof({size}) + 127) / 64 * 64;", 2)
         self.line("bytes = (at + 127) / 64 * 64;", 2)
         self.line("}", 1)
@@ -159,7 +167,7 @@ class Printer:
 
     def _scratch_buffers(self) -> list[Buffer]:
         nexts = [b for b in self.program.nexts if b.index not in self.plan.in_place]
-        return [*self.program.prevs, *nexts, *self.plan.shared, *self.plan.local]
+        return [*self.program.prevs, *nexts, *self.plan.shared, *self.plan.local, *self.early.buffers]
 
     def _tile(self) -> None:
         program = self.program
@@ -171,12 +179,13 @@ class Printer:
         )
         for symbol in program.symbols:
             self.line(f"const long {symbol} = call.{symbol};", 1)
-        self.line(f"const Scratch scratch(rows, team.size{self._symbols()});", 1)
+        self.line(f"const Scratch scratch(rows, team.size, call.ahead{self._symbols()});", 1)
         self.line("char* memory = team.memory ? team.memory : (char*)aligned_alloc(64, scratch.bytes);", 1)
         for b in self._scratch_buffers():
             ctype = CTYPES[b.dtype]
             mine = f" + team.me * scratch.{b.name}_row" if id(b) in self.local else ""
-            self.line(f"{ctype}* {b.name}_tile = ({ctype}*)(memory + scratch.{b.name}){mine};", 1)
+            end = "early" if b in self.early.targets else "tile"
+            self.line(f"{ctype}* {b.name}_{end} = ({ctype}*)(memory + scratch.{b.name}){mine};", 1)
         self._rows_function(
             "load_rows",
             "to",
@@ -193,13 +202,13 @@ class Printer:
                 f"{b.name}_tile + r * scratch.{b.name}_row",
             ),
         )
+        self._where()
+        self.lines += self.early.function(self._weight_of)
         self.line("long loaded = 0;", 1)
         self.line("for (long step = 0; step < call.stop - call.start; ++step) {", 1)
-        self.line("const long p = call.down ? call.stop - 1 - step : call.start + step;", 2)
-        self.line("const long active = (call.sizes ? call.sizes[p] : call.batch) - row0;", 2)
-        self.line("const long n = active < 0 ? 0 : active < rows ? active : rows;", 2)
-        self.line("const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;  // packed row", 2)
-        self.line("const long here = at - call.first;", 2)
+        self.line("const Where now = where(step);", 2)
+        self.line("const long p = now.p, n = now.n, at = now.at, here = now.here;", 2)
+        self.lines += self.early.step()
         self.line("if (n != loaded) {", 2)
         self.line("team.wait();", 3)
         self.line("if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);", 3)
@@ -219,6 +228,14 @@ class Printer:
         self.line("if (!team.memory) free(memory);", 1)
         self.line("}")
         self.line()
+
+    def _where(self) -> None:
+        self.line("auto where = [&](long step) {", 1)
+        self.line("const long p = call.down ? call.stop - 1 - step : call.start + step;", 2)
+        self.line("const long active = (call.sizes ? call.sizes[p] : call.batch) - row0;", 2)
+        self.line("const long at = (call.sizes ? call.offsets[p] : p * call.batch) + row0;", 2)
+        self.line("return Where{p, active < 0 ? 0 : active < rows ? active : rows, at, at - call.first};", 2)
+        self.line("};", 1)
 
     def _rows_function(self, name: str, _: str, ends) -> None:
         self.line(f"auto {name} = [&](long from, long stop) {{", 1)
@@ -278,6 +295,8 @@ class Printer:
         for buffer in used.values():
             const = "" if id(buffer) in written else "const "
             self.line(f"{const}{CTYPES[buffer.dtype]}* {buffer.name} = {self._row(buffer)};", 3)
+        if phase is next(p for p in self.plan.phases if p.nests):
+            self.lines += self.early.row()
         self.lines += body
         self._break(phase)
         self.line("}", 2)
@@ -298,6 +317,8 @@ class Printer:
             b = self.program.prevs[b.index]
         if b.place in ("temp", "prev", "next"):
             return f"{b.name}_tile + {row} * scratch.{b.name}_row"
+        if in_rows(b):
+            return sequence_row(b, "at", "here", row)
         if b.place == "kept" or (b.place == "step" and b.rows):
             return f"call.{b.name} + (here + {row}) * {size}"
         if b.place == "step":
@@ -311,7 +332,7 @@ class Printer:
 
     def _product(self, product: Product) -> None:
         left, target = product.left, product.target.buffer
-        weight = next(w for w in self.weights if w.right is product.right)
+        weight = self._weight_of(product)
         rows, k = (size_text(s) for s in left.shape)
         n = size_text(product.right.shape[1])
         where = f"  // {product.line}" if product.line else ""
@@ -331,13 +352,17 @@ class Printer:
         )
 
 
+    def _weight_of(self, product: Product) -> Weight:
+        return next(w for w in self.weights if w.right is product.right)
+
+
 def _weights(plan: Plan) -> list[Weight]:
     found: dict[int, Weight] = {}
-    for phase in plan.phases:
-        for product in phase.products:
-            right = product.right
+    for number, products in enumerate([*(phase.products for phase in plan.phases), plan.early]):
+        for right in (product.right for product in products):
             if id(right) not in found:
-                found[id(right)] = Weight(right, f"weight{len(found)}_{right.buffer.name}")
+                early = number == len(plan.phases)
+                found[id(right)] = Weight(right, f"weight{len(found)}_{right.buffer.name}", early)
     return list(found.values())
 
 

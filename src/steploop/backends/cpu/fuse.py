@@ -3,6 +3,7 @@
 A phase first multiplies all rows of the tile with weights, then takes the rows one by one through loop nests.
 A nest runs several statements with the same index space; a value that only its own nest reads stays in
 registers. Arrays that only one phase touches need the space of one row and stay in the first cache.
+Products of sequences with weights wait for no state: they are made early, for several steps at a time.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ class Phase:
 
 @dataclass(eq=False)
 class Plan:
-    """`shared` temporaries hold all rows of a tile, `local` ones a single row."""
+    """`shared` temporaries hold all rows of a tile, `local` ones a single row; those of `early` products, of several
+    steps."""
 
     program: Program
+    early: list[Product]
     phases: list[Phase]
     shared: list[Buffer]
     local: list[Buffer]
@@ -69,10 +72,18 @@ def fuse(program: Program) -> Plan:
     for statement in statements:
         _squeeze(program.make, statement)
     statements = [_without_reduction(program.make, s) for s in statements]
-    phases = _schedule(statements)
+    early = [s for s in statements if _is_early(s)]
+    phases = _schedule([s for s in statements if not _is_early(s)])
     _silence(phases)
-    shared, local = _scopes(program, phases)
-    return Plan(program, phases, shared, local, _in_place(program, phases))
+    shared, local = _scopes(program, phases, {id(p.target.buffer) for p in early})
+    return Plan(program, early, phases, shared, local, _in_place(program, phases))
+
+
+def _is_early(statement: Statement) -> bool:
+    if not isinstance(statement, Product):
+        return False
+    left = statement.left
+    return left.buffer.place == "step" and left.buffer.rows and left.buffer.order is None and same(left.shape[0], 1)
 
 
 def _in_place(program: Program, phases: list[Phase]) -> set[int]:
@@ -288,8 +299,8 @@ def _silence(phases: list[Phase]) -> None:
                     nest.silent.add(id(statement))
 
 
-def _scopes(program: Program, phases: list[Phase]) -> tuple[list[Buffer], list[Buffer]]:
-    """Which temporaries live across phases (or meet a product)."""
+def _scopes(program: Program, phases: list[Phase], early: set[int]) -> tuple[list[Buffer], list[Buffer]]:
+    """Which temporaries live across phases (or meet a product); early ones have a place of their own."""
     touched: dict[int, set[int]] = {}
     shared: set[int] = set()
     for number, phase in enumerate(phases):
@@ -302,6 +313,6 @@ def _scopes(program: Program, phases: list[Phase]) -> tuple[list[Buffer], list[B
                 for load in loads(statement):
                     touched.setdefault(id(load.buffer), set()).add(number)
     silent = {id(s.target.buffer) for p in phases for n in p.nests for s in n.statements if id(s) in n.silent}
-    used = [b for b in program.temps if (id(b) in touched or id(b) in shared) and id(b) not in silent]
+    used = [b for b in program.temps if (id(b) in touched or id(b) in shared) and id(b) not in silent | early]
     wide = [b for b in used if id(b) in shared or len(touched[id(b)]) > 1]
     return wide, [b for b in used if b not in wide]

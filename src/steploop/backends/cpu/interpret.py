@@ -30,7 +30,7 @@ _SCAN = {"sum": torch.cumsum, "prod": torch.cumprod}
 class Interpreter:
     def __init__(self, loop: LoopProgram, plan: Plan):
         self.loop, self.program = loop, plan.program
-        self.statements: list[Statement] = []
+        self.statements: list[Statement] = [*plan.early]
         for phase in plan.phases:
             self.statements += phase.products
             for nest in phase.nests:

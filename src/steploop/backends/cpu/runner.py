@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ...compiler import blocks
+from ...compiler.execute import Unpacked
 from ...compiler.graph import LoopProgram, Rows, rows_of
 from ...compiler.schedule import Span
 from .. import eager
 from . import checks, products, threads
 from .build import build
 from .emit import TAIL, Printer, prelude
+from .emit_early import in_rows
 from .fuse import Plan, fuse
 from .language import Buffer, Dim, Program, evaluate
 
@@ -29,6 +31,8 @@ FEW = 2  # rows and steps in all for which packing the weights does not pay
 L2 = 1 << 20  # bytes of temporaries that a tile may have
 CACHE = 1 << 20  # bytes of weights that stay in the cache of one core
 PANEL = 64  # columns that a thread of a team takes at least
+EARLY_ROWS = 24  # rows of a tile that are enough for a product to make good use of the weights
+EARLY = 48  # rows that products of sequences are made for at a time where a tile has fewer
 WAIT = 1 << 17  # bytes of weights whose products take longer than a meeting of the threads
 
 
@@ -36,6 +40,7 @@ class Runner:
     """One compiled loop."""
 
     writes_into = True  # takes memory for kept values, see __call__
+    reads_in_place = True  # takes sequences as the caller has them (`Unpacked`)
     product: products.LongProduct | None = None  # for products outside the loop
 
     def __init__(self, loop: LoopProgram, program: Program, broken: bool = False):
@@ -48,13 +53,16 @@ class Runner:
         self._eager: eager.Runner | None = None
         self._dtypes = list(dict.fromkeys(w.right.dtype for w in printer.weights))
         self._products: list[int] = []
+        self._in_rows = [in_rows(b) for b in program.inputs]
         count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + len(TAIL) + len(self._dtypes)
+        count += sum(self._in_rows)
         self._pointers = ctypes.c_void_p * count
         self._arrange = [_arrangement(i.rows, b) for i, b in zip(loop.inputs, program.inputs)]
         self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
-        self._weight_bytes = sum(_at_least(w.right.shape) * w.right.dtype.itemsize for w in printer.weights)
+        weights = [w.right for w in printer.weights if not w.early]  # those that every step reads
+        self._weight_bytes = sum(_at_least(w.shape) * w.dtype.itemsize for w in weights)
         # Groups of columns, of which every thread of a team needs one to have any work.
-        self._panels = max((-(-_at_least(w.right.shape[1:]) // PANEL) for w in printer.weights), default=1)
+        self._panels = max((-(-_at_least(w.shape[1:]) // PANEL) for w in weights), default=1)
         scratch = [*program.prevs, *program.nexts, *self.plan.shared]
         self._row_bytes = sum(_at_least(b.shape) * b.dtype.itemsize for b in scratch)
 
@@ -88,12 +96,13 @@ class Runner:
         if schedule.members is not None or self.left_to_torch(sizes):
             if self._eager is None:
                 self._eager = eager.Runner(self.loop)
-            return self._eager(inputs, states, reset_to, span, down, sizes)
+            packed = [v.cut(span) if isinstance(v, Unpacked) else v for v in inputs]
+            return self._eager(packed, states, reset_to, span, down, sizes)
         batched = self.loop.batch is not None
         batch = schedule.batch if batched else 1
         full = schedule.full or not batched
         total = span.total if batched else span.stop - span.start
-        given = [arrange(v) for arrange, v in zip(self._arrange, inputs)]
+        given, places = self._laid_out(inputs, span)
         before = [s.contiguous() for s in states]
         resets = schedule.resets if reset_to is not None else None
         back = before if resets is None else [r.contiguous() for r in reset_to]
@@ -106,17 +115,34 @@ class Runner:
         tables = (None, None) if full else _tables(schedule)
         if batch and total:
             numbers = self._numbers(span, batch, full, down, sizes)
-            self._call([*given, *before, *back, *after, *kept, *tables, resets], numbers, sizes)
+            self._call([*given, *before, *back, *after, *kept, *tables, resets], places, numbers, sizes)
         return after, [self._shaped(k, rows) for k, rows in zip(kept, self._kept_rows)]
 
     def left_to_torch(self, sizes: dict[str, int]) -> bool:
         """Whether indices are taken into an axis without entries."""
         return bool(self.program.checks) and checks.any_empty(self.program.checks, sizes)
 
-    def _call(self, held: list[Tensor | None], numbers: list[int], sizes: dict[str, int]) -> None:
+    def _laid_out(self, inputs: Sequence[Tensor | Unpacked], span: Span) -> tuple[list[Tensor], list[int | None]]:
+        """The inputs as the kernel reads them; for each sequence of rows, the address of where its rows stand."""
+        given: list[Tensor] = []
+        places: list[int | None] = []
+        for value, arrange, rows in zip(inputs, self._arrange, self._in_rows):
+            place = None
+            if isinstance(value, Unpacked):
+                if rows and arrange is Tensor.contiguous and value.values.is_contiguous():
+                    value, place = value.values, span.schedule.source.data_ptr()
+                else:
+                    value = value.cut(span)
+            given.append(value if place else arrange(value))
+            places += [place] if rows else []
+        return given, places
+
+    def _call(
+        self, held: list[Tensor | None], places: list[int | None], numbers: list[int], sizes: dict[str, int]
+    ) -> None:
         fault = ctypes.c_int64(0)
         addresses = [None if t is None else t.data_ptr() for t in held]
-        pointers = self._pointers(*addresses, ctypes.addressof(fault), *self._products)
+        pointers = self._pointers(*addresses, ctypes.addressof(fault), *self._products, *places)
         self._kernel(pointers, (ctypes.c_int64 * len(numbers))(*numbers), threads.entry())
         if fault.value:
             raise checks.error(self.program.checks[fault.value - 1], sizes)
@@ -130,7 +156,8 @@ class Runner:
         tile = self._tile(batch, 1 if team else count, full or team) if batch > 1 else 1
         symbols = [sizes[s] for s in self.program.symbols]
         pack = int(batch * steps > FEW)
-        return [batch, span.start, span.stop, int(down), tile, count, first, pack, int(team), *symbols]
+        ahead = -(-steps // -(-steps * tile // EARLY)) if tile < EARLY_ROWS else 1
+        return [batch, span.start, span.stop, int(down), tile, count, first, pack, int(team), ahead, *symbols]
 
     def _as_team(self, batch: int, steps: int, threads: int) -> bool:
         """Whether the threads share columns, so that each core reads its part of the weights only.

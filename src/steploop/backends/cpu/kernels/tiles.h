@@ -42,6 +42,15 @@ struct Member {
   long share(long n, long of = 0) const { return n * (me + of) / size; }  // where its part of n begins
 };
 
+// A step: its number, the rows of a tile that run, and the first of them among all packed rows and among those here.
+struct Where {
+  long p, n, at, here;
+};
+
+INLINE void nearer(const void* from, long bytes) {
+  for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
+}
+
 typedef void (*Work)(void*, long, const Member&);
 
 struct Tiles {

@@ -1,0 +1,106 @@
+"""A loop together with what it alone reads of the work before it: views, and products of sequences with weights.
+
+Such a product does not depend on the states, so it is batched over time. A native loop makes it itself, for some
+steps at a time: then it is read while it is in the cache, rows are taken from where the caller has them, and there is
+one call instead of several. Views of a sequence cost a native loop nothing, but as sequences of their own, a copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from .graph import Rows, expression, op_name
+from .partition import Batched, Loop, Partition, extract
+
+VIEWS = frozenset(
+    """split split_with_sizes chunk unbind getitem slice select narrow unsqueeze squeeze transpose permute view
+    _unsafe_view reshape""".split()
+)
+
+
+def absorb(loop: Loop, result: Partition, products: bool) -> Loop | None:
+    """The wider loop, or None where it would be the same. The partition stays as it is. products: take them too."""
+    problem = result.problem
+    if problem.batch is None:
+        return None
+    finder = _Finder(loop, result, products)
+    taken = finder.run()
+    if not taken:
+        return None
+    order = {n: i for i, n in enumerate(problem.graph.nodes)}
+    wider = Loop(sorted([*taken, *loop.nodes], key=order.__getitem__), loop.states)
+    extract(wider, problem, result)
+    return wider if _readable(wider) else None
+
+
+def _readable(loop: Loop) -> bool:
+    """Whether every sequence that a loop reads has its rows in front, as a row of it is read where it stands."""
+    return all(i.kind == "once" or i.rows in (None, Rows(0)) for i in loop.program.inputs)
+
+
+class _Finder:
+    def __init__(self, loop: Loop, result: Partition, products: bool):
+        self.products = products
+        problem = result.problem
+        self.outside = [n for s in result.segments if isinstance(s, Batched) for n in s.nodes]
+        self.calls = {n for s in result.segments for n in s.nodes}
+        self.inside = {*loop.nodes, *(s.prev for s in loop.states)}
+        self.needed = {*problem.wanted, *problem.summed, *(s.next for s in problem.states), *result.delayed}
+        self.taken: set[fx.Node] = set()
+        self.lefts: set[fx.Node] = set()  # what products read must be a sequence that is there
+
+    def run(self) -> set[fx.Node]:
+        position = {n: i for i, n in enumerate(self.outside)}
+        for node in sorted(self.outside, key=position.__getitem__, reverse=True):
+            if node in self.needed or node in self.lefts or not self._alone(node):
+                continue
+            if self._is_view(node) or self._is_biased(node):
+                self.taken.add(node)
+            elif self._is_product(node):
+                self.taken.add(node)
+                self.lefts.add(node.args[0])
+        self._drop_idle()
+        return self.taken
+
+    def _alone(self, node: fx.Node) -> bool:
+        """Whether the loop alone reads it."""
+        users = [u for u in node.users if u in self.calls]
+        return bool(users) and all(u in self.inside or u in self.taken for u in users)
+
+    def _is_view(self, node: fx.Node) -> bool:
+        return op_name(node) in VIEWS and _rows_in_front(node) and all(map(_rows_in_front, node.all_input_nodes))
+
+    def _is_product(self, node: Any) -> bool:
+        if not self.products or op_name(node) != "mm" or not _rows_in_front(node):
+            return False
+        left, right = node.args
+        plain = left.meta["rows"] == Rows(0) and left.meta["varies"] and right.meta["rows"] is None
+        sizes = map(expression, right.meta["val"].shape)
+        return plain and not right.meta["varies"] and all(isinstance(n, int) for n in sizes)
+
+    def _is_biased(self, node: fx.Node) -> bool:
+        """A product, of which nothing else is read, plus the same numbers in every row."""
+        if op_name(node) != "add" or node.kwargs or len(node.args) != 2:
+            return False
+        for product, bias in (node.args, node.args[::-1]):
+            if product in self.outside and self._is_product(product) and len(product.users) == 1:
+                return isinstance(bias, fx.Node) and bias.meta["rows"] is None and not bias.meta["varies"]
+        return False
+
+    def _drop_idle(self) -> None:
+        """Sums without their product and parts without what they are parts of stay outside."""
+        for node in self.outside:
+            if node in self.taken and op_name(node) in ("add", "getitem"):
+                if not any(i in self.taken for i in node.all_input_nodes):
+                    self.taken.discard(node)
+
+
+def _rows_in_front(node: fx.Node) -> bool:
+    value, rows = node.meta["val"], node.meta["rows"]
+    if not node.meta["varies"]:
+        return False
+    if isinstance(value, Tensor):
+        return rows == Rows(0)
+    return isinstance(rows, (tuple, list)) and all(r == Rows(0) for r in rows)
