@@ -13,9 +13,8 @@ from steploop.backends import cpu, eager
 from steploop.backends.cpu import build
 from steploop.backends.cpu import runner as native
 from steploop.compiler import execute
-from steploop.compiler.execute import Unpacked
 from steploop.compiler.graph import op_name
-from steploop.compiler.schedule import Span, make_schedule
+from steploop.compiler.schedule import Span, Unpacked, make_schedule
 
 
 @pytest.fixture(autouse=True, params=["tiles", "team"])

@@ -20,7 +20,7 @@ from .batch import OncePiece, Piece, Rowwise, StackedPiece, size_at
 from .graph import Rows, expression
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
-from .schedule import Schedule, Span
+from .schedule import Schedule, Span, Unpacked
 
 # Bytes of batched values that a span may hold before it is cut shorter: what stays in the caches between a
 # batched piece and a native loop, and much more where every span costs a Python loop's overhead.
@@ -70,16 +70,6 @@ class Shifted:
             start = (index < batch).nonzero()[:, 0]
             found.index_copy_(0, start, self.edge.index_select(0, index[start]))
         return span.reset(found, self.reset_to, fresh)
-
-
-@dataclass(eq=False)
-class Unpacked:
-    """A sequence as the caller has it, (T * B, ...): every span packs its own rows, while the caches hold them."""
-
-    values: Tensor
-
-    def cut(self, span: Span) -> Tensor:
-        return self.values.index_select(0, span.schedule.source[span.first : span.first + span.total])
 
 
 @dataclass(eq=False)

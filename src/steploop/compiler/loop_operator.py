@@ -18,11 +18,11 @@ from torch import Tensor, fx
 
 from ..errors import UnsupportedError
 from .captures import Capture
-from .execute import Run, Shifted, Unpacked
+from .execute import Run, Shifted
 from .graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
 from .program import Call
-from .schedule import Schedule, make_schedule
+from .schedule import Schedule, Unpacked, make_schedule
 
 _REGISTRY: weakref.WeakValueDictionary[int, Invocation] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)

@@ -372,3 +372,13 @@ class Span:
         """Where in the span rows are reset; None where none is."""
         hits = None if self.resets is None else self.resets.nonzero()[:, 0]
         return hits if hits is not None and len(hits) else None
+
+
+@dataclass(eq=False)
+class Unpacked:
+    """A sequence as the caller has it, (T * B, ...): every span packs its own rows, while the caches hold them."""
+
+    values: Tensor
+
+    def cut(self, span: Span) -> Tensor:
+        return self.values.index_select(0, span.schedule.source[span.first : span.first + span.total])

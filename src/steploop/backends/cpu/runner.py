@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ...compiler import blocks
-from ...compiler.execute import Unpacked
 from ...compiler.graph import LoopProgram, Rows, rows_of
-from ...compiler.schedule import Span
+from ...compiler.schedule import Span, Unpacked
 from .. import eager
 from . import checks, products, threads
 from .build import build
