@@ -22,7 +22,7 @@ from .execute import Run, Shifted
 from .graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
 from .program import Call
-from .schedule import Schedule, Unpacked, make_schedule
+from .schedule import Schedule, make_schedule
 
 _REGISTRY: weakref.WeakValueDictionary[int, Invocation] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
@@ -127,8 +127,7 @@ class Invocation:
         if stacked:
             xs = [x.flip(0) if self.reverse else x for x in parts["xs"]]
         else:
-            flat = [schedule.flat(x) for x in parts["xs"]]
-            xs = flat if schedule.source is None else map(Unpacked, flat)
+            xs = map(schedule.given, parts["xs"])
         batched = self.capture.program.constant_batched
         constants = [
             c if stacked or not b else schedule.sort(c) for c, b in zip(parts["constants"], batched)

@@ -123,10 +123,15 @@ class Schedule:
         runs = torch.zeros(self.time * self.batch, dtype=torch.bool, device=self.device)
         return (~runs.index_fill_(0, self.source, True)).nonzero()[:, 0]
 
-    def pack_cotangent(self, sequence: Tensor) -> Tensor:
+    def given(self, sequence: Tensor) -> Tensor | Unpacked:
+        """(T, B, ...) -> (N, ...), or the sequence as it is, to be packed where it is read."""
+        flat = self.flat(sequence)
+        return flat if self.source is None else Unpacked(flat)
+
+    def pack_cotangent(self, sequence: Tensor) -> Tensor | Unpacked:
         """The transpose of `unpack`."""
         if self.repeat is None or self.source is None:
-            return self.pack(sequence)
+            return self.given(sequence)
         flat = self.flat(sequence)
         packed = flat.new_zeros(self.total + 1, *flat.shape[1:])
         return packed.index_add_(0, self.repeat, flat)[: self.total]
