@@ -51,10 +51,9 @@ class Runner:
         self._kernel: Any = None
         self._eager: eager.Runner | None = None
         self._dtypes = list(dict.fromkeys(w.right.dtype for w in printer.weights))
-        self._products: list[int] = []
+        self.products: list[int] = []  # addresses of the libraries
         self._in_rows = [in_rows(b) for b in program.inputs]
-        count = len(program.inputs) + 3 * len(program.prevs) + len(program.kept) + len(TAIL) + len(self._dtypes)
-        count += sum(self._in_rows)
+        count = first_of_tail(program) + len(TAIL) + len(self._dtypes) + sum(self._in_rows)
         self._pointers = ctypes.c_void_p * count
         self._arrange = [_arrangement(i.rows, b) for i, b in zip(loop.inputs, program.inputs)]
         self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
@@ -68,7 +67,7 @@ class Runner:
     def bind(self, kernel: Any) -> Runner:
         """Takes the C function built from `text`."""
         libraries = [products.library(dtype) for dtype in self._dtypes]
-        self._products = [found.table for found in libraries]
+        self.products = [found.table for found in libraries]
         self.product = next((found.long for found in libraries if found.long is not None), None)
         kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         kernel.restype = None
@@ -141,7 +140,7 @@ class Runner:
     ) -> None:
         fault = ctypes.c_int64(0)
         addresses = [None if t is None else t.data_ptr() for t in held]
-        pointers = self._pointers(*addresses, ctypes.addressof(fault), *self._products, *places)
+        pointers = self._pointers(*addresses, ctypes.addressof(fault), *self.products, *places)
         self._kernel(pointers, (ctypes.c_int64 * len(numbers))(*numbers), threads.entry())
         if fault.value:
             raise checks.error(self.program.checks[fault.value - 1], sizes)
@@ -196,6 +195,11 @@ class Runner:
         if self.loop.batch is None or (rows.dim == 0 and rows.outer == 1):
             return value
         return value.movedim(0, rows.dim + 1).flatten(rows.dim, rows.dim + 2)
+
+
+def first_of_tail(program: Program) -> int:
+    """How many pointers stand before those of TAIL."""
+    return len(program.inputs) + 3 * len(program.prevs) + len(program.kept)
 
 
 def _arrangement(rows: Rows | None, buffer: Buffer) -> Callable[[Tensor], Tensor]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import checks, threads
-from .emit import NUMBERS
-from .runner import Runner
+from .emit import NUMBERS, TAIL
+from .runner import Runner, first_of_tail
 
 try:
     from torch._C._dynamo.guards import _empty_strided_cpu as empty_strided  # a third of a microsecond less
@@ -41,7 +41,9 @@ class Stepper:
         self._numbers = _numbers(runner, batch, sizes)
         self._checks, self._sizes = program.checks, sizes
         self._fault = array.array("q", [0])  # the number of a check that failed
-        self._pointers[-1] = self._fault.buffer_info()[0]
+        last = [self._fault.buffer_info()[0], *runner.products]
+        at = first_of_tail(program) + TAIL.index("fault")
+        self._pointers[at : at + len(last)] = array.array("Q", last)
         self.set_constants(constants)
         kept = [runner._empty(b, rows, batch, sizes) for b, rows in zip(program.kept, runner._kept_rows)]
         nexts = [torch.empty(batch, *runner._shape(b, sizes)[1:], dtype=b.dtype) for b in program.prevs]
