@@ -7,7 +7,7 @@ that covers everything is the usual case; shorter ones bound the memory of what 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ LEAST_STEPS = 16
 class Run:
     """What a run gives: `wanted` per step (packed or stacked), `finals` (B, ...), `summed` over all steps."""
 
-    wanted: list[Tensor]
+    wanted: list[Tensor | Unpacked]
     finals: list[Tensor]
     summed: list[Tensor | None]
 
@@ -97,6 +97,7 @@ class Executable:
         later = self._later_uses()
         self.pieces = {s: self._piece(nodes, later[s]) for s, nodes in self.batched.items() if nodes}
         self.in_place = self._read_in_place()
+        self.only_given = self._only_given()
         self.bytes_per_row = self._bytes_per_row()
         products = (getattr(runner, "product", None) for runner in self.runners.values())
         self.long_product = next((p for p in products if p is not None), None)
@@ -134,6 +135,16 @@ class Executable:
             if not getattr(self.runners[loop], "reads_in_place", False):
                 found.difference_update(reads)
         return found.difference(*(p.reads for p in self.pieces.values()))
+
+    def _only_given(self) -> set[fx.Node]:
+        """Values of loops that nobody but the caller reads, which can be written to where the caller has them."""
+        problem = self.problem
+        found: set[fx.Node] = set()
+        for loop, runner in self.runners.items():
+            if getattr(runner, "writes_into", False):
+                found.update(n for n in loop.kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
+        found -= {*problem.summed, *(s.next for s in self.partition.delayed.values())}
+        return found.difference(*self.reads.values(), *(p.reads for p in self.pieces.values()))
 
     def _later_uses(self) -> dict[Any, list[fx.Node]]:
         """For each segment: its values that something after it reads."""
@@ -190,12 +201,14 @@ class Executable:
         schedule: Schedule,
         sizes: dict[str, int],
         longest: int | None = None,
+        outward: Sequence[fx.Node] = (),
     ) -> Run:
         """given: placeholders -> packed sequences (or stacked) and constants, in the schedule's row order.
-        initial, reset_to: by the states' prev.  longest: steps of a span, None: by memory."""
+        initial, reset_to: by the states' prev.  longest: steps of a span, None: by memory.
+        outward: wanted values that may be given `Unpacked`."""
         # Autocast has had its say when the step was captured.
         with torch.no_grad(), torch._C._DisableAutocast():
-            return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest)
+            return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest, outward)
 
 
 class _Runner:
@@ -208,12 +221,14 @@ class _Runner:
         self.sequences = {n: t for n, t in given.items() if n.meta["varies"]}
         self.stacked = self.problem.batch is None
 
-    def run(self, longest: int | None) -> Run:
+    def run(self, longest: int | None, outward: Sequence[fx.Node]) -> Run:
         e = self.e
+        self.outward = {n: self._blank(n) for n in outward if n in e.only_given and self._scatters()}
         values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
         self.once_values.update(zip(e.once.nodes, values))
         spans = e.spans(self.schedule, longest)
-        self.places = {} if len(spans) == 1 else {n: self._allocate(n) for n in self.problem.wanted}
+        placed = [] if len(spans) == 1 else [n for n in self.problem.wanted if n not in self.outward]
+        self.places = {n: self._allocate(n) for n in placed}
         wanted: list[Tensor] = []
         sums: list[Tensor | None] = [None] * len(self.problem.summed)
         for span in spans:
@@ -234,20 +249,31 @@ class _Runner:
             wanted.extend(parts)
             return
         for part, node in zip(parts, self.problem.wanted):
+            if node in self.outward:
+                continue
             place = self._place(node, span)
             if place.data_ptr() != part.data_ptr():
                 place.copy_(part)
         if not wanted:
-            wanted.extend(self.places[n] for n in self.problem.wanted)
+            wanted.extend({**self.places, **self.outward}[n] for n in self.problem.wanted)
+
+    def _scatters(self) -> bool:
+        return self.schedule.source is not None and self.schedule.repeat is None
+
+    def _blank(self, node: fx.Node) -> Unpacked:
+        return Unpacked(self.schedule.blank(self._shape(node)[1:], node.meta["val"].dtype))
 
     def _allocate(self, node: fx.Node) -> Tensor:
         """Memory for a value of all steps."""
-        value, rows = node.meta["val"], node.meta["rows"]
-        sizes = {**self.sizes, str(self.problem.batch): self.schedule.total}
-        shape = [size_at(expression(s), sizes) for s in value.shape]
-        if rows is None:
+        shape = self._shape(node)
+        if node.meta["rows"] is None:
             shape = [self.schedule.steps, *shape]
-        return blocks.empty(shape, value.dtype, self.schedule.device)
+        return blocks.empty(shape, node.meta["val"].dtype, self.schedule.device)
+
+    def _shape(self, node: fx.Node) -> list[int]:
+        """The shape of a value of all steps."""
+        sizes = {**self.sizes, str(self.problem.batch): self.schedule.total}
+        return [size_at(expression(s), sizes) for s in node.meta["val"].shape]
 
     def _place(self, node: fx.Node, span: Span) -> Tensor:
         """Where the values of a span stand among those of all steps."""
@@ -256,13 +282,13 @@ class _Runner:
             return whole[span.start : span.stop]
         return whole.narrow(rows.dim, span.first * rows.inner, span.total * rows.inner)
 
-    def _memory(self, loop: Loop, span: Span) -> list[Tensor | None]:
+    def _memory(self, loop: Loop, span: Span) -> list[Tensor | Unpacked | None]:
         """Places for the kept values of a loop that are wanted, where a span of them is one piece of memory."""
         found = []
         for node in loop.kept:
             rows = node.meta["rows"]
             fits = node in self.places and node.meta["varies"] and rows is not None and (rows.dim, rows.outer) == (0, 1)
-            found.append(self._place(node, span) if fits else None)
+            found.append(self.outward.get(node, self._place(node, span) if fits else None))
         return found
 
     # -- one span ------------------------------------------------------------------------------------------
@@ -301,7 +327,9 @@ class _Runner:
             reset_to = [self.reset_to[s.prev] for s in loop.states]
         inputs = [values[n] for n in self.e.reads[loop]]
         runner = self.e.runners[loop]
-        into = (self._memory(loop, span),) if self.places and getattr(runner, "writes_into", False) else ()
+        into = ()
+        if (self.places or self.outward) and getattr(runner, "writes_into", False):
+            into = (self._memory(loop, span),)
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)
         for state, value in zip(loop.states, after):
             self.after[state.prev] = value

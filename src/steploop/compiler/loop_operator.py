@@ -100,9 +100,9 @@ class Invocation:
         parts = self.layout.split(tensors)
         stacked = self.capture.forward.graph.batch is None
         schedule = self.schedule(parts, steps, 1 if stacked else batch)
-        run = self._forward(parts, schedule, batch, self.forward)
-        results = run.wanted
         nodes = self.forward.step.outputs[: self.forward.outputs]
+        run = self._forward(parts, schedule, batch, self.forward, outward=nodes)
+        results = run.wanted
         outputs = [self._outward(v, n, schedule, stacked) for v, n in zip(results, nodes)]
         finals = run.finals if stacked else [schedule.unsort(s) for s in run.finals]
         if self.nested:
@@ -110,14 +110,18 @@ class Invocation:
         saved = results[self.forward.outputs :]
         return _apart([*outputs, *finals, *saved], tensors)
 
-    def _forward(self, parts: dict[str, Any], schedule: Schedule, batch: int, plan: ForwardPlan) -> Run:
+    def _forward(
+        self, parts: dict[str, Any], schedule: Schedule, batch: int, plan: ForwardPlan, outward: Sequence = ()
+    ) -> Run:
         step = plan.step
         given = self._given(parts, schedule, step)
         initial = dict(zip(step.prevs, self._sorted(parts["initial"], schedule)))
         reset_to = {}
         if schedule.resets is not None:
             reset_to = dict(zip(step.prevs, self._sorted(parts["reset_to"], schedule)))
-        return plan.executable.run(given, initial, reset_to, schedule, self._sizes(parts, batch))
+        return plan.executable.run(
+            given, initial, reset_to, schedule, self._sizes(parts, batch), outward=outward
+        )
 
     def _sorted(self, values: list[Tensor], schedule: Schedule) -> list[Tensor]:
         return values if self.capture.forward.graph.batch is None else [schedule.sort(v) for v in values]
@@ -167,7 +171,10 @@ class Invocation:
         self._add_prevs(given, parts, plan, following, schedule)
         outputs = len(plan.step.ct_outputs)
         for node, ct in zip(plan.step.ct_outputs, cotangents[:outputs]):
-            given[node] = (ct.flip(0) if self.reverse else ct) if stacked else schedule.pack_cotangent(ct)
+            if stacked:
+                given[node] = ct.flip(0) if self.reverse else ct
+            else:  # the transpose of unpacking is packing, where no value is repeated
+                given[node] = schedule.given(ct) if schedule.repeat is None else schedule.pack_cotangent(ct)
         finals = self._sorted(list(cotangents[outputs:]), schedule)
         initial = {plan.step.ct_nexts[i]: finals[i] for i in plan.states}
         zeros = {n: torch.zeros_like(v) for n, v in initial.items()} if schedule.resets is not None else {}

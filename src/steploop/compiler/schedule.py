@@ -11,6 +11,7 @@ each step (`members`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,8 +103,10 @@ class Schedule:
         flat = self.flat(sequence)
         return flat if self.source is None else flat.index_select(0, self.source)
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def unpack(self, packed: Tensor | Unpacked) -> Tensor:
         """(N, ...) -> (T, B, ...), zero at masked steps, or the last valid value where `repeat` says so."""
+        if isinstance(packed, Unpacked):
+            return packed.values.reshape(self.time, self.batch, *packed.values.shape[1:])
         shape = (self.time, self.batch, *packed.shape[1:])
         if self.source is None:
             return packed.reshape(shape)
@@ -114,8 +117,12 @@ class Schedule:
 
     def _spread(self, packed: Tensor) -> Tensor:
         """(N, ...) -> (T * B, ...), zero where no row runs."""
-        flat = blocks.empty((self.time * self.batch, *packed.shape[1:]), packed.dtype, packed.device)
-        return flat.index_copy_(0, self.source, packed).index_fill_(0, self.missing, 0)
+        return self.blank(packed.shape[1:], packed.dtype).index_copy_(0, self.source, packed)
+
+    def blank(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """(T * B, *shape), zero where no row runs, and not yet written elsewhere."""
+        flat = blocks.empty((self.time * self.batch, *shape), dtype, self.device)
+        return flat.index_fill_(0, self.missing, 0)
 
     @cached_property
     def missing(self) -> Tensor:
@@ -128,10 +135,10 @@ class Schedule:
         flat = self.flat(sequence)
         return flat if self.source is None else Unpacked(flat)
 
-    def pack_cotangent(self, sequence: Tensor) -> Tensor | Unpacked:
+    def pack_cotangent(self, sequence: Tensor) -> Tensor:
         """The transpose of `unpack`."""
         if self.repeat is None or self.source is None:
-            return self.given(sequence)
+            return self.pack(sequence)
         flat = self.flat(sequence)
         packed = flat.new_zeros(self.total + 1, *flat.shape[1:])
         return packed.index_add_(0, self.repeat, flat)[: self.total]
@@ -381,9 +388,13 @@ class Span:
 
 @dataclass(eq=False)
 class Unpacked:
-    """A sequence as the caller has it, (T * B, ...): every span packs its own rows, while the caches hold them."""
+    """A sequence as the caller has it, (T * B, ...): every span reads or writes its own rows there."""
 
     values: Tensor
 
     def cut(self, span: Span) -> Tensor:
         return self.values.index_select(0, span.schedule.source[span.first : span.first + span.total])
+
+    def put(self, span: Span, packed: Tensor) -> Unpacked:
+        self.values.index_copy_(0, span.schedule.source[span.first : span.first + span.total], packed)
+        return self

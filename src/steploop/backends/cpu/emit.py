@@ -58,7 +58,7 @@ class Printer:
         self.weights = _weights(plan)
         self.products = {w.products: w.ctype for w in self.weights}
         self.local = set(map(id, plan.local))
-        self.sequences = [b for b in plan.program.inputs if in_rows(b)]
+        self.sequences = [b for b in (*plan.program.inputs, *plan.program.kept) if in_rows(b)]
         self.early = Early(plan)
         self.lines: list[str] = []
 

@@ -11,8 +11,8 @@ from .language import Buffer, Product
 
 
 def in_rows(buffer: Buffer) -> bool:
-    """Whether an input is a sequence whose rows may stand anywhere."""
-    return buffer.place == "step" and buffer.rows and buffer.order is None
+    """Whether an input or a kept value is a sequence whose rows may stand anywhere."""
+    return buffer.place in ("step", "kept") and buffer.rows and buffer.order is None
 
 
 def sequence_row(b: Buffer, at: str, here: str, row: str) -> str:

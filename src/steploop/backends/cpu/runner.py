@@ -53,7 +53,8 @@ class Runner:
         self._dtypes = list(dict.fromkeys(w.right.dtype for w in printer.weights))
         self.products: list[int] = []  # addresses of the libraries
         self._in_rows = [in_rows(b) for b in program.inputs]
-        count = first_of_tail(program) + len(TAIL) + len(self._dtypes) + sum(self._in_rows)
+        self._kept_in_rows = [in_rows(b) for b in program.kept]
+        count = first_of_tail(program) + len(TAIL) + len(self._dtypes) + sum(self._in_rows) + sum(self._kept_in_rows)
         self._pointers = ctypes.c_void_p * count
         self._arrange = [_arrangement(i.rows, b) for i, b in zip(loop.inputs, program.inputs)]
         self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
@@ -87,15 +88,17 @@ class Runner:
         span: Span,
         down: bool,
         sizes: dict[str, int],
-        into: Sequence[Tensor | None] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """See `eager.Runner`. into: contiguous memory for kept values, None where there is none."""
+        into: Sequence[Tensor | Unpacked | None] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor | Unpacked]]:
+        """See `eager.Runner`. into: contiguous memory for kept values, None where there is none; Unpacked: rows are
+        written to where the caller has them (values with their rows in front)."""
         schedule = span.schedule
         if schedule.members is not None or self.left_to_torch(sizes):
             if self._eager is None:
                 self._eager = eager.Runner(self.loop)
             packed = [v.cut(span) if isinstance(v, Unpacked) else v for v in inputs]
-            return self._eager(packed, states, reset_to, span, down, sizes)
+            after, kept = self._eager(packed, states, reset_to, span, down, sizes)
+            return after, [m.put(span, k) if isinstance(m, Unpacked) else k for k, m in zip(kept, into or kept)]
         batched = self.loop.batch is not None
         batch = schedule.batch if batched else 1
         full = schedule.full or not batched
@@ -113,8 +116,11 @@ class Runner:
         tables = (None, None) if full else _tables(schedule)
         if batch and total:
             numbers = self._numbers(span, batch, full, down, sizes)
-            self._call([*given, *before, *back, *after, *kept, *tables, resets], places, numbers, sizes)
-        return after, [self._shaped(k, rows) for k, rows in zip(kept, self._kept_rows)]
+            memory = [k.values if isinstance(k, Unpacked) else k for k in kept]
+            source = [schedule.source.data_ptr() if isinstance(k, Unpacked) else None for k in kept]
+            places += [place for place, rows in zip(source, self._kept_in_rows) if rows]
+            self._call([*given, *before, *back, *after, *memory, *tables, resets], places, numbers, sizes)
+        return after, [k if isinstance(k, Unpacked) else self._shaped(k, r) for k, r in zip(kept, self._kept_rows)]
 
     def left_to_torch(self, sizes: dict[str, int]) -> bool:
         """Whether indices are taken into an axis without entries."""
