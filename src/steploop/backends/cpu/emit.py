@@ -133,7 +133,9 @@ class Printer:
             down, across = (size_text(s) for s in w.right.strides)
             start = f"call.{w.right.buffer.name} + {size_text(w.right.offset)}"
             self.line(f"call.{w.name} = {{call.{w.products}, {start}, {down}, {across}, {k}, {n}, 0}};", 1)
-            self.line(f"call.{w.name}.prepare(call.pack);", 1)
+            # One row at a time reads a weight once, best as it is where its columns are contiguous.
+            alone = "" if w.early else f" && !(call.batch == 1 && call.{w.name}.down == 1)"
+            self.line(f"call.{w.name}.prepare(call.pack{alone}, call.threads, parallel);", 1)
 
     # The tile
 

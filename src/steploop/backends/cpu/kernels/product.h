@@ -10,11 +10,11 @@ template <class T> struct Weight {
   long down, across, k, n;
   T* packed;
 
-  void prepare(bool pack_it) { by->prepare(*this, pack_it); }
+  void prepare(bool pack_it, long threads, Parallel parallel) { by->prepare(*this, pack_it, threads, parallel); }
 };
 
 template <class T> struct Products {
-  void (*prepare)(Weight<T>& weight, bool pack_it);
+  void (*prepare)(Weight<T>& weight, bool pack_it, long threads, Parallel parallel);
   void (*multiply)(const T* a, long a_stride, long rows, const Weight<T>& weight, const T* bias, T* out, long out_stride, const Member& team);
 };
 

@@ -13,24 +13,28 @@ template <class T> constexpr int width() { return kBytes / sizeof(T); }
 template <class T> constexpr int panel() { return kVectors * width<T>(); }
 template <class T> INLINE long packed_size(long k, long n) { return k * ((n + width<T>() - 1) / width<T>() * width<T>()); }
 
-template <class T> static void pack(T* to, const T* w, long down, long across, long k, long n) {
+// The panel that begins at column c.
+template <class T> static void pack(const Weight<T>& weight, long c) {
   constexpr int W = width<T>(), P = panel<T>();
-  for (long c = 0; c < n; c += P) {
-    long left = n - c < P ? n - c : P, wide = (left + W - 1) / W * W;
-    const T* from = w + c * across;
-    for (long i = 0; i < k; i += W, to += W * wide) {  // blocks of W x wide, read along the axis that is contiguous
-      long deep = k - i < W ? k - i : W;
-      if (left < wide) memset(to, 0, deep * wide * sizeof(T));
-      if (down == 1) {
-        for (long j = 0; j < left; ++j)
-          for (long l = 0; l < deep; ++l) to[l * wide + j] = from[i + l + j * across];
-      } else {
-        for (long l = 0; l < deep; ++l)
-          for (long j = 0; j < left; ++j) to[l * wide + j] = from[(i + l) * down + j * across];
-      }
+  const long down = weight.down, across = weight.across, k = weight.k;
+  long left = weight.n - c < P ? weight.n - c : P, wide = (left + W - 1) / W * W;
+  const T* from = weight.w + c * across;
+  T* to = weight.packed + c * k;
+  for (long i = 0; i < k; i += W, to += W * wide) {  // blocks of W x wide, read along the axis that is contiguous
+    long deep = k - i < W ? k - i : W;
+    if (left < wide) memset(to, 0, deep * wide * sizeof(T));
+    if (down == 1) {
+      for (long j = 0; j < left; ++j)
+        for (long l = 0; l < deep; ++l) to[l * wide + j] = from[i + l + j * across];
+    } else {
+      for (long l = 0; l < deep; ++l)
+        for (long j = 0; j < left; ++j) to[l * wide + j] = from[(i + l) * down + j * across];
     }
-    to -= (W - k % W) % W * wide;  // the last block was shorter
   }
+}
+
+template <class T> static void pack_panel(void* weight, long number, const Member&) {
+  pack(*(const Weight<T>*)weight, number * panel<T>());
 }
 
 // k is taken in pieces whose panel fits in the first cache; the sums pass through `out`, which changes no bit of them.
@@ -186,11 +190,14 @@ static void multiply_once(const T* a, const T* w, long down, long across, long k
   }
 }
 
-template <class T> static void prepare(Weight<T>& weight, bool pack_it) {
+constexpr long kAlone = 1 << 17;  // bytes that one thread packs before others are there
+
+template <class T> static void prepare(Weight<T>& weight, bool pack_it, long threads, Parallel parallel) {
   weight.packed = 0;
   if (!pack_it) return;
-  weight.packed = (T*)aligned_alloc(64, (packed_size<T>(weight.k, weight.n) * sizeof(T) + 127) / 64 * 64);
-  pack(weight.packed, weight.w, weight.down, weight.across, weight.k, weight.n);
+  const long bytes = packed_size<T>(weight.k, weight.n) * sizeof(T);
+  weight.packed = (T*)aligned_alloc(64, (bytes + 127) / 64 * 64);
+  run_tiles(pack_panel<T>, &weight, (weight.n + panel<T>() - 1) / panel<T>(), bytes < kAlone ? 1 : threads, 0, parallel);
 }
 
 // See product.h; bias (n): null for none. A team shares the panels of columns.
@@ -234,7 +241,7 @@ template <class T> static void product_tile(void* given, long tile, const Member
 template <class T> static void long_product(void** pointers, const i64* numbers, Parallel parallel) {
   LongProduct<T> call = {(const T*)pointers[0], (const T*)pointers[2], (T*)pointers[3], numbers[0], numbers[3], 4 * kBand,
                          {0, (const T*)pointers[1], numbers[4], numbers[5], numbers[1], numbers[2], 0}};
-  prepare(call.weight, true);
+  prepare(call.weight, true, numbers[6], parallel);
   run_tiles(product_tile<T>, &call, (call.rows + call.tile - 1) / call.tile, numbers[6], 0, parallel);
   free(call.weight.packed);
 }
