@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -92,6 +93,11 @@ class Trace:
     keep_alive: list[Any] = field(default_factory=list)
     inlined: list[str] = field(default_factory=list)
     batched: StepGraph | None = None
+
+    @cached_property
+    def symbols(self) -> list[tuple[str, str, int, int]]:
+        """(name, kind of input, index, dim) of every symbol: printing a symbol takes its time."""
+        return [(str(symbol), *place) for symbol, place in self.graph.symbols.items()]
 
 
 def trace_forward(program: Program, signature: Signature, symbolic: bool) -> Trace:

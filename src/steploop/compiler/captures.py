@@ -122,15 +122,15 @@ class Capture:
 def sizes_of(trace: Trace, call: Call) -> dict[str, Any]:
     """The values of the symbols of a trace in a call, by name."""
     found = {}
-    for symbol, (kind, index, dim) in trace.graph.symbols.items():
+    for name, kind, index, dim in trace.symbols:
         if kind == "batch":
-            found[str(symbol)] = call.batch
+            found[name] = call.batch
         elif kind == "x":
-            found[str(symbol)] = call.xs[index].shape[dim + 1]
+            found[name] = call.xs[index].shape[dim + 1]
         elif kind == "constant":
-            found[str(symbol)] = call.constants[index].shape[dim]
+            found[name] = call.constants[index].shape[dim]
         else:
-            found[str(symbol)] = call.initial[index].shape[dim]
+            found[name] = call.initial[index].shape[dim]
     return found
 
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import UnsupportedError
 from .captures import Capture
@@ -277,9 +280,11 @@ def _apart(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         memory = _memory(value)
         if memory in seen and memory != 0:
             value = value.clone(memory_format=torch.contiguous_format)
-        elif value.dim() and any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape)):
+            memory = _memory(value)
+        elif 0 in value.stride() and any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape)):
             value = value.contiguous()
-        seen.add(_memory(value))
+            memory = _memory(value)
+        seen.add(memory)
         found.append(value)
     return found
 
@@ -289,6 +294,14 @@ def _memory(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0
+
+
+def traced(tensors: Sequence[Tensor]) -> bool:
+    """Whether some tracer is at work: then the call must be one operator, whose results hold nothing back."""
+    if any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
+        return True
+    stack = _get_current_dispatch_mode_stack()
+    return any(type(m).__name__ in ("ProxyTorchDispatchMode", "FunctionalTensorMode", "FakeTensorMode") for m in stack)
 
 
 # -- the operators -------------------------------------------------------------------------------------------
@@ -396,13 +409,29 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
     needs = list(ctx.needs[:differentiable])
     if torch.is_grad_enabled() and any(c.requires_grad for c in cotangents):
         _refuse_second_derivative()
-    grads = iter(
-        torch.ops.steploop.loop_backward(
-            cotangents, tensors, results, invocation.handle, ctx.steps, ctx.batch, needs
-        )
-    )
+    arguments = cotangents, tensors, results, invocation.handle, ctx.steps, ctx.batch, needs
+    # The operator is for tracers, and for gradients of gradients, which it refuses.
+    direct = not (torch.is_grad_enabled() or traced(cotangents))
+    grads = iter(_loop_backward(*arguments) if direct else torch.ops.steploop.loop_backward(*arguments))
     found = [next(grads) if n else None for n in needs]
     return found + [None] * (ctx.count - differentiable), None, None, None
+
+
+class LoopFunction(torch.autograd.Function):
+    """The operator for calls that no tracer sees: its gradient at once, without the dispatcher's detours.
+
+    (torch.func, for which `setup_context` would stand alone, never comes here.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, invocation: Invocation, steps: int, batch: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = invocation.run(tensors, steps, batch)
+        _setup(ctx, (tensors, invocation.handle, steps, batch), results)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        return None, None, None, *_backward(ctx, list(gradients))[0]
 
 
 def _refuse_second_derivative(*_: Any) -> None:

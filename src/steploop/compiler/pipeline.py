@@ -20,7 +20,7 @@ from .capture import Trace, keep_with_trace
 from .captures import Capture
 from .dependencies import Dependencies
 from .graph import LoopProgram, Rows, StepGraph, line_of, op_name
-from .loop_operator import Invocation, Layout
+from .loop_operator import Invocation, Layout, LoopFunction, traced
 from .lower import (
     SAVE_LIMIT,
     ForwardPlan,
@@ -54,13 +54,15 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     if training:
         capture.require_joint(dependencies)
         tensors = _tensors(call, capture, dependencies, joint=True)
-    nested = _traced(tensors)
+    nested = traced(tensors)
     invocation = _invocation(capture, call, backend, save, training, nested, tensors)
     if nested:
         keep_with_trace(invocation)
     batch = 1 if call.batch is None else call.batch
-    if training or nested:
+    if nested:
         results = torch.ops.steploop.loop(tensors, invocation.handle, call.steps, batch)
+    elif training:
+        results = LoopFunction.apply(invocation, call.steps, batch, *tensors)
     else:
         results = invocation.run(tensors, call.steps, batch)
     count, states = invocation.forward.outputs, len(call.initial)
@@ -120,18 +122,6 @@ def _tensors(call: Call, capture: Capture, dependencies: Dependencies, joint: bo
     marks = [m for m in (call.lengths, call.mask, call.resets) if m is not None]
     captured = capture.tensors(dependencies, joint)
     return [*call.xs, *call.constants, *call.initial, *(call.reset_to or []), *captured, *marks]
-
-
-def _traced(tensors: Sequence[Tensor]) -> bool:
-    """Whether some tracer is at work: then the call must be one operator, whose results hold nothing back."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-    if any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
-        return True
-    stack = _get_current_dispatch_mode_stack()
-    return any(type(m).__name__ in ("ProxyTorchDispatchMode", "FunctionalTensorMode", "FakeTensorMode") for m in stack)
 
 
 def _invocation(
