@@ -1,31 +1,45 @@
-"""A loop together with what it alone reads of the work before it: views, and products of sequences with weights.
+"""A loop together with what it alone reads of the work before it: views, pointwise operations, reductions of rows, and
+products of sequences with weights.
 
-Such a product does not depend on the states, so it is batched over time. A native loop makes it itself, for some
-steps at a time: then it is read while it is in the cache, rows are taken from where the caller has them, and there is
-one call instead of several. Views of a sequence cost a native loop nothing, but as sequences of their own, a copy.
+None of it depends on the states, so it is batched over time. A native loop does it as well, and what it gives is read
+while it is in the cache, or in a register; a product is made for some steps at a time. Rows are taken from where the
+caller has them, and there is one call instead of several. Views of a sequence cost a native loop nothing, but as
+sequences of their own, a copy.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .graph import Rows, expression, op_name
 from .partition import Batched, Loop, Partition, extract
+from .simplify import is_random
 
 VIEWS = frozenset(
     """split split_with_sizes chunk unbind getitem slice select narrow unsqueeze squeeze transpose permute view
     _unsafe_view reshape""".split()
 )
 
+REDUCTIONS = frozenset(
+    """native_layer_norm native_layer_norm_backward _softmax _log_softmax _softmax_backward_data sum mean amax amin var
+    cat softplus_backward glu hardswish""".split()
+)
+WIDE = 16  # numbers of a row that are worth an operation inside: narrow ones are better off with all rows at once
 
-def absorb(loop: Loop, result: Partition, products: bool) -> Loop | None:
-    """The wider loop, or None where it would be the same. The partition stays as it is. products: take them too."""
+
+def absorb(loop: Loop, result: Partition, products: bool, operations: bool) -> Loop | None:
+    """The wider loop, or None where it would be the same. The partition stays as it is.
+
+    products, operations: whether to take those, and not only views. What is wanted of it all, the loop keeps.
+    """
     problem = result.problem
     if problem.batch is None:
         return None
-    finder = _Finder(loop, result, products)
+    finder = _Finder(loop, result, products, operations)
     taken = finder.run()
     if not taken:
         return None
@@ -41,13 +55,14 @@ def _readable(loop: Loop) -> bool:
 
 
 class _Finder:
-    def __init__(self, loop: Loop, result: Partition, products: bool):
-        self.products = products
+    def __init__(self, loop: Loop, result: Partition, products: bool, operations: bool):
+        self.products, self.operations = products, operations
         problem = result.problem
         self.outside = [n for s in result.segments if isinstance(s, Batched) for n in s.nodes]
         self.calls = {n for s in result.segments for n in s.nodes}
         self.inside = {*loop.nodes, *(s.prev for s in loop.states)}
-        self.needed = {*problem.wanted, *problem.summed, *(s.next for s in problem.states), *result.delayed}
+        self.wanted = set(problem.wanted)
+        self.needed = {*problem.summed, *(s.next for s in problem.states), *result.delayed}
         self.taken: set[fx.Node] = set()
         self.lefts: set[fx.Node] = set()  # what products read must be a sequence that is there
 
@@ -56,7 +71,7 @@ class _Finder:
         for node in sorted(self.outside, key=position.__getitem__, reverse=True):
             if node in self.needed or node in self.lefts or not self._alone(node):
                 continue
-            if self._is_view(node) or self._is_biased(node):
+            if self._is_view(node) or self._is_biased(node) or self._is_operation(node):
                 self.taken.add(node)
             elif self._is_product(node):
                 self.taken.add(node)
@@ -70,7 +85,17 @@ class _Finder:
         return bool(users) and all(u in self.inside or u in self.taken for u in users)
 
     def _is_view(self, node: fx.Node) -> bool:
-        return op_name(node) in VIEWS and _rows_in_front(node) and all(map(_rows_in_front, node.all_input_nodes))
+        if op_name(node) not in VIEWS or node in self.wanted:
+            return False
+        return _rows_in_front(node) and all(map(_rows_in_front, node.all_input_nodes))
+
+    def _is_operation(self, node: fx.Node) -> bool:
+        """Pointwise, or a reduction of every row, over rows that are wide enough."""
+        known = op_name(node) in REDUCTIONS or torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if not self.operations or not known or is_random(node) or not _rows_in_front(node):
+            return False
+        sequences = [i for i in node.all_input_nodes if i.meta["varies"]]
+        return all(map(_rows_in_front, sequences)) and max(map(_width, [node, *sequences])) >= WIDE
 
     def _is_product(self, node: Any) -> bool:
         if not self.products or op_name(node) != "mm" or not _rows_in_front(node):
@@ -95,6 +120,14 @@ class _Finder:
             if node in self.taken and op_name(node) in ("add", "getitem"):
                 if not any(i in self.taken for i in node.all_input_nodes):
                     self.taken.discard(node)
+
+
+def _width(node: fx.Node) -> int:
+    """Numbers in a row; a size that is not known counts as wide."""
+    value = node.meta["val"]
+    value = value if isinstance(value, Tensor) else value[0]
+    sizes = list(map(expression, value.shape[1:]))
+    return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else WIDE
 
 
 def _rows_in_front(node: fx.Node) -> bool:

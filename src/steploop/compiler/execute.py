@@ -81,7 +81,7 @@ class Executable:
     """
 
     partition: Partition
-    choose: Callable[[Any, Callable[[bool], Any]], Any]
+    choose: Callable[[Any, Callable[..., Any]], Any]
     down: bool = False
     runners: dict[Loop, Any] = field(default_factory=dict)
 
@@ -89,7 +89,7 @@ class Executable:
         problem = self.partition.problem
         self.problem = problem
         self.once = OncePiece(self.partition.once, problem.batch)
-        self.reads: dict[Loop, list[fx.Node]] = {}  # what a loop reads, with what it absorbed
+        self.ran: dict[Loop, Loop] = {}  # each loop with what it absorbed
         self.absorbed: set[fx.Node] = set()
         for segment in self.partition.loops:
             self._choose(segment)
@@ -105,16 +105,15 @@ class Executable:
     def _choose(self, loop: Loop) -> None:
         wider: Loop | None = None
 
-        def widen(products: bool) -> Any:
+        def widen(products: bool, operations: bool) -> Any:
             nonlocal wider
-            wider = absorb(loop, self.partition, products)
+            wider = absorb(loop, self.partition, products, operations)
             return None if wider is None else wider.program
 
         runner = self.runners[loop] = self.choose(loop.program, widen)
-        self.reads[loop] = loop.inputs
-        if wider is not None and getattr(runner, "loop", None) is wider.program:
-            self.reads[loop] = wider.inputs
-            self.absorbed |= {*wider.nodes} - {*loop.nodes}
+        same = wider is None or getattr(runner, "loop", None) is not wider.program
+        self.ran[loop] = loop if same else wider
+        self.absorbed |= {*self.ran[loop].nodes} - {*loop.nodes}
 
     def _left(self, segment: Batched) -> list[fx.Node]:
         return [n for n in segment.nodes if n not in self.absorbed]
@@ -127,13 +126,13 @@ class Executable:
     def _read_in_place(self) -> set[fx.Node]:
         """Sequences that only loops read which take rows from where the caller has them."""
         problem, found = self.problem, set()
-        for loop, reads in self.reads.items():
+        for loop, ran in self.ran.items():
             if getattr(self.runners[loop], "reads_in_place", False):
-                found.update(n for n in reads if n.op == "placeholder" and n.meta["varies"])
+                found.update(n for n in ran.inputs if n.op == "placeholder" and n.meta["varies"])
         found -= {*problem.wanted, *problem.summed, *self.partition.delayed, *(s.next for s in problem.states)}
-        for loop, reads in self.reads.items():
+        for loop, ran in self.ran.items():
             if not getattr(self.runners[loop], "reads_in_place", False):
-                found.difference_update(reads)
+                found.difference_update(ran.inputs)
         return found.difference(*(p.reads for p in self.pieces.values()))
 
     def _only_given(self) -> set[fx.Node]:
@@ -142,9 +141,9 @@ class Executable:
         found: set[fx.Node] = set()
         for loop, runner in self.runners.items():
             if getattr(runner, "writes_into", False):
-                found.update(n for n in loop.kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
+                found.update(n for n in self.ran[loop].kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
         found -= {*problem.summed, *(s.next for s in self.partition.delayed.values())}
-        return found.difference(*self.reads.values(), *(p.reads for p in self.pieces.values()))
+        return found.difference(*(r.inputs for r in self.ran.values()), *(p.reads for p in self.pieces.values()))
 
     def _later_uses(self) -> dict[Any, list[fx.Node]]:
         """For each segment: its values that something after it reads."""
@@ -155,7 +154,7 @@ class Executable:
         reads: set[fx.Node] = set(results)
         for segment in reversed(self.partition.segments):
             if isinstance(segment, Loop):
-                reads.update(self.reads[segment])
+                reads.update(self.ran[segment].inputs)
             else:
                 inside = set(self.batched[segment])
                 found[segment] = [n for n in self.batched[segment] if n in reads]
@@ -168,7 +167,7 @@ class Executable:
     def _bytes_per_row(self) -> int:
         total = 0
         nodes = {n for left in self.batched.values() for n in left}
-        nodes |= {n for loop in self.partition.loops for n in loop.kept}
+        nodes |= {n for loop in self.ran.values() for n in loop.kept}
         for node in nodes - set(self.problem.wanted):
             value = node.meta.get("val")
             if isinstance(value, Tensor) and node.meta["rows"] is not None:
@@ -285,7 +284,7 @@ class _Runner:
     def _memory(self, loop: Loop, span: Span) -> list[Tensor | Unpacked | None]:
         """Places for the kept values of a loop that are wanted, where a span of them is one piece of memory."""
         found = []
-        for node in loop.kept:
+        for node in self.e.ran[loop].kept:
             rows = node.meta["rows"]
             fits = node in self.places and node.meta["varies"] and rows is not None and (rows.dim, rows.outer) == (0, 1)
             found.append(self.outward.get(node, self._place(node, span) if fits else None))
@@ -325,7 +324,7 @@ class _Runner:
         reset_to = None
         if self.reset_to and loop.states:
             reset_to = [self.reset_to[s.prev] for s in loop.states]
-        inputs = [values[n] for n in self.e.reads[loop]]
+        inputs = [values[n] for n in self.e.ran[loop].inputs]
         runner = self.e.runners[loop]
         into = ()
         if (self.places or self.outward) and getattr(runner, "writes_into", False):
@@ -333,7 +332,7 @@ class _Runner:
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)
         for state, value in zip(loop.states, after):
             self.after[state.prev] = value
-        for node, value in zip(loop.kept, kept):
+        for node, value in zip(self.e.ran[loop].kept, kept):
             # Outside its loop a sum over rows is one over the rows of all steps.
             values[node] = value.sum(0) if node.meta["contracted"] is True else value
 

@@ -309,10 +309,10 @@ def _saved_note(invocation: Invocation) -> list[str]:
 # -- backends ------------------------------------------------------------------------------------------------
 
 
-def chooser(backend: str) -> Callable[[LoopProgram, Callable[[bool], LoopProgram | None]], Any]:
+def chooser(backend: str) -> Callable[[LoopProgram, Callable[..., LoopProgram | None]], Any]:
     """Gives a compiled loop, on the backend asked for or the first that takes it."""
 
-    def choose(loop: LoopProgram, widen: Callable[[bool], LoopProgram | None]) -> Any:
+    def choose(loop: LoopProgram, widen: Callable[..., LoopProgram | None]) -> Any:
         if any(map(is_memory, loop.calls)):
             loop.backend, loop.reasons = SequenceRunner.backend, []
             return SequenceRunner(loop)

@@ -37,10 +37,13 @@ def _warn_once(trouble: str) -> None:
     warnings.warn(f"steploop runs loops without native code, which is slower: {trouble}", stacklevel=3)
 
 
-def wider(loop: LoopProgram, widen: Callable[[bool], LoopProgram | None]) -> LoopProgram:
+def wider(loop: LoopProgram, widen: Callable[..., LoopProgram | None]) -> LoopProgram:
     """The loop with what it absorbs: products too, where the kernels' own are as good as torch's."""
-    found = widen(wide_vectors())
-    return loop if found is None or _lowered(found)[1] else found
+    for operations in (True, False):
+        found = widen(products=wide_vectors(), operations=operations)
+        if found is None or not _lowered(found)[1]:
+            return found or loop
+    return loop
 
 
 def compile(loop: LoopProgram) -> Runner:
