@@ -130,6 +130,38 @@ class Chained(sl.Step):
         return self.g.next
 
 
+class Gated(sl.Step):
+    """Gates and a norm that no state is needed for, of which the backward wants parts; `shown`: the caller too."""
+
+    def __init__(self, width: int, shown: bool = False):
+        super().__init__()
+        self.gates, self.norm, self.shown = torch.nn.Linear(6, 2 * width), torch.nn.LayerNorm(2 * width), shown
+        self.h = sl.State(width)
+
+    def step(self, x):
+        z, n = self.norm(self.gates(x)).chunk(2, -1)
+        z = z.sigmoid()
+        self.h.next = z * self.h.prev.sin() + (1 - z) * n.tanh()
+        return (self.h.next, z) if self.shown else self.h.next
+
+
+class Selective(sl.Step):
+    """A state space whose coefficients depend on the input (Gu & Dao 2023): wide values from narrow ones."""
+
+    def __init__(self, width: int = 6, order: int = 5):
+        super().__init__()
+        self.delta, self.both = torch.nn.Linear(width, width), torch.nn.Linear(width, 2 * order)
+        self.decay = torch.nn.Parameter(-torch.rand(width, order))
+        self.h = sl.State((width, order))
+
+    def step(self, x):
+        delta = F.softplus(self.delta(x))
+        b, c = self.both(x).chunk(2, -1)
+        kept = torch.exp(delta.unsqueeze(-1) * self.decay)
+        self.h.next = kept * self.h.prev + (delta * x).unsqueeze(-1) * b.unsqueeze(1)
+        return (self.h.next * c.unsqueeze(1)).sum(-1)
+
+
 def absorbed(monkeypatch, step, x) -> list[list[str]]:
     """The operations that were taken into each executable's loops."""
     found = []
@@ -158,12 +190,28 @@ def test_what_is_absorbed(monkeypatch):
     assert absorbed(monkeypatch, Chained(), x) == [["add", "mm"]]
 
 
+@wide_vectors
+def test_operations_that_are_absorbed(monkeypatch):
+    x = torch.randn(5, 3, 6)
+    (found,) = absorbed(monkeypatch, Gated(16), x)
+    assert {"mm", "native_layer_norm", "split", "sigmoid", "tanh"} <= set(found)
+    assert absorbed(monkeypatch, Gated(16, shown=True), x) == [found]  # the loop keeps what is wanted
+    assert not {"sigmoid", "tanh", "native_layer_norm"} & set(absorbed(monkeypatch, Gated(4), x)[0])
+    assert "exp" in absorbed(monkeypatch, Selective(), x)[0]
+
+
 def test_views_without_products(monkeypatch):
     monkeypatch.setattr(cpu, "wide_vectors", lambda: False)
     assert absorbed(monkeypatch, Parts(shows=False), torch.randn(5, 3, 6)) == [["getitem", "getitem", "slice", "split"]]
 
 
-@pytest.mark.parametrize("step", [Parts(False), Parts(True), Chained()], ids=["parts", "shown", "chained"])
+STEPS = {
+    "parts": Parts(False), "shown": Parts(True), "chained": Chained(),
+    "gated": Gated(17), "gate shown": Gated(17, True), "selective": Selective(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("how", ["plain", "lengths", "holes", "resets", "all"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_absorbing_changes_nothing(step, how, reverse):
