@@ -1,9 +1,9 @@
 """A loop together with what it alone reads of the work before it: views, pointwise operations, reductions of rows, and
-products of sequences with weights.
+products of sequences with weights; and with such operations (no products) on what it gives.
 
-None of it depends on the states, so it is batched over time. A native loop does it as well, and what it gives is read
-while it is in the cache, or in a register; a product is made for some steps at a time. Rows are taken from where the
-caller has them, and there is one call instead of several. Views of a sequence cost a native loop nothing, but as
+None of it stands on the recurrence, so it is batched over time. A native loop does it as well, and what it gives is
+read while it is in the cache, or in a register; a product is made for some steps at a time. Rows are taken from where
+the caller has them, and there is one call instead of several. Views of a sequence cost a native loop nothing, but as
 sequences of their own, a copy.
 """
 
@@ -31,22 +31,31 @@ REDUCTIONS = frozenset(
 WIDE = 16  # numbers of a row that are worth an operation inside: narrow ones are better off with all rows at once
 
 
-def absorb(loop: Loop, result: Partition, products: bool, operations: bool) -> Loop | None:
+def absorb(
+    loop: Loop, result: Partition, earlier: set[fx.Node], products: bool, operations: bool
+) -> Loop | None:
     """The wider loop, or None where it would be the same. The partition stays as it is.
 
+    earlier: what loops before this one took.
     products, operations: whether to take those, and not only views. What is wanted of it all, the loop keeps.
     """
     problem = result.problem
     if problem.batch is None:
         return None
-    finder = _Finder(loop, result, products, operations)
-    taken = finder.run()
-    if not taken:
-        return None
-    order = {n: i for i, n in enumerate(problem.graph.nodes)}
+    for follow in (operations, False):
+        finder = _Finder(loop, result, earlier, products, operations)
+        taken = finder.run(follow)
+        wider = _widened(loop, taken, result) if taken else None
+        if wider is None or all(map(finder.there_before, wider.inputs)):
+            return wider if wider is not None and _readable(wider) else None
+    return None
+
+
+def _widened(loop: Loop, taken: set[fx.Node], result: Partition) -> Loop:
+    order = {n: i for i, n in enumerate(result.problem.graph.nodes)}
     wider = Loop(sorted([*taken, *loop.nodes], key=order.__getitem__), loop.states)
-    extract(wider, problem, result)
-    return wider if _readable(wider) else None
+    extract(wider, result.problem, result)
+    return wider
 
 
 def _readable(loop: Loop) -> bool:
@@ -55,21 +64,28 @@ def _readable(loop: Loop) -> bool:
 
 
 class _Finder:
-    def __init__(self, loop: Loop, result: Partition, products: bool, operations: bool):
+    def __init__(
+        self, loop: Loop, result: Partition, earlier: set[fx.Node], products: bool, operations: bool
+    ):
         self.products, self.operations = products, operations
         problem = result.problem
-        self.outside = [n for s in result.segments if isinstance(s, Batched) for n in s.nodes]
+        at = result.segments.index(loop)
+        self.before = {n for s in result.segments[:at] for n in s.nodes} | earlier
+        batched = [[n for n in s.nodes if isinstance(s, Batched) and n not in earlier] for s in result.segments]
+        self.after = [n for nodes in batched[at + 1 :] for n in nodes]
+        self.outside = [n for nodes in batched for n in nodes]
         self.calls = {n for s in result.segments for n in s.nodes}
         self.inside = {*loop.nodes, *(s.prev for s in loop.states)}
-        self.wanted = set(problem.wanted)
-        self.needed = {*problem.summed, *(s.next for s in problem.states), *result.delayed}
+        self.wanted, self.delayed = set(problem.wanted), set(result.delayed)
+        self.needed = {*problem.summed, *(s.next for s in problem.states), *self.delayed}
         self.taken: set[fx.Node] = set()
         self.lefts: set[fx.Node] = set()  # what products read must be a sequence that is there
 
-    def run(self) -> set[fx.Node]:
-        position = {n: i for i, n in enumerate(self.outside)}
-        for node in sorted(self.outside, key=position.__getitem__, reverse=True):
-            if node in self.needed or node in self.lefts or not self._alone(node):
+    def run(self, follow: bool) -> set[fx.Node]:
+        if follow:
+            self.taken |= self._following()
+        for node in reversed(self.outside):
+            if node in self.needed or node in self.lefts or node in self.taken or not self._alone(node):
                 continue
             if self._is_view(node) or self._is_biased(node) or self._is_operation(node):
                 self.taken.add(node)
@@ -79,15 +95,39 @@ class _Finder:
         self._drop_idle()
         return self.taken
 
+    def there_before(self, node: fx.Node) -> bool:
+        """Whether a value is known when the loop begins."""
+        given = node.op == "placeholder" and node not in self.delayed
+        return given or node in self.before or not node.meta["varies"]
+
+    def _following(self) -> set[fx.Node]:
+        """What comes of the loop's values, row by row, and is wanted: then those need not be kept for all steps."""
+        known: set[fx.Node] = set()  # without this loop or a later one
+        found: dict[fx.Node, None] = {}
+        for node in self.after:
+            sources = [i for i in node.all_input_nodes if i.meta["varies"]]
+            if node in self.delayed:
+                continue
+            if all(self.there_before(i) or i in known for i in sources):
+                known.add(node)
+            elif node not in self.needed and self._comes_of(sources, {*found, *known}):
+                if self._is_operation(node) or (op_name(node) in VIEWS and _all_in_front(node)):
+                    found[node] = None
+        for node in reversed(list(found)):
+            if node not in self.wanted and any(u not in found for u in node.users if u in self.calls):
+                del found[node]  # it would have to be kept in place of what it is made of
+        return set(found)
+
+    def _comes_of(self, sources: list[fx.Node], known: set[fx.Node]) -> bool:
+        return all(i in self.inside or i in known or self.there_before(i) for i in sources)
+
     def _alone(self, node: fx.Node) -> bool:
         """Whether the loop alone reads it."""
         users = [u for u in node.users if u in self.calls]
         return bool(users) and all(u in self.inside or u in self.taken for u in users)
 
     def _is_view(self, node: fx.Node) -> bool:
-        if op_name(node) not in VIEWS or node in self.wanted:
-            return False
-        return _rows_in_front(node) and all(map(_rows_in_front, node.all_input_nodes))
+        return op_name(node) in VIEWS and node not in self.wanted and _all_in_front(node)
 
     def _is_operation(self, node: fx.Node) -> bool:
         """Pointwise, or a reduction of every row, over rows that are wide enough."""
@@ -128,6 +168,10 @@ def _width(node: fx.Node) -> int:
     value = value if isinstance(value, Tensor) else value[0]
     sizes = list(map(expression, value.shape[1:]))
     return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else WIDE
+
+
+def _all_in_front(node: fx.Node) -> bool:
+    return _rows_in_front(node) and all(map(_rows_in_front, node.all_input_nodes))
 
 
 def _rows_in_front(node: fx.Node) -> bool:

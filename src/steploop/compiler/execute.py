@@ -107,7 +107,7 @@ class Executable:
 
         def widen(products: bool, operations: bool) -> Any:
             nonlocal wider
-            wider = absorb(loop, self.partition, products, operations)
+            wider = absorb(loop, self.partition, self.absorbed, products, operations)
             return None if wider is None else wider.program
 
         runner = self.runners[loop] = self.choose(loop.program, widen)
