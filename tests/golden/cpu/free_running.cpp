@@ -50,7 +50,7 @@
       const float* mm_default = mm_default_tile + r * scratch.mm_default_row;
       i64* argmax_default = argmax_default_tile;
       i64* next_token = token_tile + r * scratch.token_row;
-      i64* all_argmax_default = call.all_argmax_default + (here + r) * 1;
+      i64* all_argmax_default = call.all_argmax_default + (call.all_argmax_default_at ? call.all_argmax_default_at[at + r] : here + r) * 1;
       // 7: test_cpu_golden.py:69
       {
         auto argmax_argmax_default = every<8>((float)0);

@@ -24,7 +24,7 @@
       const float* c = c_tile + r * scratch.c_row;
       float* next_h = h_tile + r * scratch.h_row;
       float* next_c = c_tile + r * scratch.c_row;
-      float* all_mul_tensor_2 = call.all_mul_tensor_2 + (here + r) * 6;
+      float* all_mul_tensor_2 = call.all_mul_tensor_2 + (call.all_mul_tensor_2_at ? call.all_mul_tensor_2_at[at + r] : here + r) * 6;
       // 6: test_cpu_golden.py:31, test_cpu_golden.py:32
       span<8>(6, [&](long i, auto m) ALWAYS {
         auto x_x0_i = load(x_x0 + 6 + i, m);

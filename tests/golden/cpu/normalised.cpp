@@ -27,7 +27,7 @@
       float* rstd = rstd_tile;
       const float* captured_1 = call.captured_1;
       float* next_h = h_tile + r * scratch.h_row;
-      float* all_tanh_default = call.all_tanh_default + (here + r) * 6;
+      float* all_tanh_default = call.all_tanh_default + (call.all_tanh_default_at ? call.all_tanh_default_at[at + r] : here + r) * 6;
       // 6: test_cpu_golden.py:42
       {
         auto sum_native_layer_norm_default_2 = every<8>((float)0);
