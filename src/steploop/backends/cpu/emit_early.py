@@ -105,7 +105,7 @@ class Early:
         for left in {self._key(p): p.left for p in self.products}.values():
             b = left.buffer
             lines.append(
-                f"      nearer({sequence_row(b, 'next.at', 'next.here', 'r')} + {size_text(left.offset)}, "
-                f"r < next.n ? {size_text(left.shape[1])} * sizeof({CTYPES[b.dtype]}) : 0);"
+                f"      if (r < next.n) nearer({sequence_row(b, 'next.at', 'next.here', 'r')} + "
+                f"{size_text(left.offset)}, {size_text(left.shape[1])} * sizeof({CTYPES[b.dtype]}));"
             )
         return lines

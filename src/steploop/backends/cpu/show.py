@@ -29,6 +29,8 @@ def show(plan: Plan) -> str:
     program = plan.program
     lines = [_declared("input", b) for b in program.inputs]
     lines += [_declared("state", b) for b in program.prevs]
+    if plan.early:
+        lines += ["for some steps ahead", *(f"  {_product(p)}" for p in plan.early)]
     for number, phase in enumerate(plan.phases):
         lines.append(f"phase {number}")
         lines += [f"  {_product(p)}" for p in phase.products]
