@@ -235,3 +235,24 @@ def test_absorbing_changes_nothing(step, how, reverse):
     lengths = torch.tensor([9, 0, 4, 5, 1, 9, 7])
     kinds = situations(lengths, torch.rand(9, 7) < 0.7, torch.rand(9, 7) < 0.2)
     agree(step, x, backend="cpu", loop={"reverse": reverse}, **kinds[how])
+
+
+class Remembered(sl.Step):
+    """What a loop gives to the caller is also the next value of a state that no loop has."""
+
+    def __init__(self, inputs: int = 6):
+        super().__init__()
+        self.w, self.u = torch.nn.Linear(inputs, 4), torch.nn.Linear(4, 4)
+        self.h, self.last = sl.State(4), sl.State(4, init=0.5)
+
+    def step(self, x):
+        self.h.next = (self.w(x) + self.u(self.h.prev)).tanh()
+        self.last.next = self.h.next
+        return self.h.next
+
+
+@pytest.mark.parametrize("how", ["plain", "lengths", "holes", "resets", "all"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_that_are_outputs(how, reverse):
+    kinds = situations(torch.tensor([9, 0, 4]), torch.rand(9, 3) < 0.7, torch.rand(9, 3) < 0.2)
+    agree(Remembered(), torch.randn(9, 3, 6), backend="cpu", loop={"reverse": reverse}, **kinds[how])

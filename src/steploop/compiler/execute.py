@@ -142,7 +142,10 @@ class Executable:
         for loop, runner in self.runners.items():
             if getattr(runner, "writes_into", False):
                 found.update(n for n in self.ran[loop].kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
+        in_loops = {state.prev for loop in self.runners for state in loop.states}
         found -= {*problem.summed, *(s.next for s in self.partition.delayed.values())}
+        # The last values of those are the state after a span.
+        found -= {s.next for s in problem.finals if s.prev not in in_loops}
         return found.difference(*(r.inputs for r in self.ran.values()), *(p.reads for p in self.pieces.values()))
 
     def _later_uses(self) -> dict[Any, list[fx.Node]]:
