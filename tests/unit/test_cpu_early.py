@@ -256,3 +256,11 @@ class Remembered(sl.Step):
 def test_states_that_are_outputs(how, reverse):
     kinds = situations(torch.tensor([9, 0, 4]), torch.rand(9, 3) < 0.7, torch.rand(9, 3) < 0.2)
     agree(Remembered(), torch.randn(9, 3, 6), backend="cpu", loop={"reverse": reverse}, **kinds[how])
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 40])
+def test_no_columns(dtype, batch):
+    """A product over nothing is zero, and is written."""
+    agree(Remembered(0).to(dtype), torch.randn(5, batch, 0, dtype=dtype), backend="cpu")

@@ -111,7 +111,7 @@ static void multiply_packed(const T* a, long a_stride, long rows, const T* w, lo
   w += from * P * k;
   for (long c = from * P; c < stop * P && c < n; c += P) {
     long columns = n - c < P ? n - c : P, vectors = (columns + W - 1) / W;
-    for (long i = 0; i < k; i += kDepth) {
+    for (long i = 0; i == 0 || i < k; i += kDepth) {  // once where k is 0: then the sums are the bias
       long depth = k - i < kDepth ? k - i : kDepth;
       const T* part = w + i * vectors * W;
       if (far && vectors == kVectors) {
