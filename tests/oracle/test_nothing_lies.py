@@ -176,6 +176,11 @@ def test_a_loop_is_one_operator_under_a_tracer():
         graph = make_fx(forward, tracing_mode=mode, _allow_non_fake_inputs=True)(xs)
         assert [str(n.target) for n in graph.graph.nodes].count("steploop.loop.default") == 1
         torch.testing.assert_close(graph(xs), forward(xs))
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            graph = make_fx(forward, pre_dispatch=True)(xs)
+            assert "steploop.loop.default" in [str(n.target) for n in graph.graph.nodes]
+            torch.testing.assert_close(graph(xs + 1), forward(xs + 1))
     xs.requires_grad_()
     graph = make_fx(with_gradient)(xs)
     targets = [str(n.target) for n in graph.graph.nodes]
@@ -224,6 +229,14 @@ def test_export():
     exported = torch.export.export(model, (xs,), strict=False)
     assert [str(n.target) for n in exported.graph.nodes].count("steploop.loop.default") == 1
     torch.testing.assert_close(exported.module()(xs), model(xs))
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_several_gradients_at_once_are_refused(backend):
+    loop, xs = sl.Loop(GRU(), backend=backend), torch.randn(5, B, INPUT, requires_grad=True)
+    outputs, _ = loop(xs)
+    with pytest.raises(sl.UnsupportedError, match="several gradients"):
+        torch.autograd.grad(outputs, xs, torch.randn(2, *outputs.shape), is_grads_batched=True)
 
 
 def test_second_derivatives_and_changed_weights_are_refused():

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import UnsupportedError
@@ -300,8 +302,10 @@ def traced(tensors: Sequence[Tensor]) -> bool:
     """Whether some tracer is at work: then the call must be one operator, whose results hold nothing back."""
     if any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
         return True
+    if get_proxy_mode() is not None:  # that of make_fx with pre_dispatch=True stands on no stack
+        return True
     stack = _get_current_dispatch_mode_stack()
-    return any(type(m).__name__ in ("ProxyTorchDispatchMode", "FunctionalTensorMode", "FakeTensorMode") for m in stack)
+    return any(type(m).__name__ in ("FunctionalTensorMode", "FakeTensorMode") for m in stack)
 
 
 # -- the operators -------------------------------------------------------------------------------------------
@@ -404,6 +408,11 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
         torch.zeros((), dtype=dtype, device=device).expand(shape) if g is None else g
         for g, (shape, dtype, device) in zip(gradients[:count], ctx.results)
     ]
+    if any(is_batchedtensor(c) or is_legacy_batchedtensor(c) for c in cotangents):
+        raise UnsupportedError(
+            "several gradients of a Loop at once (is_grads_batched=True, vectorize=True, torch.func.vmap) are not "
+            'supported. Ask for them one by one, or use sl.Loop(step, backend="reference").'
+        )
     layout = invocation.layout
     differentiable = layout.xs + layout.constants + layout.initial + layout.reset_to + layout.captured
     needs = list(ctx.needs[:differentiable])
