@@ -17,7 +17,7 @@ from agree import agree, agree_scan
 from torch import nn
 
 import steploop as sl
-from steploop.compiler import captures
+from steploop.compiler import captures, loop_operator
 
 T, B, INPUT, HIDDEN = 4, 3, 2, 3
 
@@ -470,3 +470,54 @@ def test_torch_takes_another_way_for_few_rows():
         return captures.captured - before
 
     assert sum(made(batch) for batch in (3, 4, 20, 40, 2, 16, 15, 6, 100)) <= 2
+
+
+@pytest.mark.parametrize("given", ["mask", "lengths", "resets"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_rows_that_numpy_changes(given, backend):
+    """Memory that is shared with numpy changes without torch's notice."""
+    values = np.full(B, T) if given == "lengths" else np.ones((T, B), dtype=bool)
+    marks, cell, xs = {given: torch.from_numpy(values)}, Cell(), torch.randn(T, B, INPUT)
+    loop, reference = sl.Loop(cell, backend=backend), sl.Loop(cell, backend="reference")
+    loop(xs, **marks)
+    values[...] = 2 if given == "lengths" else np.arange(T * B).reshape(T, B) % 3 == 0
+    torch.testing.assert_close(loop(xs, **marks), reference(xs, **marks))
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_lengths_that_numpy_changes_before_the_backward(backend):
+    values, cell, xs = np.array([T, 1, 2]), Cell(), data(T, B, INPUT)
+    loop = sl.Loop(cell, backend=backend)
+    wanted = torch.autograd.grad(loop(xs, lengths=torch.tensor(values))[0].sum(), xs)
+    outputs, _ = loop(xs, lengths=torch.from_numpy(values))
+    values[:] = [1, T, T]
+    torch.testing.assert_close(torch.autograd.grad(outputs.sum(), xs), wanted)
+
+
+def test_lengths_changed_in_inference_mode():
+    cell, xs, lengths = Cell(), torch.randn(T, B, INPUT), [T, T, T]
+    with torch.inference_mode():
+        lengths = torch.tensor(lengths)
+        loop, reference = sl.Loop(cell), sl.Loop(cell, backend="reference")
+        loop(xs, lengths=lengths)
+        lengths.fill_(2)
+        torch.testing.assert_close(loop(xs, lengths=lengths), reference(xs, lengths=lengths))
+
+
+def test_the_schedule_of_another_thread(monkeypatch):
+    """The schedule of the last call is looked at once: another thread's call may come in between."""
+    cell, xs = Cell(), torch.randn(T, B, INPUT)
+    loop, mine, other = sl.Loop(cell), torch.tensor([T, 1, 2]), torch.tensor([1, 1, 1])
+    with torch.no_grad():
+        wanted, _ = loop(xs, lengths=mine)
+        once = [lambda: loop(xs, lengths=other)]
+        plain = loop_operator._Known.fits
+
+        def fits(self, steps, batch, marks):
+            found = plain(self, steps, batch, marks)
+            if once:
+                once.pop()()
+            return found
+
+        monkeypatch.setattr(loop_operator._Known, "fits", fits)
+        assert torch.equal(loop(xs, lengths=mine)[0], wanted)

@@ -60,6 +60,26 @@ class Layout:
 
 
 @dataclass(eq=False)
+class _Known:
+    """The schedule of the last call. marks: copies of its lengths, mask and resets.
+
+    What they hold counts, not which tensors they are: memory shared with numpy changes unseen by torch.
+    """
+
+    steps: int
+    batch: int
+    marks: list[Tensor | None]
+    schedule: Schedule
+
+    def fits(self, steps: int, batch: int, marks: list[Tensor | None]) -> bool:
+        if (steps, batch) != (self.steps, self.batch):
+            return False
+        pairs = list(zip(self.marks, marks))
+        same = all((a is None) == (b is None) for a, b in pairs)
+        return same and all(a is None or a.device == b.device and torch.equal(a, b) for a, b in pairs)
+
+
+@dataclass(eq=False)
 class Invocation:
     """What an operator call does: a capture with the options of the call.
 
@@ -75,7 +95,7 @@ class Invocation:
     mixing: bool
     lowered: Any
     handle: int = 0
-    _schedule: tuple | None = None
+    _schedule: _Known | None = None
 
     def __post_init__(self) -> None:
         self.handle = next(_handles)
@@ -87,24 +107,25 @@ class Invocation:
 
     # -- running -------------------------------------------------------------------------------------------
 
-    def schedule(self, parts: dict[str, Any], steps: int, batch: int) -> Schedule:
+    def schedule(self, tensors: Sequence[Tensor], steps: int, batch: int) -> Schedule:
+        parts = self.layout.split(tensors)
+        batch = 1 if self.capture.forward.graph.batch is None else batch
         marks = [parts["lengths"], parts["mask"], parts["resets"]]
-        key = (steps, batch, tuple(None if m is None else (m, _version(m)) for m in marks))
-        if self._schedule is not None and _same_key(self._schedule[0], key):
-            return self._schedule[1]
+        known = self._schedule  # read once: another thread may put its own there
+        if known is not None and known.fits(steps, batch, marks):
+            return known.schedule
         device = next((t.device for t in (*parts["xs"], *parts["initial"], *parts["captured"])), torch.device("cpu"))
         schedule = make_schedule(
             steps, batch, device, *marks, reverse=self.reverse, repeat=self.on_masked == "repeat",
             mixes_rows=self.mixing,
         )  # fmt: skip
-        self._schedule = (key, schedule)
+        self._schedule = _Known(steps, batch, [None if m is None else m.detach().clone() for m in marks], schedule)
         return schedule
 
-    def run(self, tensors: Sequence[Tensor], steps: int, batch: int) -> list[Tensor]:
+    def run(self, tensors: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Tensor]:
         """outputs (T, B, ...), final states (B, ...), saved values."""
         parts = self.layout.split(tensors)
         stacked = self.capture.forward.graph.batch is None
-        schedule = self.schedule(parts, steps, 1 if stacked else batch)
         nodes = self.forward.step.outputs[: self.forward.outputs]
         run = self._forward(parts, schedule, batch, self.forward, outward=nodes)
         results = run.wanted
@@ -162,13 +183,12 @@ class Invocation:
 
     def gradient(
         self, cotangents: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor],
-        steps: int, batch: int, needs: Needs,
+        schedule: Schedule, batch: int, needs: Needs,
     ) -> list[Tensor]:  # fmt: skip
         """One gradient per tensor that `needs` marks, in the order of the operator's inputs."""
         parts = self.layout.split(tensors)
         plan: BackwardPlan = self.lowered.backward(needs, parts["resets"] is not None)
         stacked = plan.step.batch is None
-        schedule = self.schedule(parts, steps, 1 if stacked else batch)
         saved = self._saved(parts, results, schedule, batch)
         given = self._given(parts, schedule, plan.step)
         given.update(zip(plan.known, saved))
@@ -255,19 +275,6 @@ class Invocation:
         return found
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _same_key(a: tuple, b: tuple) -> bool:
-    if a[:2] != b[:2]:
-        return False
-    return all(
-        (x is None and y is None) or (x is not None and y is not None and x[0] is y[0] and x[1] == y[1])
-        for x, y in zip(a[2], b[2])
-    )
-
-
 def _joint_sizes(capture: Capture, call: Call) -> dict[str, int]:
     from .captures import sizes_of
 
@@ -319,13 +326,15 @@ _library.define(
 
 
 def _loop(tensors: list[Tensor], handle: int, steps: int, batch: int) -> list[Tensor]:
-    return _REGISTRY[handle].run(tensors, steps, batch)
+    invocation = _REGISTRY[handle]
+    return invocation.run(tensors, invocation.schedule(tensors, steps, batch), batch)
 
 
 def _loop_backward(cotangents, tensors, results, handle: int, steps: int, batch: int, needs: list[bool]):
     invocation = _REGISTRY[handle]
+    schedule = invocation.schedule(tensors, steps, batch)
     return invocation.gradient(
-        cotangents, tensors, results, steps, batch, _split_needs(invocation.layout, needs)
+        cotangents, tensors, results, schedule, batch, _split_needs(invocation.layout, needs)
     )
 
 
@@ -389,7 +398,7 @@ def _loop_backward_fake(cotangents, tensors, results, handle: int, steps, batch,
 def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     tensors, handle, steps, batch = inputs
     invocation = _REGISTRY[handle]
-    ctx.invocation, ctx.steps, ctx.batch = invocation, steps, batch
+    ctx.invocation, ctx.steps, ctx.batch, ctx.schedule = invocation, steps, batch, None
     ctx.count, ctx.results = len(tensors), [(o.shape, o.dtype, o.device) for o in output]
     kept = [] if invocation.nested else list(output)
     ctx.save_for_backward(*tensors, *kept)
@@ -402,7 +411,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
     if not invocation.training:
         raise UnsupportedError("this loop was run for values only and has no gradient")
     saved = ctx.saved_tensors
-    tensors, results = list(saved[: ctx.count]), list(saved[ctx.count :])
+    tensors, kept = list(saved[: ctx.count]), list(saved[ctx.count :])
     count = invocation.forward.outputs + invocation.layout.initial
     cotangents = [
         torch.zeros((), dtype=dtype, device=device).expand(shape) if g is None else g
@@ -418,10 +427,17 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
     needs = list(ctx.needs[:differentiable])
     if torch.is_grad_enabled() and any(c.requires_grad for c in cotangents):
         _refuse_second_derivative()
-    arguments = cotangents, tensors, results, invocation.handle, ctx.steps, ctx.batch, needs
-    # The operator is for tracers, and for gradients of gradients, which it refuses.
-    direct = not (torch.is_grad_enabled() or traced(cotangents))
-    grads = iter(_loop_backward(*arguments) if direct else torch.ops.steploop.loop_backward(*arguments))
+    if torch.is_grad_enabled() or traced(cotangents):
+        # The operator is for tracers, and for gradients of gradients, which it refuses.
+        grads = torch.ops.steploop.loop_backward(
+            cotangents, tensors, kept, invocation.handle, ctx.steps, ctx.batch, needs
+        )
+    else:
+        # What the forward kept stands by its schedule: lengths, mask and resets may have changed unseen by torch.
+        schedule = ctx.schedule or invocation.schedule(tensors, ctx.steps, ctx.batch)
+        needed = _split_needs(layout, needs)
+        grads = invocation.gradient(cotangents, tensors, kept, schedule, ctx.batch, needed)
+    grads = iter(grads)
     found = [next(grads) if n else None for n in needs]
     return found + [None] * (ctx.count - differentiable), None, None, None
 
@@ -434,8 +450,10 @@ class LoopFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, invocation: Invocation, steps: int, batch: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results = invocation.run(tensors, steps, batch)
+        schedule = invocation.schedule(tensors, steps, batch)
+        results = invocation.run(tensors, schedule, batch)
         _setup(ctx, (tensors, invocation.handle, steps, batch), results)
+        ctx.schedule = schedule
         return tuple(results)
 
     @staticmethod
