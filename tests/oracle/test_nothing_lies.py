@@ -239,6 +239,29 @@ def test_several_gradients_at_once_are_refused(backend):
         torch.autograd.grad(outputs, xs, torch.randn(2, *outputs.shape), is_grads_batched=True)
 
 
+class Doubled(sl.Step):
+    """Its output is not kept for the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.h = nn.Linear(INPUT + HIDDEN, HIDDEN), sl.State(HIDDEN)
+
+    def step(self, x):
+        self.h.next = torch.tanh(self.w(torch.cat([x, self.h.prev], -1)))
+        return self.h.next * 2, self.h.next + 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([5, 2, 0])])
+def test_outputs_may_be_changed_in_place(backend, lengths):
+    step, xs, found = Doubled(), torch.randn(5, B, INPUT, requires_grad=True), []
+    for loop in (sl.Loop(step, backend="reference"), sl.Loop(step, backend=backend)):
+        (one, two), state = loop(xs, lengths=lengths)
+        one.mul_(3), two.add_(xs.sum())
+        found.append(torch.autograd.grad((one * two).sum() + state["h"].sum(), xs))
+    torch.testing.assert_close(*found)
+
+
 def test_second_derivatives_and_changed_weights_are_refused():
     loop, xs = sl.Loop(GRU(), backend="eager"), torch.randn(5, B, INPUT, requires_grad=True)
     (gradient,) = torch.autograd.grad(loop(xs)[0].sum(), xs, create_graph=True)

@@ -185,7 +185,7 @@ class Invocation:
         self, cotangents: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor],
         schedule: Schedule, batch: int, needs: Needs,
     ) -> list[Tensor]:  # fmt: skip
-        """One gradient per tensor that `needs` marks, in the order of the operator's inputs."""
+        """One gradient per tensor that `needs` marks, in the order of the operator's inputs. results: see `kept`."""
         parts = self.layout.split(tensors)
         plan: BackwardPlan = self.lowered.backward(needs, parts["resets"] is not None)
         stacked = plan.step.batch is None
@@ -210,16 +210,20 @@ class Invocation:
         if self.nested:
             run = self._forward(parts, schedule, batch, self.lowered.forward_again())
             return run.wanted[self.forward.outputs :]
-        outputs, states = self.forward.outputs, len(parts["initial"])
+        stacked = self.capture.forward.graph.batch is None
         found = []
-        for kind, i in self.lowered.places:
+        for (kind, _), value in zip(self.lowered.places, results, strict=True):
             if kind == "output":
-                value = results[i]
-                stacked = self.capture.forward.graph.batch is None
-                found.append((value.flip(0) if self.reverse else value) if stacked else schedule.pack(value))
-            else:
-                found.append(results[outputs + states + i])
+                value = (value.flip(0) if self.reverse else value) if stacked else schedule.pack(value)
+            found.append(value)
         return found
+
+    def kept(self, results: Sequence[Tensor]) -> list[Tensor]:
+        """Those of a call's results that its backward reads: the others the caller may change or let go."""
+        if self.nested:
+            return []
+        after = self.forward.outputs + self.layout.initial
+        return [results[i if kind == "output" else after + i] for kind, i in self.lowered.places]
 
     def _add_prevs(self, given, parts, plan: BackwardPlan, following: dict, schedule: Schedule) -> None:
         """The states before every step, from those after it."""
@@ -400,8 +404,7 @@ def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     invocation = _REGISTRY[handle]
     ctx.invocation, ctx.steps, ctx.batch, ctx.schedule = invocation, steps, batch, None
     ctx.count, ctx.results = len(tensors), [(o.shape, o.dtype, o.device) for o in output]
-    kept = [] if invocation.nested else list(output)
-    ctx.save_for_backward(*tensors, *kept)
+    ctx.save_for_backward(*tensors, *invocation.kept(output))
     ctx.needs = [t.requires_grad for t in tensors]
     ctx.set_materialize_grads(False)
 
@@ -450,8 +453,9 @@ class LoopFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, invocation: Invocation, steps: int, batch: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # Views could not be changed in place by the caller: autograd takes them for views of one another.
         schedule = invocation.schedule(tensors, steps, batch)
-        results = invocation.run(tensors, schedule, batch)
+        results = [r.detach() if r._is_view() else r for r in invocation.run(tensors, schedule, batch)]
         _setup(ctx, (tensors, invocation.handle, steps, batch), results)
         ctx.schedule = schedule
         return tuple(results)
