@@ -53,7 +53,8 @@ class Runner:
         kept: list[list[Tensor]] = [[] for _ in loop.kept]
         steps = range(span.start, span.stop)
         resets = span.schedule.resets is not None and reset_to is not None
-        split = [self._split(value, i.rows, i.kind, span) for value, i in zip(inputs, loop.inputs)]
+        places = [i.rows if i.rows is None else i.rows.at(sizes) for i in loop.inputs]
+        split = [self._split(value, rows, i.kind, span) for value, rows, i in zip(inputs, places, loop.inputs)]
         flags = list(span.resets.split(span.sizes)) if resets else None
         for size, run in groupby(reversed(steps) if down else steps, key=self._group(span)):
             chosen = [k - span.start for k in run]
@@ -61,8 +62,8 @@ class Runner:
             part = [_take(s, Rows(0), rows, size) if loop.batch is not None else s for s in full]
             sequences = [[s[k] for k in chosen] for s, i in zip(split, loop.inputs) if i.kind == "step"]
             constants = [
-                v if i.rows is None else _take(v, i.rows, rows, size)
-                for v, i in zip(inputs, loop.inputs) if i.kind == "once"
+                v if place is None else _take(v, place, rows, size)
+                for v, place, i in zip(inputs, places, loop.inputs) if i.kind == "once"
             ]
             marks = None
             if flags is not None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from .graph import Rows, expression
 from .history_products import PRODUCTS
 from .partition import State, is_cheap_constant
-from .printing import Source, call_text, fuse_addmm, last_uses, print_argument
+from .printing import Source, call_text, fuse_addmm, last_uses, print_argument, print_size
 from .schedule import Span
 from .simplify import is_random
 
@@ -56,7 +56,8 @@ class Rowwise:
             return wide.flatten(rows.dim, rows.dim + 1)
         if rows.plain:
             return value.index_select(rows.dim, self.span.row)
-        wide = value.unflatten(rows.dim, (rows.outer, self.batch, rows.inner))
+        inner = rows.inner if isinstance(rows.inner, int) else -1
+        wide = value.unflatten(rows.dim, (rows.outer, self.batch, inner))
         return wide.index_select(rows.dim + 1, self.span.row).flatten(rows.dim, rows.dim + 2)
 
     def delay(self, prev: fx.Node, following: Tensor) -> Tensor:
@@ -302,9 +303,9 @@ class _Printer:
             return None
         constant = [n.meta["rows"] is not None and not n.meta["varies"] for n in (a, b)]
         if constant == [False, True] and a.meta["rows"] == rows:
-            return f"rowwise.product_with_constant({self.names[a]}, {self.names[b]}, {rows.inner})"
+            return f"rowwise.product_with_constant({self.names[a]}, {self.names[b]}, {print_size(rows.inner)})"
         if constant == [True, False] and b.meta["rows"] == rows:
-            return f"rowwise.constant_with_product({self.names[a]}, {self.names[b]}, {rows.inner})"
+            return f"rowwise.constant_with_product({self.names[a]}, {self.names[b]}, {print_size(rows.inner)})"
         return None
 
     def _sum_text(self, node: fx.Node) -> str:
@@ -319,15 +320,15 @@ class _Printer:
         if node.target is aten.bmm.default and rows.dim == 0 and rows.outer == 1:
             a, b = node.args
             if a.meta["rows"] == rows == b.meta["rows"]:
-                return f"rowwise.summed_product({self._rows_name(a)}, {self._rows_name(b)}, {rows.inner})"
+                return f"rowwise.summed_product({self._rows_name(a)}, {self._rows_name(b)}, {print_size(rows.inner)})"
         if node in self.delayed:
             text = self._text_of_delay(node)
         else:
             text = self._product_text(node) or call_text(self.source, node, self._rows_name)
         if rows.dim == 0 and rows.outer == 1:
-            return f"rowwise.sum_rows({text}, {rows.inner})"
+            return f"rowwise.sum_rows({text}, {print_size(rows.inner)})"
         order = f"movedim({rows.dim}, 0)"
-        return f"rowwise.sum_rows(({text}).{order}, {rows.inner}).movedim(0, {rows.dim})"
+        return f"rowwise.sum_rows(({text}).{order}, {print_size(rows.inner)}).movedim(0, {rows.dim})"
 
     def _text_of_delay(self, node: fx.Node) -> str:
         state = self.delayed[node]

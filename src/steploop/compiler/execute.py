@@ -178,7 +178,8 @@ class Executable:
                 for dim, s in enumerate(value.shape):
                     if dim != node.meta["rows"].dim:
                         size *= int(s) if not isinstance(s, torch.SymInt) else 1
-                total += size * node.meta["rows"].inner
+                inner = node.meta["rows"].inner
+                total += size * (inner if isinstance(inner, int) else 1)
         return total
 
     def spans(self, schedule: Schedule, longest: int | None) -> list[Span]:
@@ -282,6 +283,7 @@ class _Runner:
         rows, whole = node.meta["rows"], self.places[node]
         if rows is None:
             return whole[span.start : span.stop]
+        rows = rows.at(self.sizes)
         return whole.narrow(rows.dim, span.first * rows.inner, span.total * rows.inner)
 
     def _memory(self, loop: Loop, span: Span) -> list[Tensor | Unpacked | None]:
@@ -320,6 +322,7 @@ class _Runner:
         rows = node.meta["rows"]
         if rows is None:
             return sequence[span.start : span.stop]
+        rows = rows.at(self.sizes)
         return sequence.narrow(rows.dim, span.first * rows.inner, span.total * rows.inner)
 
     def _loop(self, loop: Loop, span: Span, values: dict[fx.Node, Tensor]) -> None:
@@ -365,6 +368,7 @@ class _Runner:
         return self._sum_rows(value, rows)
 
     def _sum_rows(self, value: Tensor, rows: Rows) -> Tensor:
+        rows = rows.at(self.sizes)
         if rows.dim == 0 and rows.outer == 1:
             return self.rowwise.sum_rows(value, rows.inner)
         return self.rowwise.sum_rows(value.movedim(rows.dim, 0), rows.inner).movedim(0, rows.dim)

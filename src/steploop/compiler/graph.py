@@ -53,11 +53,21 @@ def expression(size: Any) -> sympy.Expr | int:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the batch axis is in a tensor: axis `dim` has size outer * B * inner, the batch index in the middle."""
+    """Where the batch axis is in a tensor: axis `dim` has size outer * B * inner, the batch index in the middle.
+
+    inner may be a size that only a call knows, e.g. the length of a memory whose frames are all multiplied at once.
+    """
 
     dim: int
     outer: int = 1
-    inner: int = 1
+    inner: int | sympy.Expr = 1
+
+    def at(self, sizes: Mapping[str, int]) -> Rows:
+        """With numbers for what is a symbol, by the symbols' names."""
+        if isinstance(self.inner, int):
+            return self
+        known = {s: sizes[str(s)] for s in self.inner.free_symbols}
+        return Rows(self.dim, self.outer, int(self.inner.subs(known)))
 
     @property
     def plain(self) -> bool:

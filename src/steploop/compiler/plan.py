@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .graph import expression, line_of, op_name
+from .graph import Rows, expression, line_of, op_name
 from .memory_operator import is_memory, operation_name
 from .partition import Loop, Partition, State
 from .patterns import is_linear_recurrence
@@ -124,18 +124,23 @@ def _outside(node: fx.Node, where: str, why: str, partition: Partition) -> Op:
 
 def _shape(node: fx.Node) -> str:
     value = node.meta.get("val")
+    rows = node.meta.get("rows")
     tensors = value if isinstance(value, (tuple, list)) else [value]
+    places = rows if isinstance(rows, (tuple, list)) else [rows] * len(tensors)
     texts = []
-    for tensor in tensors:
+    for tensor, place in zip(tensors, places):
         if isinstance(tensor, Tensor):
-            sizes = [_size(expression(s)) for s in tensor.shape]
+            dim = place.dim if isinstance(place, Rows) else None
+            sizes = [_size(expression(s), i == dim) for i, s in enumerate(tensor.shape)]
             texts.append("(" + ", ".join(sizes) + ")")
     return " ".join(texts)
 
 
-def _size(size: Any) -> str:
-    # One symbol stands for the batch; which letter the tracer gave it is of no interest.
-    return str(size) if isinstance(size, int) or size.is_number else "B" if size.is_Symbol else "n*B"
+def _size(size: Any, has_batch: bool) -> str:
+    # Which letters the tracer gave to the batch, and to other sizes that only a call knows, is of no interest.
+    if isinstance(size, int) or size.is_number:
+        return str(size)
+    return "n" if not has_batch else "B" if size.is_Symbol else "n*B"
 
 
 def _awaited(partition: Partition) -> set[fx.Node]:

@@ -228,10 +228,15 @@ def _made_up(node: fx.Node, batch: sympy.Symbol) -> Axis:
     size = _shape(node)[dims[0]]
     if len(dims) > 1 or node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
         raise Mixed("numbers the rows of the batch")
-    factor = size / batch
-    if not factor.is_integer or not factor.is_number:
+    factor = sympy.simplify(size / batch)
+    if not _is_inner(factor, batch):
         raise Mixed("has an axis that is not a multiple of the batch")
-    return Rows(dims[0], 1, int(factor))
+    return Rows(dims[0], 1, int(factor) if factor.is_number else factor)
+
+
+def _is_inner(size: sympy.Expr, batch: sympy.Symbol) -> bool:
+    """Whether it can be the size of what stands inside the batch: a number, or a size that other inputs have."""
+    return bool(size.is_integer) and not _has(size, batch) and size.is_polynomial(*size.free_symbols)
 
 
 def _computes_with(node: fx.Node, batch: sympy.Symbol) -> bool:
@@ -340,8 +345,8 @@ def _view(node: fx.Node, batch: sympy.Symbol) -> Axis:
             # The axes before this one must be part of `outer`, and what is left over stands inside this axis.
             left = sympy.simplify(outer / passed)
             right = sympy.simplify(size / (left * batch))
-            if left.is_integer and left.is_number and right.is_integer and right.is_number:
-                return Rows(dim, int(left), int(right))
+            if left.is_integer and left.is_number and _is_inner(right, batch):
+                return Rows(dim, int(left), int(right) if right.is_number else right)
             raise Mixed("reshapes the batch together with other axes")
         passed *= size
     if not any(_has(s, batch) for s in _shape(node)):
