@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from .graph import Rows, expression
+from .graph import Rows, expression, size_at
 from .history_products import PRODUCTS
 from .partition import State, is_cheap_constant
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument, print_size
@@ -153,11 +153,6 @@ class Piece:
             return torch.zeros(shape, dtype=value.dtype, device=rowwise.span.schedule.device)
 
         return tree_map_only(Tensor, empty, node.meta["val"])
-
-
-def size_at(expr: Any, sizes: dict[str, int]) -> int:
-    """The value of a size, by the names of its symbols."""
-    return expr if isinstance(expr, int) else int(expr.subs({s: sizes[str(s)] for s in expr.free_symbols}))
 
 
 class _Printer:

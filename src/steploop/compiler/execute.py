@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from . import blocks
 from .absorb import absorb
-from .batch import OncePiece, Piece, Rowwise, StackedPiece, size_at
-from .graph import Rows, expression
+from .batch import OncePiece, Piece, Rowwise, StackedPiece
+from .graph import Rows, expression, size_at
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span, Unpacked

@@ -51,6 +51,13 @@ def expression(size: Any) -> sympy.Expr | int:
     return size
 
 
+def size_at(size: sympy.Expr | int, sizes: Mapping[str, int]) -> int:
+    """A size as a number; `sizes` has the values of the symbols by their names."""
+    if isinstance(size, int):
+        return size
+    return int(size.xreplace({s: sympy.Integer(sizes[str(s)]) for s in size.free_symbols}))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Where the batch axis is in a tensor: axis `dim` has size outer * B * inner, the batch index in the middle.
@@ -64,10 +71,7 @@ class Rows:
 
     def at(self, sizes: Mapping[str, int]) -> Rows:
         """With numbers for what is a symbol, by the symbols' names."""
-        if isinstance(self.inner, int):
-            return self
-        known = {s: sizes[str(s)] for s in self.inner.free_symbols}
-        return Rows(self.dim, self.outer, int(self.inner.subs(known)))
+        return self if isinstance(self.inner, int) else Rows(self.dim, self.outer, size_at(self.inner, sizes))
 
     @property
     def plain(self) -> bool:

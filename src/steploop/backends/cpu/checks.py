@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...compiler.graph import size_at
 from ...errors import OutsideError, message
-from .language import Check, evaluate
+from .language import Check
 
 _CALLED = {
     "index": "x[index]", "_unsafe_index": "x[index]", "index_put": "x[index] = ...",
@@ -16,7 +17,7 @@ _FROM_END = frozenset(n for n in _CALLED if "index" in n)  # operations for whic
 
 def error(check: Check, sizes: dict[str, int]) -> OutsideError:
     """The error for a check that failed. sizes: the values of symbols."""
-    size = evaluate(check.size, sizes)
+    size = size_at(check.size, sizes)
     name = _CALLED.get(check.operation, check.operation)
     least = -size if check.operation in _FROM_END else 0
     return OutsideError(
@@ -32,4 +33,4 @@ def error(check: Check, sizes: dict[str, int]) -> OutsideError:
 
 def any_empty(checks: Sequence[Check], sizes: dict[str, int]) -> bool:
     """Whether an axis has no entries: then no index is right, and a kernel has nothing to read instead."""
-    return any(evaluate(check.size, sizes) == 0 for check in checks)
+    return any(size_at(check.size, sizes) == 0 for check in checks)

@@ -190,7 +190,6 @@ class Printer:
             self.line(f"{ctype}* {b.name}_{end} = ({ctype}*)(memory + scratch.{b.name}){mine};", 1)
         self._rows_function(
             "load_rows",
-            "to",
             lambda b: (
                 f"{b.name}_tile + r * scratch.{b.name}_row",
                 f"call.in_{b.name} + (row0 + r) * {size_text(b.numel)}",
@@ -198,7 +197,6 @@ class Printer:
         )
         self._rows_function(
             "save_rows",
-            "to",
             lambda b: (
                 f"call.out_{b.name} + (row0 + r) * {size_text(b.numel)}",
                 f"{b.name}_tile + r * scratch.{b.name}_row",
@@ -239,7 +237,7 @@ class Printer:
         self.line("return Where{p, active < 0 ? 0 : active < rows ? active : rows, at, at - call.first};", 2)
         self.line("};", 1)
 
-    def _rows_function(self, name: str, _: str, ends) -> None:
+    def _rows_function(self, name: str, ends) -> None:
         self.line(f"auto {name} = [&](long from, long stop) {{", 1)
         self.line("for (long r = from; r < stop; ++r) {", 2)
         for b in self.program.prevs:

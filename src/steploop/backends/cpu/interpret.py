@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from ...compiler.graph import LoopProgram, Rows, rows_of
+from ...compiler.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.schedule import Span
 from .fuse import Plan
 from .language import Buffer, Const, Dim, Expr, Iota, Load, Product, Reduce, Scan, Scatter, Statement
@@ -92,10 +92,10 @@ class Interpreter:
     def _join(self, values: list[Tensor], buffer: Buffer, down: bool, sizes: dict[str, int]) -> Tensor:
         node = self.loop.kept[buffer.index]
         assert (rows_of(node) or Rows(0)) == Rows(0)
-        shape = [_number(n, sizes) for n in buffer.shape]
+        shape = [size_at(n, sizes) for n in buffer.shape]
         values = values[::-1] if down else values
         flat = (
-            torch.cat(values) if values else torch.empty(0, _number(buffer.numel, sizes), dtype=buffer.dtype)
+            torch.cat(values) if values else torch.empty(0, size_at(buffer.numel, sizes), dtype=buffer.dtype)
         )
         return flat.reshape(-1, *shape[1:])
 
@@ -127,7 +127,7 @@ class Step:
     def value(self, expr: Expr) -> Tensor:
         """(rows or 1, *shape)"""
         if isinstance(expr, Const):
-            value = expr.value if not isinstance(expr.value, sympy.Basic) else _number(expr.value, self.sizes)
+            value = expr.value if not isinstance(expr.value, sympy.Basic) else size_at(expr.value, self.sizes)
             return torch.full((1, *self._shape(expr.shape)), value, dtype=expr.dtype)
         if isinstance(expr, Iota):
             return self._address(expr)[None]
@@ -141,14 +141,14 @@ class Step:
         )
 
     def _shape(self, shape: tuple[Dim, ...]) -> list[int]:
-        return [_number(n, self.sizes) for n in shape]
+        return [size_at(n, self.sizes) for n in shape]
 
     def _address(self, place: Load | Iota) -> Tensor:
         """offset + sum(index * stride), of the place's shape."""
         shape = self._shape(place.shape)
-        address = torch.full(shape, _number(place.offset, self.sizes), dtype=torch.int64)
+        address = torch.full(shape, size_at(place.offset, self.sizes), dtype=torch.int64)
         for axis, (size, stride) in enumerate(zip(shape, place.strides)):
-            steps = torch.arange(size) * _number(stride, self.sizes)
+            steps = torch.arange(size) * size_at(stride, self.sizes)
             address = address + steps.view(-1, *[1] * (len(shape) - axis - 1))
         return address
 
@@ -156,7 +156,7 @@ class Step:
         """(rows or 1, *shape): the element of the row that each index means."""
         address = self._address(load)[None]
         for index, step in load.at:
-            address = address + self.value(index) * _number(step, self.sizes)
+            address = address + self.value(index) * size_at(step, self.sizes)
         return address
 
     def _read(self, load: Load) -> Tensor:
@@ -169,7 +169,7 @@ class Step:
 
     def _storage(self, buffer: Buffer) -> Tensor:
         if buffer not in self.memory:
-            count = _number(buffer.numel, self.sizes)
+            count = size_at(buffer.numel, self.sizes)
             self.memory[buffer] = torch.zeros(self.rows, count, dtype=buffer.dtype)
         return self.memory[buffer]
 
@@ -194,9 +194,3 @@ def _reset(states: list[Tensor], reset_to: Sequence[Tensor], flags: Tensor) -> N
     rows = flags.shape[0]
     for state, to in zip(states, reset_to):
         state[:rows][flags] = to[:rows][flags]
-
-
-def _number(size: Dim, sizes: dict[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    return int(size.xreplace({s: sympy.Integer(sizes[str(s)]) for s in size.free_symbols}))

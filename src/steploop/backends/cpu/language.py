@@ -179,13 +179,6 @@ def same(a: Dim, b: Dim) -> bool:
     return sympy.expand(a - b) == 0
 
 
-def evaluate(size: Dim, sizes: dict[str, int]) -> int:
-    """A size as a number; `sizes` has the values of the symbols."""
-    if isinstance(size, int):
-        return size
-    return int(size.xreplace({s: sizes[str(s)] for s in size.free_symbols}))
-
-
 def contiguous(shape: Sequence[Dim]) -> tuple[Dim, ...]:
     """Row-major strides."""
     strides: list[Dim] = []

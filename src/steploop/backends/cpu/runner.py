@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...compiler import blocks
-from ...compiler.graph import LoopProgram, Rows, rows_of
+from ...compiler.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.schedule import Span, Unpacked
 from .. import eager
 from . import checks, products, threads
@@ -22,7 +22,7 @@ from .build import build
 from .emit import TAIL, Printer, prelude
 from .emit_early import in_rows
 from .fuse import Plan, fuse
-from .language import Buffer, Dim, Program, evaluate
+from .language import Buffer, Dim, Program
 
 # Test-only: "cpu" builds kernels that are wrong on purpose; the oracle must notice.
 BREAK = "STEPLOOP_TEST_BREAK"
@@ -194,7 +194,7 @@ class Runner:
 
     def _shape(self, buffer: Buffer, sizes: dict[str, int]) -> list[int]:
         """One row's shape."""
-        return [n if isinstance(n, int) else evaluate(n, sizes) for n in buffer.shape]
+        return [size_at(n, sizes) for n in buffer.shape]
 
     def _shaped(self, value: Tensor, rows: Rows) -> Tensor:
         """The inverse of `_arrangement`."""
