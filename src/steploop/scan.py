@@ -121,12 +121,13 @@ def prepare_scan(
     program = Program(
         run=run,
         root=fn,
-        key=("scan", carry_structure, x_structure, batched),
+        key=("scan", carry_structure.shape, x_structure.shape, batched),
         state_names=carry_structure.names("carry"),
         x_names=x_structure.names("x"),
         constant_names=[],
         constant_batched=[],
         batched=batched,
+        statics=[*carry_structure.statics("carry"), *x_structure.statics("x")],
     )
     run.program = program
     return PreparedScan(program, call, carry_structure)

@@ -234,11 +234,11 @@ def _used(states: Sequence[State], values: Sequence[Tensor | None], at_most: int
 
 def _size_key(program: Program, arguments: Arguments) -> Any:
     """What the sizes that were found depend on; None where that cannot be told."""
-    from .compiler.captures import dependencies_of  # torch's tracing machinery: only when it is needed
+    from .compiler.captures import everything_of  # torch's tracing machinery: only when it is needed
     from .compiler.dependencies import ambient
 
     try:
-        depends = dependencies_of(program).key
+        depends = everything_of(program)
         hash(depends)
     except Exception:
         return None

@@ -21,17 +21,15 @@ _KEPT_PROGRAMS = 32
 def program_of(step: Step, tree: Survey, arguments: Arguments) -> Program:
     """The Program of a Step for arguments of this structure; the same object at every call."""
     kept = step._kept.setdefault("programs", {})
-    key = (
-        arguments.x_structure,
-        arguments.constant_structure,
-        tuple(arguments.constant_batched),
-        tuple(tree.names),
-    )
+    structures = arguments.x_structure, arguments.constant_structure
+    rest = tuple(arguments.constant_batched), tuple(tree.names)
+    key = (*structures, *rest)
     found = kept.get(key)
     if found is None or found.run.states != tree.states:
         if len(kept) >= _KEPT_PROGRAMS:
             kept.pop(next(iter(kept)))
-        found = kept[key] = _make(step, tree, arguments, key)
+        shapes = tuple(structure.shape for structure in structures)
+        found = kept[key] = _make(step, tree, arguments, (*shapes, *rest))
     return found
 
 
@@ -46,6 +44,7 @@ def _make(step: Step, tree: Survey, arguments: Arguments, key: Any) -> Program:
         x_names=x_names,
         constant_names=constant_names,
         constant_batched=list(arguments.constant_batched),
+        statics=[*arguments.x_structure.statics("x"), *arguments.constant_structure.statics("")],
     )
     run.program = program
     return program

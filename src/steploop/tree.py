@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -23,19 +24,33 @@ class _TensorHere:
 
 
 _TENSOR = _TensorHere()
+_STATIC = "any value"
+# Leaves that can't change and are told apart by what they are.
+_VALUES = frozenset({_TensorHere, type(None), bool, int, str, bytes, torch.dtype, torch.device, torch.Size})
 
 
 class Structure:
-    """Everything of a pytree but its tensors. Equal and hashable by content; 1, 1.0 and True differ."""
+    """Everything of a pytree but its tensors. Equal and hashable; 1, 1.0 and True differ.
 
-    __slots__ = ("spec", "leaves", "key", "count", "_hash")
+    Leaves that are plain values count by what they are, all others by their identity: an object may change.
+    shape: the same without the values of leaves that an object or a float is.
+    """
 
-    def __init__(self, spec: pytree.TreeSpec, leaves: tuple[Any, ...]) -> None:
+    __slots__ = ("spec", "leaves", "key", "shape", "count", "_hash")
+
+    def __init__(self, spec: pytree.TreeSpec, leaves: Iterable[Any]) -> None:
         self.spec = spec
-        self.leaves = leaves
-        self.key = tuple(_static_key(leaf) for leaf in leaves)
-        self.count = sum(leaf is _TENSOR for leaf in leaves)
+        self.leaves = list(leaves)
+        self.key = tuple(_leaf_key(leaf) for leaf in self.leaves)
+        self.shape = (spec, tuple(k if type(leaf) in _VALUES else _STATIC for k, leaf in zip(self.key, self.leaves)))
+        self.count = sum(leaf is _TENSOR for leaf in self.leaves)
         self._hash = hash((self.key, spec))
+
+    def statics(self, root: str) -> list[tuple[list[Any], int, str]]:
+        """(leaves, index, name) of every leaf that `shape` leaves out."""
+        places = [i for i, leaf in enumerate(self.leaves) if type(leaf) not in _VALUES]
+        names = self.leaf_names(root) if places else []
+        return [(self.leaves, i, names[i]) for i in places]
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -62,7 +77,7 @@ class Structure:
 
     def same_static(self, index: int, leaf: Any) -> bool:
         """Whether `leaf` is what this structure holds, not a tensor, as leaf number `index`."""
-        return not isinstance(leaf, Tensor) and self.key[index] == _static_key(leaf)
+        return not isinstance(leaf, Tensor) and _static_key(self.leaves[index]) == _static_key(leaf)
 
 
 @functools.lru_cache(maxsize=256)
@@ -73,15 +88,20 @@ def _leaf_names(structure: Structure, root: str) -> tuple[str, ...]:
     return tuple(root + pytree.keystr(path) for path, _ in pairs)
 
 
+def _leaf_key(leaf: Any) -> Any:
+    """What a leaf counts as. The Structure keeps it alive, so an id stays its own."""
+    if type(leaf) in _VALUES:
+        return (type(leaf), leaf)
+    return (float, leaf.hex()) if type(leaf) is float else (type(leaf), id(leaf))
+
+
 def _static_key(leaf: Any) -> Any:
-    if leaf is _TENSOR:
-        return _TENSOR
     if isinstance(leaf, float):
         return (float, leaf.hex())  # -0.0 and 0.0 differ, nan equals nan
     try:
         hash(leaf)
     except TypeError:
-        return (type(leaf), id(leaf))  # the Structure keeps the leaf alive, so the id stays its own
+        return (type(leaf), id(leaf))
     return (type(leaf), leaf)
 
 
@@ -95,8 +115,7 @@ def flatten(tree: Any) -> tuple[list[Tensor], Structure]:
         return [tree], _LEAF
     leaves, spec = pytree.tree_flatten(tree)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    marked = tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return tensors, Structure(spec, marked)
+    return tensors, Structure(spec, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
 def flatten_arguments(arguments: tuple[Any, ...]) -> tuple[list[Tensor], Structure]:

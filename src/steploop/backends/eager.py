@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, fx
 
-from ..compiler.graph import LoopProgram, Rows, rows_of
+from ..compiler.graph import LoopProgram, Rows, rows_of, symbols_of
 from ..compiler.printing import Source, call_text, fuse_addmm, last_uses, print_size
 from ..compiler.schedule import Span
 
@@ -192,14 +192,7 @@ def _print_steps(loop: LoopProgram, resets: bool, after: bool):
 
 
 def _bind_symbols(loop: LoopProgram) -> str:
-    symbols = set()
-    for node in loop.graph.nodes:
-        val = node.meta.get("val")
-        for tensor in val if isinstance(val, (tuple, list)) else [val]:
-            if isinstance(tensor, Tensor):
-                for size in tensor.shape:
-                    if isinstance(size, torch.SymInt):
-                        symbols |= size.node.expr.free_symbols
+    symbols = {s for node in loop.graph.nodes for s in symbols_of(node)}
     lines = [f"{s} = rows" if s == loop.batch else f"{s} = sizes.get('{s}')" for s in sorted(symbols, key=str)]
     return "; ".join(lines) or "pass"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from .graph import Rows, expression, size_at
+from .graph import Rows, expression, size_at, symbols_of
 from .history_products import PRODUCTS
 from .partition import State, is_cheap_constant
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument, print_size
@@ -343,17 +343,6 @@ _ROW_LINEAR = {
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice_backward.default,
     aten.select_backward.default, aten.slice.Tensor, aten.select.int, aten.sum.dim_IntList, aten.expand.default,
 }  # fmt: skip
-
-
-def symbols_of(node: fx.Node) -> set[Any]:
-    value = node.meta.get("val")
-    found: set[Any] = set()
-    for tensor in value if isinstance(value, (tuple, list)) else [value]:
-        if isinstance(tensor, Tensor):
-            for size in tensor.shape:
-                if isinstance(size, torch.SymInt):
-                    found |= size.node.expr.free_symbols
-    return found
 
 
 class OncePiece:

@@ -9,12 +9,13 @@ The batch size is a symbol from the start, with a size nothing else has.
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -34,13 +35,18 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..errors import StepError, SteploopError
+from .dependencies import Number
+from .free_numbers import FreeFloat, FreeNumber, NotFree, Symbols, has_symbols, is_float, lift
 from .graph import Size, StepGraph, expression
 from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .program import Program
-from .refusals import is_user_file, refusal
+from .recorder import Recorder, tensors_read
+from .refusals import asks_for_gradient, is_user_file, refusal
 
 BATCH_HINT = 1031  # a prime that no feature size is likely to have
 
@@ -81,13 +87,15 @@ class Signature:
 class Trace:
     """A captured graph, the real tensors it met (in the order of `graph.captured`), and its conditions on sizes.
 
+    tensors: the real tensors, then what the tensors of free Python floats are made of.
+    holds_for: whether the conditions hold for sizes by the names of symbols, and for floats by their paths.
     numbers: the calls that were traced, each with the floats in it, before anything was simplified.
     batched: the graph in the form for all steps at once, once it was asked for.
     """
 
     graph: StepGraph
-    tensors: list[Tensor]
-    holds_for: Callable[[dict[str, int]], bool]
+    tensors: list[Tensor | FreeNumber]
+    holds_for: Callable[[dict[str, int], dict[str, float]], bool]
     out_spec: Any
     numbers: list[tuple[Any, list[float]]] = field(default_factory=list)
     keep_alive: list[Any] = field(default_factory=list)
@@ -100,23 +108,47 @@ class Trace:
         return [(str(symbol), *place) for symbol, place in self.graph.symbols.items()]
 
 
-def trace_forward(program: Program, signature: Signature, symbolic: bool) -> Trace:
-    return _trace(program, signature, symbolic, None)
+@dataclass(frozen=True)
+class Observed:
+    """What a trace is to note beside the graph, and which Python floats are to be inputs of it."""
+
+    recorder: Recorder = field(default_factory=Recorder)
+    free: Sequence[Number] = ()
 
 
-def trace_joint(program: Program, signature: Signature, symbolic: bool, tensors: Sequence[Tensor]) -> Trace:
+def trace_forward(
+    program: Program, signature: Signature, symbolic: bool, observed: Observed | None = None
+) -> Trace:
+    return _trace(program, signature, symbolic, None, observed or Observed())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a joint trace is to add to a forward one: gradients of these tensors, given cotangents like its results."""
+
+    tensors: list[Tensor]
+    forward: StepGraph
+
+
+def trace_joint(
+    program: Program, signature: Signature, symbolic: bool, forward: StepGraph, tensors: Sequence[Tensor],
+    observed: Observed | None = None,
+) -> Trace:  # fmt: skip
     """Forward and gradient in one graph. `tensors`: what the forward trace met; gradients are asked for those
     that require them."""
-    return _trace(program, signature, symbolic, [t for t in tensors if t.requires_grad])
+    wanted = Wanted([t for t in tensors if t.requires_grad], forward)
+    return _trace(program, signature, symbolic, wanted, observed or Observed())
 
 
-def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[Tensor] | None) -> Trace:
+def _trace(
+    program: Program, signature: Signature, symbolic: bool, wanted: Wanted | None, observed: Observed
+) -> Trace:
     # Under another trace (a loop inside a step) this one must see none of the outer modes. functorch stays as it
     # is: a step may use torch.func inside itself.
     _inner.append([])
     try:
         with _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks():
-            trace = _Tracer(program, signature, symbolic, wanted).run()
+            trace = _Tracer(program, signature, symbolic, wanted, observed).run()
         trace.keep_alive.extend(_inner[-1])
     finally:
         _inner.pop()
@@ -167,11 +199,16 @@ def _no_autocast_cache() -> Iterator[None]:
 
 
 class _Tracer:
-    def __init__(self, program: Program, signature: Signature, symbolic: bool, wanted: list[Tensor] | None):
+    def __init__(
+        self, program: Program, signature: Signature, symbolic: bool, wanted: Wanted | None, observed: Observed
+    ):
         self.program, self.signature, self.wanted = program, signature, wanted
+        self.recorder = observed.recorder
         self.env = ShapeEnv(duck_shape=False, allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.symbols: dict[sympy.Symbol, tuple[str, int, int]] = {}
+        self.sizes: dict[sympy.Symbol, torch.SymInt] = {}
+        self.floats = Symbols(self.env, observed.free)
         self.batch: Any = None
         if signature.batch is not None:
             self.batch = self._symbol(self.signature.batch_hint, ("batch", 0, 0)) if symbolic else signature.batch
@@ -180,14 +217,15 @@ class _Tracer:
         self.shape_of_result: dict[str, Any] = {}
 
     def run(self) -> Trace:
-        leaves = self._fakes()
-        lines = _Lines()
+        leaves = [*self._fakes(), *self.floats.symbols]
+        lines = _Lines(self.recorder)
         function = self._forward if self.wanted is None else self._joint
         self.lines = lines
 
-        def traced(*arguments: Tensor) -> list[Tensor]:
-            with lines:
-                return function(*arguments)
+        def traced(*arguments: Any) -> list[Tensor]:
+            count = len(arguments) - len(self.floats.symbols)
+            with self.floats.standing_in(arguments[count:]), lines:
+                return function(*arguments[:count])
 
         try:
             with enable_python_dispatcher(), self.mode:
@@ -215,8 +253,11 @@ class _Tracer:
 
     def _step(self, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         x, c, _ = self.counts
-        outputs, nexts = self.program.run(leaves[:x], leaves[x : x + c], leaves[x + c :])
+        with self.recorder:
+            outputs, nexts = self.program.run(leaves[:x], leaves[x : x + c], leaves[x + c :])
         self.out_spec = self.program.out_spec
+        if any(map(has_symbols, getattr(self.out_spec, "leaves", ()))):
+            raise NotFree(set(self.floats.paths.values()))  # a number that the step returns as it is
         return list(outputs), list(nexts)
 
     def _joint(self, *leaves: Tensor) -> list[Tensor]:
@@ -231,7 +272,7 @@ class _Tracer:
             results = [*outputs, *nexts]
             tracked = [i for i, r in enumerate(results) if r.requires_grad]
             cotangents = self._cotangents(results, leaves[total:])
-            targets = [leaf for leaf in inputs if leaf.requires_grad] + self.wanted
+            targets = [leaf for leaf in inputs if leaf.requires_grad] + self.wanted.tensors
             gradients: list[Tensor | None] = [None] * len(targets)
             if tracked and targets:
                 self.lines.follow([results[i] for i in tracked])
@@ -268,6 +309,7 @@ class _Tracer:
             fake = self.mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context)
         size = fake.shape[0]
         self.symbols[size.node.expr] = origin
+        self.sizes[size.node.expr] = size
         return size
 
     def _fakes(self) -> list[Tensor]:
@@ -277,10 +319,21 @@ class _Tracer:
             for index, leaf in enumerate(group):
                 leaves.append(self._fake(leaf, kind, index))
         if self.wanted is not None:
-            with self.mode:
-                self.results = _result_shapes(self, leaves)
-                leaves += [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in self.results]
+            forward = self.wanted.forward
+            for value in (n.meta["val"] for n in (*forward.outputs, *forward.nexts)):
+                with self.mode:
+                    shape = [self._here(size) for size in value.shape]
+                    leaves.append(torch.empty(shape, dtype=value.dtype, device=value.device))
         return leaves
+
+    def _here(self, size: Any) -> Any:
+        """A size of the forward trace, by the symbols of this one."""
+        expr = expression(size)
+        if isinstance(expr, int):
+            return expr
+        known = {place: self.sizes[symbol] for symbol, place in self.symbols.items()}
+        values = {s: known[self.wanted.forward.symbols[s]] for s in expr.free_symbols}
+        return sympy_interp(PythonReferenceAnalysis, values, expr)
 
     def _fake(self, leaf: Leaf, kind: str, index: int) -> Tensor:
         shape: list[Any] = list(leaf.shape)
@@ -302,7 +355,10 @@ class _Tracer:
                 raise FixedBatch("the step fixes the batch size")
         captured = _Captured(module)
         graph = _rebuild(module.graph, captured, self.env)
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        inputs = [n for n in graph.nodes if n.op == "placeholder"][len(captured.tensors) :]
+        calls = [(n.target, self.floats.values_in(n)) for n in graph.nodes if n.op == "call_function"]
+        made, numbers = lift(graph, self.floats, next(iter(inputs), None))
+        placeholders = [n for n in graph.nodes if n.op == "placeholder" and n not in made]
         real = placeholders[: len(captured.tensors)]
         inputs = placeholders[len(captured.tensors) :]
         x, c, s = self.counts
@@ -314,11 +370,12 @@ class _Tracer:
             nexts=results[self.shape_of_result["outputs"] :][:s],
         )  # fmt: skip
         self._name(step)
+        step.captured.extend(made)
         if self.wanted is not None:
-            self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured)
+            self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured, len(made))
         guards = [g.expr for g in self.env.guards]
-        numbers = [(n.target, _numbers(n)) for n in graph.nodes if n.op == "call_function"]
-        return Trace(step, captured.tensors, _condition(guards, self.symbols), self.out_spec, numbers)
+        holds = _condition(guards, self.symbols, self.floats.paths)
+        return Trace(step, [*captured.tensors, *numbers], holds, self.out_spec, calls)
 
     def _name(self, step: StepGraph) -> None:
         """Gives inputs the names that the user knows them by, so that printed code can be read."""
@@ -330,23 +387,21 @@ class _Tracer:
             for node, name in zip(nodes, names):
                 node._rename(f"{kind}_{re.sub(r'[^0-9A-Za-z]+', '_', name)}")
 
-    def _add_gradients(self, step: StepGraph, cts: list, gradients: list, captured: _Captured) -> None:
+    def _add_gradients(
+        self, step: StepGraph, cts: list, gradients: list, captured: _Captured, numbers: int
+    ) -> None:
         step.ct_outputs, step.ct_nexts = cts[: len(step.outputs)], cts[len(step.outputs) :]
         left = iter(gradients)
         marks = self.shape_of_result
         step.grad_xs = [next(left) if m else None for m in marks["grad_xs"]]
         step.grad_constants = [next(left) if m else None for m in marks["grad_constants"]]
         step.grad_prevs = [next(left) if m else None for m in marks["grad_prevs"]]
-        by_tensor = {id(t): next(left) for t, m in zip(self.wanted, marks["grad_captured"]) if m}
-        step.grad_captured = [by_tensor.get(id(t)) for t in captured.tensors]
+        by_tensor = {id(t): next(left) for t, m in zip(self.wanted.tensors, marks["grad_captured"]) if m}
+        step.grad_captured = [*(by_tensor.get(id(t)) for t in captured.tensors), *[None] * numbers]
 
 
 class FixedBatch(Exception):
     """The captured function only holds for one batch size."""
-
-
-def _numbers(node: fx.Node) -> list[float]:
-    return [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
 
 
 def _own(value: Tensor) -> Tensor:
@@ -354,21 +409,18 @@ def _own(value: Tensor) -> Tensor:
     return value.detach().clone() if not value.requires_grad else value.clone()
 
 
-def _result_shapes(tracer: _Tracer, leaves: list[Tensor]) -> list[Tensor]:
-    """The results of one step on fake tensors: their shapes are those of the cotangents."""
-    with torch.no_grad(), enable_python_dispatcher():
-        outputs, nexts = tracer._step([leaf.clone() for leaf in leaves])
-    return [*outputs, *nexts]
-
-
-def _condition(guards: list[Any], symbols: dict[sympy.Symbol, Any]) -> Callable[[dict[str, int]], bool]:
-    """The conditions on sizes that the trace relied on, as one function of {symbol name: size}."""
-    known = set(symbols)
+def _condition(
+    guards: list[Any], symbols: dict[sympy.Symbol, Any], floats: dict[sympy.Symbol, str]
+) -> Callable[[dict[str, int], dict[str, float]], bool]:
+    """The conditions that the trace relied on, for sizes by the names of symbols and floats by their paths."""
+    known = {*symbols, *floats}
     texts = [PythonPrinter().doprint(g) for g in guards if g not in (True, sympy.true) and g.free_symbols <= known]
     if not texts:
-        return lambda sizes: True
+        return lambda sizes, values: True
     code = compile(" and ".join(f"({t})" for t in texts), "<conditions>", "eval")
-    return lambda sizes: bool(eval(code, {"__builtins__": {"min": min, "max": max, "int": int}}, dict(sizes)))
+    functions = {"__builtins__": {"min": min, "max": max, "int": int, "abs": abs, "float": float}, "math": math}
+    names = {str(s): path for s, path in floats.items()}
+    return lambda sizes, values: bool(eval(code, functions, {**sizes, **{n: values[p] for n, p in names.items()}}))
 
 
 class _Captured:
@@ -410,6 +462,8 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
             return made[argument]
         if isinstance(argument, torch.SymInt):
             return _size(env, argument)
+        if isinstance(argument, torch.SymFloat):
+            return _plain(argument)
         if isinstance(argument, (list, tuple)):
             return type(argument)(convert(a) for a in argument) if type(argument) in (list, tuple) else [
                 convert(a) for a in argument
@@ -424,6 +478,8 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
             made[node] = real[captured.index[node.target]]
             made[node].meta.setdefault("val", captured_value(captured, node, value))
             made[node].meta.setdefault("line", "")
+        elif node.op == "placeholder" and isinstance(value, torch.SymFloat):
+            made[node] = _plain(value)
         elif node.op == "placeholder":
             made[node] = new.placeholder(node.name)
             made[node].meta.update(val=value, line="")
@@ -448,7 +504,9 @@ def _has_tensor(node: fx.Node) -> bool:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.SymFloat):
-        return float(value)
+        expr = value.node.expr
+        # A number made of sizes is fixed here, by a condition on them.
+        return FreeFloat(expr) if expr.free_symbols and all(map(is_float, expr.free_symbols)) else float(value)
     return bool(value) if isinstance(value, torch.SymBool) else value
 
 
@@ -484,26 +542,49 @@ class _Lines(TorchFunctionMode):
     the call that made it, and tags the nodes that are traced while it runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
+        self._recorder = recorder
         self._tail: fx.Node | None = None
         self._line = ""
         self.refused: StepError | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line = _user_line()
+        self._note(function, args)
         if writes_real_tensor(function, args, kwargs or {}):
             # Kept as well: for `x += 1` Python takes a TypeError to mean that it should try x = x + 1.
             self.refused = self.refused or changes_in_place(line)
             raise self.refused
         self._tag(self._line)
         function = _TRACED_AS.get(function, function)
-        result = function(*args, **(kwargs or {}))
+        self._recorder.pause()
+        try:
+            with _disable_current_modes() if self._reads_content(function, args) else nullcontext():
+                result = function(*args, **(kwargs or {}))
+        finally:
+            self._recorder.go_on()
         self._tag(line)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 tensor.grad_fn.metadata.setdefault("line", line)
         return result
+
+    def _note(self, function: Any, args: tuple[Any, ...]) -> None:
+        """What of a call the captured graph will not show."""
+        self._recorder.ran(function)
+        if getattr(function, "__self__", None) is Tensor.requires_grad and isinstance(args[0], FunctionalTensor):
+            frame = sys._getframe(2)
+            if is_user_file(frame.f_code.co_filename):
+                self.refused = self.refused or asks_for_gradient(frame.f_code.co_filename, frame.f_lineno)
+                raise self.refused
+
+    def _reads_content(self, function: Any, args: tuple[Any, ...]) -> bool:
+        """Whether a call makes Python numbers of tensors of the user's alone; they are noted, and looked at later."""
+        tensors = tensors_read(function, args)
+        for tensor in tensors:
+            self._recorder.read(tensor)
+        return bool(tensors) and len(tensors) == sum(isinstance(a, Tensor) for a in args)
 
     def _tag(self, line: str, graph: fx.Graph | None = None) -> None:
         """Gives every node made since the last call its line."""

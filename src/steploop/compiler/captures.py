@@ -1,167 +1,77 @@
 """Captures that are kept, and when one may be used again.
 
-A capture belongs to a step (or a function's code), to what the step depended on, to the settings of torch,
-and to the shapes of its inputs. The batch size is free; another axis becomes free when a second size of it
-is seen, so a new size captures anew at most once per axis.
+A capture belongs to a step (or a function's code), to what the step depended on, to the settings of torch, and to the
+shapes of its inputs. The batch size is free; another axis becomes free when a second size of it is seen, so a new size
+captures anew at most once per axis. Sizes 0 and 1 are cases of their own on every axis, as they are for torch.
 """
 
 from __future__ import annotations
 
-import threading
+import os
 import types
+import warnings
 import weakref
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import Tensor, nn
 
-from ..errors import StepError
-from .capture import FixedBatch, Leaf, Signature, Trace, trace_forward, trace_joint
-from .dependencies import Dependencies, ambient, same_states
-from .memory_operator import calls_in, must_inline, tracing
-from .partition import Problem, State, needed_nodes, recurrent_components
+from . import making
+from .capture import Leaf, Signature
+from .captured import Capture, hint, is_batch, lock, same_float, sizes_of
+from .dependencies import Dependencies, Number, ambient
 from .program import Call, Program
-from .refusals import KEEP
-from .rows import annotate
-from .simplify import simplify
-from .whole_histories import use_whole_histories
+from .reads import EVERYTHING, Reads
 
-
-def hint(size: Any) -> int:
-    """The size of an axis; under another trace the size it was seen with, without fixing it."""
-    node = getattr(size, "node", None)
-    return int(size) if node is None else int(node.hint)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a capture knows of its Program: not the Program itself, which would keep the user's step alive."""
-
-    state_names: list[str]
-    x_names: list[str]
-    constant_names: list[str]
-    constant_batched: list[bool]
-    batched: bool
-
-    @staticmethod
-    def of(program: Program) -> Facts:
-        return Facts(program.state_names, program.x_names, program.constant_names, program.constant_batched,
-                     program.batched)  # fmt: skip
-
-
-@dataclass(eq=False)
-class Capture:
-    """A captured step. `joint` is made when a gradient is first asked for.
-
-    It is kept under its step and must not keep that alive: it refers to the step's tensors by number alone.
-
-    slots: for every captured tensor its number in the walk, or the tensor itself where the walk has not met
-    it (a constant that the step makes).
-    pinned: objects that its key names by their id.
-    batch: the only B it holds for, or None.
-    """
-
-    program: Facts
-    signature: Signature
-    symbolic: bool
-    forward: Trace
-    slots: list[int | Tensor]
-    pinned: list[Any]
-    batch: int | None
-    inline: frozenset[int] = frozenset()
-    joint: Trace | None = None
-    joint_slots: list[int | Tensor] = field(default_factory=list)
-    plans: dict[Hashable, Any] = field(default_factory=dict)
-    one_row: bool | None = None
-
-    @property
-    def out_spec(self) -> Any:
-        return self.forward.out_spec
-
-    def tensors(self, dependencies: Dependencies, joint: bool = False) -> list[Tensor]:
-        """The captured tensors, as they are now."""
-        slots = self.joint_slots if joint else self.slots
-        return [dependencies.tensors[s] if isinstance(s, int) else s for s in slots]
-
-    def sizes(self, call: Call) -> dict[str, int]:
-        return sizes_of(self.forward, call)
-
-    def require_joint(self, dependencies: Dependencies) -> Trace:
-        with lock:
-            if self.joint is None:
-                self.joint = self._trace_joint(dependencies)
-        return self.joint
-
-    def _joint(self, dependencies: Dependencies, tensors: list[Tensor], inline: set[int]) -> Trace:
-        if self.symbolic:
-            with tracing(inline) as memory:
-                joint = trace_joint(dependencies.program, self.signature, True, tensors)
-            joint.keep_alive.extend(memory.calls)
-        else:  # as in `_fixed_trace`
-            joint = trace_joint(dependencies.program, self.signature, False, tensors)
-        simplify(joint.graph)
-        return joint
-
-    def _trace_joint(self, dependencies: Dependencies) -> Trace:
-        tensors = self.tensors(dependencies)
-        with _Unchanged(dependencies):
-            joint = self._joint(dependencies, tensors, set(self.inline))
-            opaque = {id(call.op) for call in calls_in(joint.graph.graph)}
-            if opaque and annotate(joint.graph):
-                # Where gradients mix rows, everything may have to be one loop.
-                joint = self._joint(dependencies, tensors, opaque | set(self.inline))
-        _check_same(self.forward, joint)
-        joint.keep_alive.extend(use_whole_histories(joint.graph))
-        self.joint_slots = _settle(joint, dependencies)
-        return joint
-
-
-def sizes_of(trace: Trace, call: Call) -> dict[str, Any]:
-    """The values of the symbols of a trace in a call, by name."""
-    found = {}
-    for name, kind, index, dim in trace.symbols:
-        if kind == "batch":
-            found[name] = call.batch
-        elif kind == "x":
-            found[name] = call.xs[index].shape[dim + 1]
-        elif kind == "constant":
-            found[name] = call.constants[index].shape[dim]
-        else:
-            found[name] = call.initial[index].shape[dim]
-    return found
+_CHECK = os.environ.get("STEPLOOP_CHECK", "") not in ("", "0")
+MOST = 64  # captures that are kept of one step for inputs of one kind
+MANY = 3  # captures because of a changed value, after which a warning says so
 
 
 _BY_ROOT: weakref.WeakKeyDictionary[Any, dict[Hashable, list[Capture]]] = weakref.WeakKeyDictionary()
 _OTHERS: dict[Hashable, list[Capture]] = {}
 captured = 0  # how many captures were made in this process; tests look at it
-# torch's tracer patches classes while it runs: one trace at a time. A trace may start another (an inner loop).
-lock = threading.RLock()
 
 
-def dependencies_of(program: Program) -> Dependencies:
-    """The walk, kept on the Program: in a table of this module it would keep its own key alive."""
-    walk = program.__dict__.get("_walk")
+def walk_of(program: Program, reads: Reads) -> Dependencies:
+    """The walk for what a capture has read, kept on the Program: in a table it would keep its own key alive."""
+    walks = program.kept.setdefault("walks", {})
+    walk = walks.get(reads)
     if walk is None or not walk.unchanged():
-        walk = program.__dict__["_walk"] = Dependencies(program.root)
-        walk.program = program
+        with lock:  # while a step is traced, symbols stand in the places of floats
+            walk = walks[reads] = Dependencies(making.roots_of(program), reads)
+            walk.program = program
     return walk
+
+
+def everything_of(program: Program) -> Hashable:
+    """All that a step can reach, read or not, as one key; for what is learned before a step was captured."""
+    walk = walk_of(program, EVERYTHING)
+    return walk.key, tuple(number.value for number in walk.floats)
 
 
 def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
     """The capture for a call, made now if there is none."""
-    dependencies = dependencies_of(program)
     settings = ambient()
     shapes = _quick_key(call)
-    quick = program.__dict__.get("_quick")
-    if quick is not None and quick[0] is dependencies and quick[1] == (settings, shapes):
-        return quick[2], dependencies
-    with lock:
-        capture = _find(program, call, dependencies, settings)
-    program.__dict__["_quick"] = (dependencies, (settings, shapes), capture)
+    quick = program.kept.get("quick")
+    if quick is not None and quick[0] == (settings, shapes) and quick[2].unchanged():
+        capture, dependencies = quick[1:]
+    else:
+        with lock:
+            capture, dependencies = _find(program, call, settings)
+        program.kept["quick"] = (settings, shapes), capture, dependencies
+    if _CHECK:
+        _check_kept(program, call, capture, dependencies)
     return capture, dependencies
+
+
+def _check_kept(program: Program, call: Call, capture: Capture, dependencies: Dependencies) -> None:
+    """Compares a kept capture with a new one, at its calls number 1, 2, 4, 8, ...: for tests of this library."""
+    count = capture.plans["calls"] = capture.plans.get("calls", 0) + 1
+    if count & (count - 1) == 0:
+        with lock:
+            making.check_kept(program, call, capture, dependencies)
 
 
 def _quick_key(call: Call) -> Hashable:
@@ -176,17 +86,63 @@ def _quick_key(call: Call) -> Hashable:
     )  # fmt: skip
 
 
-def _find(program: Program, call: Call, dependencies: Dependencies, settings: Hashable) -> Capture:
+def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, Dependencies]:
+    global captured
     signature = signature_of(program, call)
-    family = (dependencies.key, program.key, program.batched, settings, _kinds(signature))
-    store = _store(program)
-    known = store.setdefault(family, [])
-    for capture in known:
-        if _fits(capture, signature, call, program):
-            return capture
-    capture = _make(program, signature, known, dependencies, call)
+    family = (program.key, program.batched, settings, _kinds(signature))
+    known = _store(program).setdefault(family, [])
+    alike: list[Capture] = []  # those that differ in sizes only
+    near: list[tuple[Capture, Dependencies]] = []  # and those that differ in floats too
+    for capture in reversed(known):
+        dependencies = walk_of(program, capture.reads)
+        if dependencies.key != capture.key:
+            continue
+        near.append((capture, dependencies))
+        if capture.has_floats(dependencies):
+            alike.append(capture)
+            if _fits(capture, signature, call, program, dependencies):
+                return capture, dependencies
+    captured += 1
+    if alike:
+        signature.dynamic = frozenset().union(
+            *(c.signature.dynamic | _differences(c.signature, signature) for c in alike)
+        )
+    free = [] if not near else alike[0].free(near[0][1]) if alike else _changed_floats(*near[0])
+    capture, dependencies = making.make(program, signature, call, [c.reads for c in known], free)
+    if not alike and len(known) >= MANY - 1:
+        _warn(program, known[-1], capture)
     known.append(capture)
-    return capture
+    del known[:-MOST]
+    return capture, dependencies
+
+
+def _changed_floats(capture: Capture, dependencies: Dependencies) -> list[Number]:
+    """The floats that are to be inputs: those that are already, and those that are not what they were."""
+    pairs = list(zip(capture.floats, dependencies.floats))
+    paths = [number.path for _, number in pairs]
+    return [
+        n for known, n in pairs
+        if n.hold is not None and paths.count(n.path) == 1 and (known is None or not same_float(known, n.value))
+    ]  # fmt: skip
+
+
+def _warn(program: Program, before: Capture, now: Capture) -> None:
+    """Says that a step is captured again and again, and because of what."""
+    old, new = dict(before.facts), dict(now.facts)
+    paths = [path for path in new if not _equal(new[path], old.get(path, new[path]))]
+    changed = [f"{path} ({old[path]!r}, then {new[path]!r})" for path in paths]
+    name = getattr(program.root, "__name__", None) or type(program.root).__name__
+    what = ", ".join(changed[:3]) or "an object that it reads"
+    warnings.warn(
+        f"{name} was captured again because something that it reads has changed: {what}. Each capture takes about as "
+        "long as the first call did. Give the step what changes as a tensor (a sequence, a constant or a buffer), or "
+        "do what depends on it outside the step.",
+        stacklevel=2,
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and repr(a) == repr(b))
 
 
 def _store(program: Program) -> dict[Hashable, list[Capture]]:
@@ -232,214 +188,20 @@ def _differences(a: Signature, b: Signature) -> set[tuple[str, int, int]]:
     return found
 
 
-def _fits(capture: Capture, signature: Signature, call: Call, program: Program) -> bool:
+def _fits(
+    capture: Capture, signature: Signature, call: Call, program: Program, dependencies: Dependencies
+) -> bool:
     if capture.batch is not None and capture.batch != signature.batch:
         return False
-    differing = _differences(capture.signature, signature)
-    if not differing <= capture.signature.dynamic:
+    if not _differences(capture.signature, signature) <= capture.free_axes():
         return False
     sizes = {k: hint(v) for k, v in sizes_of(capture.forward, call).items()}
-    if any(size < 2 for name, size in sizes.items() if not _is_batch(capture, name)):
-        return False
-    if signature.batch == 1 and capture.batch is None and not _same_for_one_row(capture, program):
+    if any(size < 2 for name, size in sizes.items() if not is_batch(capture.forward, name)):
         return False
     if signature.batch in (0, 1) and capture.batch is None:
+        if not making.same_for_few(capture, signature.batch, program, dependencies):
+            return False
         likely = capture.signature.batch_hint
-        sizes = {name: likely if _is_batch(capture, name) else size for name, size in sizes.items()}
-    return capture.forward.holds_for(sizes) and (capture.joint is None or capture.joint.holds_for(sizes))
-
-
-def _is_batch(capture: Capture, name: str) -> bool:
-    return capture.forward.graph.batch is not None and str(capture.forward.graph.batch) == name
-
-
-def _same_for_one_row(capture: Capture, program: Program) -> bool:
-    """Whether the step does the same with one row as with several (it may look at the batch size)."""
-    if capture.one_row is None:
-        single = Signature(
-            *([_one(leaf) for leaf in group] for group in
-              (capture.signature.xs, capture.signature.constants, capture.signature.states)),
-            1, capture.signature.dynamic,
-        )  # fmt: skip
-        try:
-            with tracing(set(capture.inline)) as memory:
-                trace = trace_forward(program, single, symbolic=False)
-            trace.keep_alive.extend(memory.calls)
-        except Exception:
-            capture.one_row = False
-        else:
-            simplify(trace.graph)
-            capture.one_row = _essence(trace.graph.graph) == _essence(capture.forward.graph.graph)
-    return capture.one_row
-
-
-def _one(leaf: Leaf) -> Leaf:
-    shape = (1, *leaf.shape[1:]) if leaf.batched else leaf.shape
-    return Leaf(shape, leaf.dtype, leaf.device, leaf.batched)
-
-
-_SHAPING = {"view", "expand", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "clone", "contiguous"}
-
-
-def _essence(graph: fx.Graph) -> list[str]:
-    return [str(n.target) for n in graph.nodes
-            if n.op == "call_function" and getattr(getattr(n.target, "overloadpacket", None), "__name__", "")
-            not in _SHAPING]  # fmt: skip
-
-
-def _make(
-    program: Program, signature: Signature, known: list[Capture], dependencies: Dependencies, call: Call
-) -> Capture:
-    global captured
-    captured += 1
-    if known:
-        signature.dynamic = known[-1].signature.dynamic | frozenset(_differences(known[-1].signature, signature))
-    inline: set[int] = set()
-    trace, symbolic = _first_trace(program, signature, dependencies, inline)
-    while more := _memories_in_loops(trace, program) - inline:
-        inline |= more
-        trace, symbolic = _first_trace(program, signature, dependencies, inline)
-    if signature.batch == 1 and symbolic:
-        # The step may look at the batch size: what it does with one row is what counts here.
-        probe = Capture(Facts.of(program), signature, True, trace, [], [], None, frozenset(inline))
-        simplify(trace.graph)
-        if not _same_for_one_row(probe, program):
-            trace, symbolic = _fixed_trace(program, signature), False
-    sizes = {k: hint(v) for k, v in sizes_of(trace, call).items()}
-    if symbolic and signature.batch not in (0, 1) and not trace.holds_for(sizes):
-        # torch takes another way for few rows (a convolution does): a capture for B as small as this one.
-        signature.batch_hint = signature.batch
-        trace, symbolic = _first_trace(program, signature, dependencies, inline)
-    simplify(trace.graph)
-    slots = _settle(trace, dependencies)
-    fixed = None if symbolic or signature.batch is None else signature.batch
-    return Capture(
-        Facts.of(program), signature, symbolic, trace, slots, dependencies.pinned, fixed, frozenset(inline)
-    )
-
-
-def _fixed_trace(program: Program, signature: Signature) -> Trace:
-    """With the real batch size rows can't be told apart: remembering operations run step by step."""
-    return trace_forward(program, signature, symbolic=False)
-
-
-def _memories_in_loops(trace: Trace, program: Program) -> set[int]:
-    """Remembering operations (by id) that must run step by step: something they read depends on them."""
-    graph = trace.graph
-    if not calls_in(graph.graph):
-        return set()
-    simplify(graph)
-    if graph.batch is None or annotate(graph):
-        return {id(call.op) for call in calls_in(graph.graph)}
-    states = [State(p, n, name) for p, n, name in zip(graph.prevs, graph.nexts, program.state_names)]
-    problem = Problem(graph.graph, graph.batch, states, list(graph.outputs), [], states)
-    return must_inline(graph.graph, recurrent_components(problem, needed_nodes(problem)))
-
-
-def _first_trace(
-    program: Program, signature: Signature, dependencies: Dependencies, inline: set[int]
-) -> tuple[Trace, bool]:
-    """A trace with a symbolic batch, or with the real one where the step fixes it."""
-
-    def symbolic() -> Trace:
-        with tracing(inline) as memory:
-            trace = trace_forward(program, signature, symbolic=True)
-        trace.keep_alive.extend(memory.calls)
-        return trace
-
-    if signature.batch is not None:
-        try:
-            return _watched(symbolic, dependencies), True
-        except FixedBatch:
-            pass
-        except SideEffect:
-            raise
-        except Exception:
-            # A closed-over tensor with a batch axis, say. If it is a real mistake, the message about real
-            # sizes is the better one.
-            dependencies.changes()
-    return _watched(lambda: _fixed_trace(program, signature), dependencies), False
-
-
-def _watched(trace: Callable[[], Trace], dependencies: Dependencies) -> Trace:
-    """A trace of a step without side effects, and without numbers that differ from one run to the next."""
-    watch = _Unchanged(dependencies)
-    with watch:
-        first = trace()
-    if watch.drawn:
-        # Some thread drew a number; if it was the step, a second run comes out otherwise.
-        with _Unchanged(dependencies):
-            again = trace()
-        _check_same(first, again)
-        _check_same_constants(first, again)
-    return first
-
-
-def _settle(trace: Trace, dependencies: Dependencies) -> list[int | Tensor]:
-    """The slots of a trace's tensors; the trace itself forgets them."""
-    number = {id(t): i for i, t in enumerate(dependencies.tensors)}
-    trace.tensors = [number.get(id(t), t) for t in trace.tensors]
-    return trace.tensors
-
-
-class SideEffect(StepError):
-    """The step changed something in Python."""
-
-
-_DRAW = (
-    "A number from Python's or numpy's random generator, or from the clock, is drawn once when the step is captured. "
-    "Draw it with torch (torch.rand) inside the step, or pass it in as a sequence."
-)
-
-
-class _Unchanged:
-    """Checks that a capture left the user's objects as they were, and puts back what it changed."""
-
-    def __init__(self, dependencies: Dependencies):
-        self.dependencies = dependencies
-
-    def __enter__(self) -> None:
-        with _disable_current_modes():
-            self.dependencies.watch()
-            self.states = self.dependencies.random_states()
-            self.seed = torch.initial_seed()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        with _disable_current_modes():
-            changed = self.dependencies.changes()
-            self.drawn = not same_states(self.states, self.dependencies.random_states())
-            seeded = self.seed != torch.initial_seed()
-        if error is not None:
-            return
-        if seeded:
-            raise SideEffect("the step calls torch.manual_seed, which would happen once. Seed before the call.")
-        tensors = [c for c in changed if c.startswith("the tensor ")]
-        if tensors:
-            raise SideEffect(f"the step changes {', '.join(tensors)} in place. {KEEP}")
-        if changed:
-            names = ", ".join(dict.fromkeys(changed))
-            raise SideEffect(
-                f"the step changes a Python value: {names}. A step is captured once and not run again, so the "
-                "change would happen once instead of at every step. Keep what changes from step to step in an "
-                'sl.State (self.count = sl.State(init=0)), or use backend="reference".'
-            )
-
-
-def _check_same(forward: Trace, joint: Trace) -> None:
-    """A second run of the step must do what the first did; otherwise Python decided differently."""
-    for (one, first), (two, second) in zip(forward.numbers, joint.numbers):
-        if one is not two:
-            return  # with gradients some operations take another form; nothing can be said of what follows
-        if repr(first) != repr(second):
-            raise SideEffect(
-                f"two runs of the step computed with different numbers ({one}): {first} and {second}. {_DRAW}"
-            )
-
-
-def _check_same_constants(first: Trace, again: Trace) -> None:
-    """The same for tensors that the step made of Python's numbers, and for what it calls."""
-    calls = [[target for target, _ in t.numbers] for t in (first, again)]
-    pairs = list(zip(first.tensors, again.tensors))
-    same = calls[0] == calls[1] and len(first.tensors) == len(again.tensors)
-    if not same or any(a is not b and not torch.equal(a, b) for a, b in pairs):
-        raise SideEffect(f"two runs of the step did different things. {_DRAW}")
+        sizes = {name: likely if is_batch(capture.forward, name) else size for name, size in sizes.items()}
+    floats = dependencies.float_values()
+    return all(t.holds_for(sizes, floats) for t in (capture.forward, capture.joint) if t is not None)

@@ -18,7 +18,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 
 class Size:
@@ -56,6 +57,16 @@ def size_at(size: sympy.Expr | int, sizes: Mapping[str, int]) -> int:
     if isinstance(size, int):
         return size
     return int(size.xreplace({s: sympy.Integer(sizes[str(s)]) for s in size.free_symbols}))
+
+
+def symbols_of(node: fx.Node) -> set[sympy.Symbol]:
+    """The symbols of sizes in what a node gives and in what it is given."""
+    found: set[sympy.Symbol] = set()
+    for leaf in tree_leaves((node.meta.get("val"), node.args, node.kwargs)):
+        for size in leaf.shape if isinstance(leaf, Tensor) else [leaf]:
+            if isinstance(size, (torch.SymInt, Size)):
+                found |= expression(size).free_symbols
+    return found
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import UnsupportedError
-from .captures import Capture
+from .captured import Capture
 from .execute import Run, Shifted
 from .graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
@@ -280,7 +280,7 @@ class Invocation:
 
 
 def _joint_sizes(capture: Capture, call: Call) -> dict[str, int]:
-    from .captures import sizes_of
+    from .captured import sizes_of
 
     return {**sizes_of(capture.forward, call), **sizes_of(capture.joint, call)}
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import BuildError, UnsupportedError
 from . import captures
 from .capture import Trace, keep_with_trace
-from .captures import Capture
+from .captured import Capture
 from .dependencies import Dependencies
 from .graph import LoopProgram, Rows, StepGraph, line_of, op_name
 from .loop_operator import Invocation, Layout, LoopFunction, traced
@@ -33,6 +33,7 @@ from .lower import (
     mixing_reasons,
     row_bytes,
 )
+from .making import with_joint
 from .masking import masked_call
 from .memory_operator import SequenceRunner, is_memory
 from .patterns import recognise
@@ -52,7 +53,7 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     tensors = _tensors(call, capture, dependencies)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if training:
-        capture.require_joint(dependencies)
+        dependencies = with_joint(capture, dependencies)
         tensors = _tensors(call, capture, dependencies, joint=True)
     nested = traced(tensors)
     invocation = _invocation(capture, call, backend, save, training, nested, tensors)
@@ -78,9 +79,8 @@ def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
     firsts |= {captures.hint(t.shape[0]) if t.dim() > 0 else None for t in call.initial}
     if len(firsts) != 1 or not (size := firsts.pop()) or size < 2:
         return program, call
-    known = program.__dict__.get("_rowwise")
-    guess = known or _with_batch(program)
-    program.__dict__["_rowwise"] = guess
+    guess = program.kept.get("rowwise") or _with_batch(program)
+    program.kept["rowwise"] = guess
     guessed = replace(call, batch=call.initial[0].shape[0])
     try:
         capture, _ = captures.find(guess, guessed)
@@ -272,7 +272,7 @@ def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "au
         tensors = _tensors(call, capture, dependencies)
         training = any(t.requires_grad for t in tensors)
         if training:
-            capture.require_joint(dependencies)
+            dependencies = with_joint(capture, dependencies)
             tensors = _tensors(call, capture, dependencies, joint=True)
         invocation = _invocation(capture, call, backend, save, training, False, tensors)
     name = getattr(program.root, "__name__", None) or type(program.root).__name__

@@ -30,11 +30,13 @@ class Program:
       except `out_spec`.
 
     root: the module or function where the search for closed-over tensors and Python values begins.
-    key: everything else the function depends on (tree structures, Python leaves), hashable.
+    key: the structure of what it is given, hashable; Python values in it by their places alone.
+    statics: (list, index, name) of those Python values: what stands there belongs to what the step depends on.
     state_names: the path of every state, for messages and plans.
     x_names, constant_names: names of the leaves, for messages and plans.
     batched: True: axis 0 of every x, state and output is B. False: nothing is known of a batch axis.
     out_spec: the structure of what the step returned, set by every `run`; opaque to the compiler.
+    kept: what the compiler keeps of its last call; opaque to everybody else.
     """
 
     run: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], StepOutput]
@@ -45,7 +47,9 @@ class Program:
     constant_names: list[str]
     constant_batched: list[bool]
     batched: bool = True
+    statics: list[tuple[list[Any], int, str]] = field(default_factory=list)
     out_spec: Any = None
+    kept: dict[str, Any] = field(init=False, default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import traceback
 
@@ -76,3 +77,24 @@ def innermost_user_frame(error: BaseException | None) -> tuple[str, str]:
     if chosen is None:
         return "", "(line not known)"
     return f" ({chosen.filename}:{chosen.lineno})", (chosen.line or "").strip()
+
+
+def reads_what_changes(why: str, filename: str, number: int) -> StepError:
+    """The refusal of a call that gives something else at every step."""
+    line = linecache.getline(filename, number).strip() or "(line not known)"
+    return StepError(
+        f"the step {why} ({filename}:{number}):\n    {line}\n"
+        "A step is captured once and not run again: what this gives is drawn once, and not at every step. "
+        "Draw random numbers with torch (torch.rand), pass in what changes from step to step as a sequence and the "
+        f"rest as a constant, or do it before the loop. {_REFERENCE}"
+    )
+
+
+def asks_for_gradient(filename: str, number: int) -> StepError:
+    """The refusal of a step that asks an input or a state whether it requires a gradient."""
+    line = linecache.getline(filename, number).strip() or "(line not known)"
+    return StepError(
+        f"the step asks whether a value requires a gradient ({filename}:{number}):\n    {line}\n"
+        "A state does not before the first step and may after it, so a step that is captured once for all steps has no "
+        f"answer. Give the step an attribute that says what you want (self.training is one). {_REFERENCE}"
+    )

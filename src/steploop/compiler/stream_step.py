@@ -6,8 +6,9 @@ kernel call; otherwise one Python function of ATen calls.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from ..errors import BuildError
 from . import captures
+from .absorb import VIEWS
 from .batch import OncePiece
-from .captures import Capture
-from .graph import Rows
+from .captured import Capture
+from .graph import Rows, op_name
+from .guards import same_content
 from .lower import copied, lower_forward, mixing_reasons
-from .partition import Loop
+from .partition import Loop, extract
 from .program import Call, Program
-
-_version = attrgetter("_version")
 
 
 class StreamStep:
@@ -101,12 +102,13 @@ def _native(step: StreamStep, call: Call) -> Any:
     if "stream" not in plans:
         plans["stream"] = _native_plan(step.capture)
     found = plans["stream"]
-    if found is None or found[0].executable.runners[found[1]].left_to_torch(step.sizes):
+    if found is None or found[2].left_to_torch(step.sizes):
         return None
     return _Native(step, *found, call)
 
 
-def _native_plan(capture: Capture) -> tuple[Any, Loop] | None:
+def _native_plan(capture: Capture) -> tuple[Any, Loop, Any] | None:
+    """The lowered step, its one loop and what runs that."""
     from .pipeline import backend_module
 
     native = backend_module("cpu")
@@ -130,7 +132,26 @@ def _native_plan(capture: Capture) -> tuple[Any, Loop] | None:
     loops = plan.executable.partition.loops
     if refused or len(loops) != 1 or len(plan.executable.partition.segments) != 1:
         return None
-    return (plan, loops[0]) if _plain(plan, loops[0]) else None
+    if not _plain(plan, loops[0]):
+        return None
+    loop = _with_views(plan.executable, loops[0])
+    if loop is not loops[0] and not native.reasons_against(loop.program):
+        return plan, loop, native.compile(loop.program)
+    return plan, loops[0], plan.executable.runners[loops[0]]
+
+
+_VIEWS = VIEWS | {"t", "expand", "alias", "detach"}
+
+
+def _with_views(executable: Any, loop: Loop) -> Loop:
+    """The loop together with the views of weights and constants that it reads: what it reads of them is then the user's
+    own memory, and no copy that would be old when that changes."""
+    views = [n for n in executable.once.nodes if op_name(n) in _VIEWS]
+    if not views:
+        return loop
+    wider = Loop([*views, *loop.nodes], loop.states)
+    extract(wider, executable.partition.problem, executable.partition)
+    return wider
 
 
 def _plain(plan: Any, loop: Loop) -> bool:
@@ -142,7 +163,13 @@ def _plain(plan: Any, loop: Loop) -> bool:
 
 
 class _Native:
-    def __init__(self, step: StreamStep, plan: Any, loop: Loop, call: Call):
+    """The step as one kernel call. The kernel reads weights and constants where the user has them.
+
+    What is made of them once (the projection of a memory) is made again when one of its sources has changed. Not every
+    change is counted by torch (one through `.data` or through numpy is not), so the sources are compared byte by byte.
+    """
+
+    def __init__(self, step: StreamStep, plan: Any, loop: Loop, runner: Any, call: Call):
         from ..backends.cpu.stepper import Stepper
 
         self.step, self.plan, self.loop = step, plan, loop
@@ -151,14 +178,28 @@ class _Native:
         order = {s.prev: i for i, s in enumerate(loop.states)}
         states = [order[p] for p in plan.step.prevs]
         outputs = [loop.kept.index(n) for n in plan.step.outputs]
-        runner = plan.executable.runners[loop]
         self.watched = [*step.captured(), *call.constants]
-        self.versions = self._current()
+        self.places = self._places()
         self.stepper = Stepper(runner, self._constants(), xs, states, outputs, step.batch, step.sizes)
         self.run = self.stepper.run
+        self.sources = self._sources()
 
-    def _current(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self.watched), *map(_version, self.watched)]
+    def _places(self) -> list[int]:
+        return [*map(Tensor.data_ptr, self.watched)]
+
+    def _sources(self) -> list[Source]:
+        """What the kernel reads a copy of, or something that was made of it."""
+        given = dict(zip([*self.plan.step.captured, *self.plan.step.constants], self.watched))
+        copied = [n for n, held in zip(self.loop.inputs, self.stepper.held) if held is not None and not (
+            n in given and held.data_ptr() == given[n].data_ptr())]  # fmt: skip
+        stack, found = copied, {}
+        while stack:
+            node = stack.pop()
+            if node in given:
+                found[node] = Source(given[node])
+            else:
+                stack.extend(node.all_input_nodes)
+        return list(found.values())
 
     def _constants(self) -> list[Tensor | None]:
         """The loop's inputs that are the same at every step, in their places."""
@@ -169,8 +210,27 @@ class _Native:
         return [values.get(n) for n in self.loop.inputs]
 
     def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        current = self._current()
-        if current != self.versions:
+        if self._places() != self.places or not all(source.same() for source in self.sources):
             self.stepper.set_constants(self._constants())
-            self.versions = current
+            self.places, self.sources = self._places(), self._sources()
         return self.run(xs, states)
+
+
+_libc = ctypes.CDLL(None) if os.name == "posix" else None
+if _libc is not None:
+    _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Source:
+    """A tensor that something was made of, and what it held then."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.copy = tensor, tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._bytes = tensor.numel() * tensor.element_size()
+        self._at = self.copy.data_ptr()
+        self._dense = _libc is not None and tensor.is_contiguous()
+
+    def same(self) -> bool:
+        if self._dense:
+            return _libc.memcmp(self.tensor.data_ptr(), self._at, self._bytes) == 0
+        return same_content(self.tensor, self.copy)

@@ -51,8 +51,8 @@ class Stepper:
 
     def set_constants(self, constants: Sequence[Tensor | None]) -> None:
         """Takes the values that do not change from step to step, again when one of them has changed."""
-        self._held = [None if c is None else arrange(c) for c, arrange in zip(constants, self._arrange)]
-        for i, value in enumerate(self._held):
+        self.held = [None if c is None else arrange(c) for c, arrange in zip(constants, self._arrange)]
+        for i, value in enumerate(self.held):
             if value is not None:
                 self._pointers[i] = value.data_ptr()
 

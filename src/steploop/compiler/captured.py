@@ -1,0 +1,134 @@
+"""A captured step, as it is kept: its graphs, what they depended on, and where their tensors come from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .capture import Signature, Trace
+from .dependencies import Dependencies, Number
+from .free_numbers import FreeNumber
+from .program import Call, Program
+from .reads import Reads
+
+# torch's tracer patches classes while it runs: one trace at a time. A trace may start another (an inner loop).
+lock = threading.RLock()
+
+
+def hint(size: Any) -> int:
+    """The size of an axis; under another trace the size it was seen with, without fixing it."""
+    node = getattr(size, "node", None)
+    return int(size) if node is None else int(node.hint)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a capture knows of its Program: not the Program itself, which would keep the user's step alive."""
+
+    state_names: list[str]
+    x_names: list[str]
+    constant_names: list[str]
+    constant_batched: list[bool]
+    batched: bool
+
+    @staticmethod
+    def of(program: Program) -> Facts:
+        return Facts(program.state_names, program.x_names, program.constant_names, program.constant_batched,
+                     program.batched)  # fmt: skip
+
+
+# Where a captured tensor comes from: its number in the walk, itself, or free floats.
+Slot = int | Tensor | FreeNumber
+
+
+@dataclass(eq=False)
+class Capture:
+    """A captured step. `joint` is made when a gradient is first asked for.
+
+    It is kept under its step and must not keep that alive: it refers to the step's tensors by number alone.
+
+    reads, key, floats: what the step can have read, and the walk's key and floats then (None: the float is free).
+    slots: for every captured tensor its number in the walk, or the tensor itself where the walk has not met
+    it (a constant that the step makes), or how it is made of free floats.
+    pinned: objects that its key names by their id.
+    batch: the only B it holds for, or None.
+    like: for B = 0 and B = 1, whether the step does the same as with several rows, once that was asked.
+    """
+
+    program: Facts
+    signature: Signature
+    symbolic: bool
+    forward: Trace
+    reads: Reads
+    key: Hashable
+    floats: list[float | None]
+    facts: list[tuple[str, Any]]
+    slots: list[Slot]
+    pinned: list[Any]
+    batch: int | None
+    inline: frozenset[int] = frozenset()
+    joint: Trace | None = None
+    joint_slots: list[Slot] = field(default_factory=list)
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+    like: dict[int, bool] = field(default_factory=dict)
+
+    @property
+    def out_spec(self) -> Any:
+        return self.forward.out_spec
+
+    def tensors(self, dependencies: Dependencies, joint: bool = False) -> list[Tensor]:
+        """The captured tensors, as they are now."""
+        slots = self.joint_slots if joint else self.slots
+        found: list[Tensor] = []
+        for slot in slots:
+            if isinstance(slot, int):
+                found.append(dependencies.tensors[slot])
+            else:
+                found.append(slot.tensor(dependencies.float_values()) if isinstance(slot, FreeNumber) else slot)
+        return found
+
+    def sizes(self, call: Call) -> dict[str, int]:
+        return sizes_of(self.forward, call)
+
+    def free_axes(self) -> set[tuple[str, int, int]]:
+        """The axes, besides the batch, whose size is a symbol."""
+        return {place for place in self.forward.graph.symbols.values() if place[0] != "batch"}
+
+    def has_floats(self, dependencies: Dependencies) -> bool:
+        """Whether the floats that are no inputs are what they were."""
+        now = dependencies.floats
+        return len(now) == len(self.floats) and all(
+            known is None or same_float(known, number.value) for known, number in zip(self.floats, now)
+        )
+
+    def free(self, dependencies: Dependencies) -> list[Number]:
+        return [n for n, known in zip(dependencies.floats, self.floats) if known is None]
+
+
+def same_float(a: float, b: float) -> bool:
+    """Whether two floats compute alike: 0.0 and -0.0 do not, NaN equals itself."""
+    return a.hex() == b.hex()
+
+
+def sizes_of(trace: Trace, call: Call) -> dict[str, Any]:
+    """The values of the symbols of a trace in a call, by name."""
+    found = {}
+    for name, kind, index, dim in trace.symbols:
+        if kind == "batch":
+            found[name] = call.batch
+        elif kind == "x":
+            found[name] = call.xs[index].shape[dim + 1]
+        elif kind == "constant":
+            found[name] = call.constants[index].shape[dim]
+        else:
+            found[name] = call.initial[index].shape[dim]
+    return found
+
+
+def is_batch(trace: Trace, name: str) -> bool:
+    """Whether a symbol, by its name, is the batch size."""
+    return trace.graph.batch is not None and str(trace.graph.batch) == name

@@ -1,0 +1,214 @@
+"""Has anything changed that a walk of `dependencies.py` met? The quick answer, asked at every call.
+
+Every value is compared by identity: a number that was replaced by an equal one leads to a new walk, which finds the
+same key. torch counts the changes of every dictionary and compares the metadata of many tensors in one call (for its
+own guards). Where it does, an unchanged count stands for the comparison of all entries; a changed one leads to it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+try:
+    from torch._C._dynamo.guards import TensorGuards, dict_version
+except ImportError:  # not a public interface: without it, every entry is compared
+    dict_version = None
+
+MISSING = object()
+_contents = attrgetter("cell_contents")
+_code_of = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+
+
+class Watched:
+    """Entries of a dictionary that must stay: all, those of some names, or single ones."""
+
+    __slots__ = ("where", "whole", "subset", "_ignored", "_found", "_entries")
+
+    def __init__(self, where: dict):
+        self.where = where
+        self.whole = False
+        self.subset: frozenset[str] | None = None
+        self._ignored: frozenset[str] = frozenset()
+        self._found: list[tuple[Any, Any]] | None = None
+        self._entries: dict[Any, Any] = {}
+
+    def add(self, names: frozenset[str] | None, ignored: frozenset[str]) -> None:
+        """Watches the entries of these names (None: all), those that are not there yet included."""
+        self._ignored = ignored
+        if names is None:
+            self.whole = True
+        else:
+            self.subset = names if self.subset is None else self.subset | names
+        self._found = self._now()
+
+    def add_entries(self, names: Iterable[Any]) -> None:
+        for name in names:
+            self._entries[name] = self.where.get(name, MISSING)
+
+    def _now(self) -> list[tuple[Any, Any]]:
+        names, ignored = self.subset, self._ignored
+        if self.whole:
+            return [pair for pair in self.where.items() if pair[0] not in ignored]
+        return [pair for pair in self.where.items() if pair[0] in names and pair[0] not in ignored]
+
+    def unchanged(self) -> bool:
+        where = self.where
+        for name, value in self._entries.items():
+            if where.get(name, MISSING) is not value:
+                return False
+        if self._found is None:
+            return True
+        now = self._now()
+        return len(now) == len(self._found) and all(
+            a is b and (m is n or (type(m) is type(n) is str and m == n)) for (m, a), (n, b) in zip(now, self._found)
+        )
+
+
+class Guards:
+    """What a walk met, as it was then. `settle` ends the collecting; `unchanged` compares."""
+
+    def __init__(self) -> None:
+        self.objects: list[tuple[Any, type]] = []
+        self.slots: list[tuple[Any, str, Any]] = []
+        self.cells: list[tuple[Any, Any]] = []
+        self.functions: list[Any] = []
+        self.sequences: list[tuple[Any, tuple]] = []
+        self.buffers: list[tuple[Any, bytes]] = []
+        self.references: list[tuple[Any, Any]] = []
+        self.caches: list[tuple[Any, tuple]] = []
+        self.variables: list[tuple[Any, Any]] = []
+        self.contents: list[tuple[Tensor, Tensor]] = []
+        self._watched: dict[int, Watched] = {}
+
+    def _watch(self, where: Any) -> Watched:
+        if not isinstance(where, dict):  # a read-only view of one
+            where = next(d for d in gc.get_referents(where) if isinstance(d, dict))
+        found = self._watched.get(id(where))
+        if found is None:
+            found = self._watched[id(where)] = Watched(where)
+        return found
+
+    def watch(self, where: dict, names: frozenset[str] | None, ignored: frozenset[str]) -> None:
+        """The entries of a dictionary whose keys are among `names` (None: all), now and later."""
+        self._watch(where).add(names, ignored)
+
+    def watch_entries(self, where: dict, names: Sequence[Any]) -> None:
+        """Single entries, there or not."""
+        if names:
+            self._watch(where).add_entries(names)
+
+    def watch_class(self, cls: type, names: frozenset[str] | None, ignored: frozenset[str]) -> None:
+        where = class_dictionary(cls)
+        if where is not None:
+            self.watch(where, names, ignored)
+
+    def settle(self, tensors: Sequence[Tensor]) -> None:
+        """Takes what was collected as the state to compare with."""
+        watched = list(self._watched.values())
+        self._list = watched
+        self._dicts = [w.where for w in watched]
+        self._versions = [*map(dict_version, self._dicts)] if dict_version is not None else None
+        self._objects, self._types = [o for o, _ in self.objects], [t for _, t in self.objects]
+        self._cells = [cell for cell, _ in self.cells]
+        self._contents = [id(value) for _, value in self.cells]
+        self._code = [*chain.from_iterable(map(_code_of, self.functions))]  # keeps the ids taken
+        self._code_ids = [*map(id, self._code)]
+        self._sequences = [(value, [*map(id, copy)]) for value, copy in self.sequences]
+        self._tensors = list(tensors)
+        self._metadata = [metadata(t) for t in tensors]
+        self._check = _tensor_check(self._tensors)
+        rare = (self.slots, self.buffers, self.references, self.caches, self.variables, self.contents)
+        self._rare = any(rare)
+
+    def unchanged(self) -> bool:
+        versions = self._versions
+        if versions is None:
+            if not all(w.unchanged() for w in self._list):
+                return False
+        else:
+            now = [*map(dict_version, self._dicts)]
+            if now != versions:
+                for watched, new, old in zip(self._list, now, versions):
+                    if new != old and not watched.unchanged():
+                        return False
+                self._versions = now
+        if [*map(type, self._objects)] != self._types:
+            return False
+        if [*map(id, chain.from_iterable(map(_code_of, self.functions)))] != self._code_ids:
+            return False
+        if self._cells:
+            try:
+                if [*map(id, map(_contents, self._cells))] != self._contents:
+                    return False
+            except ValueError:  # a variable was deleted, or is not there yet
+                if not all(contents(cell) is value for cell, value in self.cells):
+                    return False
+        for value, ids in self._sequences:
+            if [*map(id, value)] != ids:
+                return False
+        if self._check is not None:
+            if not self._check(*self._tensors):
+                return False
+        elif not all(metadata(t) == known for t, known in zip(self._tensors, self._metadata)):
+            return False
+        return not self._rare or self._rare_unchanged()
+
+    def _rare_unchanged(self) -> bool:
+        return (
+            all(getattr(o, slot, MISSING) is value for o, slot, value in self.slots)
+            and all(_bytes(b) == held for b, held in self.buffers)
+            and all(reference() is target for reference, target in self.references)
+            and all(_known(cache) == state for cache, state in self.caches)
+            and all(variable.get(MISSING) is value for variable, value in self.variables)
+            and all(same_content(t, copy) for t, copy in self.contents)
+        )
+
+
+def metadata(tensor: Tensor) -> Any:
+    return (type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+def same_content(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit: a NaN equals itself, and 0.0 is not -0.0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return MISSING
+
+
+def _bytes(value: Any) -> bytes:
+    return value.tobytes() if isinstance(value, (np.ndarray, memoryview)) or hasattr(value, "tobytes") else bytes(value)
+
+
+def _known(cache: Any) -> tuple:
+    known = cache.cache_info()
+    return known.misses, known.currsize
+
+
+def _tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    if dict_version is None or not tensors or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        return (lambda: True) if not tensors else None
+    try:
+        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def class_dictionary(cls: type) -> dict | None:
+    """The dictionary behind vars(cls), which counts its changes."""
+    found = [d for d in gc.get_referents(vars(cls)) if type(d) is dict]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,111 @@
+"""Functions of torch's and of Python's own that a step ran: they stay what they are, unless somebody patches them.
+
+Whoever writes `torch.nn.functional.relu = ...` or `nn.Linear.forward = ...` puts another function into the dictionary
+of a module or of a class. So what is compared is which objects stand there under the names that the functions use.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from typing import Any
+
+from torch import Tensor
+
+from .guards import MISSING, class_dictionary, dict_version
+from .reads import kind_of_file, trusted
+
+
+class Patches:
+    """What stands under the names that some functions use, as one number that is another where anything is."""
+
+    def __init__(self, library: frozenset[tuple[types.CodeType, str]]):
+        places: dict[int, tuple[dict, set[str]]] = {}
+        for code, module in library:
+            if module in sys.modules:
+                _collect(places, vars(sys.modules[module]), code.co_names)
+        self._places = [(where, sorted(names)) for where, names in places.values()]
+        self._classes: dict[type, dict] = {}
+        self._class_numbers: dict[type, tuple[int, int]] = {}
+        self._dicts = [where for where, _ in self._places]
+        self._numbers: dict[tuple, int] = {}
+        self._pinned: list[Any] = []
+        self.users: list[types.FunctionType] = []
+        for cls in Tensor.__mro__:
+            self._add(cls)
+        self._renew()
+
+    def look(self) -> int:
+        """The number, as it is now."""
+        if self._versions is None or [*map(dict_version, self._dicts)] != self._versions:
+            self._renew()
+        return self.number
+
+    def class_number(self, cls: type) -> int:
+        """Like `number`, for the methods of one class. From now on `number` counts them too."""
+        if cls not in self._classes:
+            self._add(cls)
+            self._renew()
+        where = self._classes[cls]
+        version = dict_version(where) if dict_version is not None else None
+        known = self._class_numbers.get(cls)
+        if known is None or version is None or known[0] != version:
+            known = self._class_numbers[cls] = version, self._numbered((_code_in(where, where),))
+        return known[1]
+
+    def users_of(self, cls: type) -> list[types.FunctionType]:
+        """Functions that a user has put among the methods of a class."""
+        return [f for f in self._classes[cls].values() if _is_users(f)]
+
+    def _add(self, cls: type) -> None:
+        self._classes[cls] = class_dictionary(cls) or {}
+        self._dicts.append(self._classes[cls])
+
+    def _renew(self) -> None:
+        self._versions = [*map(dict_version, self._dicts)] if dict_version is not None else None
+        parts = [_code_in(where, names) for where, names in self._places]
+        parts += [_code_in(where, where) for where in self._classes.values()]
+        self.number = self._numbered(tuple(parts))
+        found = [where.get(name) for where, names in self._places for name in names]
+        self.users = [f for f in found if _is_users(f)]
+
+    def _numbered(self, found: tuple[tuple, ...]) -> int:
+        ids = tuple(tuple(map(id, part)) for part in found)
+        number = self._numbers.get(ids)
+        if number is None:
+            number = self._numbers[ids] = len(self._numbers) + 1
+            self._pinned.append(found)  # the ids stay taken
+        return number
+
+
+def _collect(places: dict[int, tuple[dict, set[str]]], variables: dict, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = variables.get(name, MISSING)
+        if value is MISSING:
+            continue
+        places.setdefault(id(variables), (variables, set()))[1].add(name)
+        if isinstance(value, types.ModuleType):
+            inside = vars(value)
+            found = [n for n in names if n in inside]
+            if found:
+                places.setdefault(id(inside), (inside, set()))[1].update(found)
+
+
+def _code_in(where: dict, names: Any) -> tuple:
+    """The functions, classes and modules among some variables."""
+    return tuple(v for n in list(names) if _is_code(v := where.get(n)))
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or isinstance(value, (types.ModuleType, property, staticmethod, classmethod))
+
+
+def _is_users(value: Any) -> bool:
+    return isinstance(value, types.FunctionType) and not trusted(kind_of_file(value.__code__.co_filename))
+
+
+@functools.lru_cache(maxsize=256)
+def patches_of(library: frozenset[tuple[types.CodeType, str]]) -> Patches:
+    """The Patches of some code, shared by all walks."""
+    return Patches(library)

@@ -1,0 +1,200 @@
+"""Notes what the Python code of a step does while it is traced. `reads.py` says what that is good for."""
+
+from __future__ import annotations
+
+import builtins
+import contextvars
+import datetime
+import gc
+import inspect
+import os
+import random
+import sys
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import StepError
+from .reads import PACKAGE, STDLIB, STEPLOOP, TORCH, USER, Reads, computes_names, kind_of_file, names_of
+from .refusals import reads_what_changes
+
+_CLOCKS = [
+    getattr(time, name)
+    for name in ("time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time",
+                 "process_time_ns", "thread_time", "thread_time_ns", "clock_gettime", "localtime", "gmtime")
+    if hasattr(time, name)
+]  # fmt: skip
+_CLOCKS += [datetime.datetime.now, datetime.datetime.today, datetime.datetime.utcnow, datetime.date.today]
+_ENTROPY = [f for f in (os.urandom, getattr(os, "getrandom", None)) if f is not None]
+_FORBIDDEN: dict[Any, str] = {
+    **dict.fromkeys(_CLOCKS, "reads the clock"),
+    **dict.fromkeys(_ENTROPY, "draws a random number"),
+    builtins.open: "opens a file",
+    builtins.input: "waits for a line of input",
+    sys._getframe: "reads the variables of its caller",
+}
+# Python's own modules that make such calls for whoever calls them.
+_ON_BEHALF = {"random", "secrets", "uuid", "pathlib", "datetime", "_pydatetime", "tempfile", "inspect"}
+# Python's own modules that look up attributes by names that they are given.
+_BY_NAME = {"copy", "copyreg", "dataclasses", "operator", "types", "pprint", "pickle", "json"}
+
+
+class Recorder:
+    """What ran between `with recorder:` and its end, in this thread, but for what torch's own operations did."""
+
+    def __init__(self) -> None:
+        self.codes: dict[types.CodeType, str] = {}
+        self.resumed: set[int] = set()  # frames of generators
+        self.variables: set[contextvars.ContextVar] = set()
+        self.modules: set[str] = set()
+        self.tensors: list[Tensor] = []
+        self.refused: StepError | None = None
+        self._outer: Any = None
+        self._depth = 0
+
+    def __enter__(self) -> Recorder:
+        if self._depth == 0:
+            self._outer = sys.getprofile()
+        self._depth += 1
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            sys.setprofile(None)
+            _profile_again(self._outer)
+        else:
+            sys.setprofile(self._note)
+
+    def pause(self) -> None:
+        """An operation of torch is about to run: what its own Python code does is none of the step's."""
+        if self._depth:
+            sys.setprofile(None)
+
+    def go_on(self) -> None:
+        if self._depth:
+            sys.setprofile(self._note)
+
+    def ran(self, function: Any) -> None:
+        """Notes a function of torch's that is about to run with the recorder paused."""
+        code = getattr(function, "__code__", None)
+        if code is not None and code not in self.codes:
+            self.codes[code] = function.__globals__.get("__name__", "")
+
+    def read(self, tensor: Tensor) -> None:
+        """Notes that the content of a tensor of the user's is about to become a Python number."""
+        self.tensors.append(tensor)
+
+    def _note(self, frame: types.FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            code = frame.f_code
+            if code not in self.codes:
+                self.codes[code] = frame.f_globals.get("__name__", "")
+            if code.co_flags & inspect.CO_GENERATOR:
+                self.resumed.add(id(frame))
+        elif event == "c_call":
+            self._note_builtin(frame, argument)
+
+    def _note_builtin(self, frame: types.FrameType, function: Any) -> None:
+        owner = getattr(function, "__self__", None)
+        kind = type(owner)
+        if kind is contextvars.ContextVar:
+            if not owner.name.startswith("steploop"):
+                self.variables.add(owner)
+        elif function is builtins.globals or function is builtins.vars or function is builtins.locals:
+            self.modules.add(frame.f_globals.get("__name__", ""))
+        elif kind is types.ModuleType or kind is type:
+            try:
+                why = _FORBIDDEN.get(function)
+            except TypeError:  # can't be hashed
+                return
+            if why is not None:
+                self._refuse(frame, why)
+        elif isinstance(owner, random.Random):
+            self._refuse(frame, "draws a random number")
+
+    def _refuse(self, frame: types.FrameType, why: str) -> None:
+        """Keeps the error: raised in here, Python would switch the recorder off and a step might catch it."""
+        on_behalf = frame.f_globals.get("__name__", "").split(".")[0] in _ON_BEHALF
+        if why.startswith("reads the variables"):
+            on_behalf = frame.f_code is inspect.currentframe.__code__
+        while on_behalf and frame.f_back is not None and kind_of_file(frame.f_code.co_filename) == STDLIB:
+            frame = frame.f_back
+        if self.refused is None and kind_of_file(frame.f_code.co_filename) in (USER, PACKAGE):
+            self.refused = reads_what_changes(why, frame.f_code.co_filename, frame.f_lineno)
+
+    # -- afterwards ----------------------------------------------------------------------------------------
+
+    def reads(self, met: Iterable[types.CodeType] = (), **more: Any) -> Reads:
+        """What the code that ran, and the code that a walk met, may have read."""
+        own = {c: m for c, m in self.codes.items() if kind_of_file(c.co_filename) in (USER, PACKAGE)}
+        library = {c: m for c, m in self.codes.items() if kind_of_file(c.co_filename) in (STDLIB, TORCH, STEPLOOP)}
+        met = set(met)
+        computed = any(map(computes_names, {*own, *met}))
+        computed |= any(m.split(".")[0] in _BY_NAME and computes_names(c) for c, m in library.items())
+        names: frozenset[str] | None = None
+        if not computed:
+            names = frozenset().union(*map(names_of, {*own, *library, *met}))
+        torchs = frozenset((c, m) for c, m in library.items() if kind_of_file(c.co_filename) == TORCH)
+        return Reads(names, frozenset(self.modules), library=torchs, variables=frozenset(self.variables), **more)
+
+    def unmet(self, met: Iterable[types.CodeType]) -> tuple[frozenset[weakref.ref], frozenset[Any]]:
+        """Functions that ran and are none of those that a walk met, and code that ran and has no function."""
+        known = {inner for code in met for inner in with_inner(code)}
+        missing = {
+            c: m for c, m in self.codes.items()
+            if c not in known and kind_of_file(c.co_filename) in (USER, PACKAGE)
+        }  # fmt: skip
+        for code in list(missing):  # what was made while the step ran is inside code that ran
+            for inner in with_inner(code):
+                if inner is not code:
+                    missing.pop(inner, None)
+        functions = functions_of(missing)
+        loose = {(c, m) for c, m in missing.items() if all(f.__code__ is not c for f in functions)}
+        loose |= {(c, m) for c, m in self.codes.items() if m == "os" and "environ" in c.co_names}
+        return frozenset(map(weakref.ref, functions)), frozenset(loose)
+
+
+def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code object and those of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from with_inner(constant)
+
+
+def functions_of(codes: Iterable[types.CodeType]) -> list[types.FunctionType]:
+    """The functions that there are of some code."""
+    codes = list(codes)
+    if not codes:
+        return []
+    found = gc.get_referrers(*codes)
+    return [f for f in found if isinstance(f, types.FunctionType) and f.__code__ in codes]
+
+
+def _profile_again(outer: Any) -> None:
+    if outer is None:
+        return
+    if hasattr(outer, "enable") and not isinstance(outer, types.FunctionType):
+        outer.enable()  # cProfile, which Python's own call would not set going again
+    else:
+        sys.setprofile(outer)
+
+
+# What makes Python numbers of a tensor's content.
+CONTENT = frozenset(
+    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal allclose "
+    "is_nonzero __format__ __repr__ __str__ is_same_size data_ptr".split()
+)
+
+
+def tensors_read(function: Callable, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors of the user's whose content a call of torch's makes Python numbers of."""
+    if getattr(function, "__name__", "") not in CONTENT:
+        return []
+    return [t for t in arguments if type(t) in (Tensor, nn.Parameter)]

@@ -1,0 +1,381 @@
+"""Whether tracing a step changed anything of the user's, and how it was before.
+
+A step is captured once and not run again. What it changes in Python (a counter, a list, an attribute) would change once
+instead of at every step, so that is refused, and undone. A value that the step computes once and keeps is none: running
+the step for real changes it at the first step and not at the second.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import functools
+import random
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .dependencies import attributes_of, slots_of
+from .guards import MISSING, class_dictionary, contents
+from .reads import globals_of, kind_of_file, kind_of_module, trusted
+
+# More objects than this are not looked at: no step's own values are so many.
+_MOST = 200_000
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, slice)
+# Attributes that torch and Python themselves add to objects.
+_ADDED = frozenset(
+    "_non_persistent_buffers_set _is_full_backward_hook _backward_pre_hooks _backward_hooks _state_dict_hooks "
+    "_state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks _forward_hooks_with_kwargs "
+    "_forward_hooks_always_called _forward_pre_hooks_with_kwargs __warningregistry__ __annotations__ "
+    "__dict__ __weakref__ __abstractmethods__ _abc_impl".split()
+)
+
+
+class Snapshot:
+    """Everything that can be reached from some roots and can change, as it is now."""
+
+    def __init__(self, roots: Sequence[Any]):
+        self._seen: set[int] = set()
+        self._alive: list[Any] = []
+        self._held: list[_Held] = []
+        self._tensors: list[tuple[Tensor, str, Tensor, int]] = []
+        self._generators: list[Any] = []
+        self._frames: list[tuple[int, str]] = []
+        self._queue: collections.deque[tuple[Any, str]] = collections.deque((root, "") for root in roots)
+        while self._queue and len(self._seen) < _MOST:
+            self._visit(*self._queue.popleft())
+        self.random = self._random()
+
+    def changes(self) -> list[str]:
+        """What is not what it was: paths, those of tensors as "the tensor ..."."""
+        found = [f"the tensor {p}" for t, p, held, v in self._tensors if not _same_memory(t, held) or t._version != v]
+        for held in self._held:
+            found += held.changes()
+        return list(dict.fromkeys(found))
+
+    def resumed(self, frames: set[int]) -> list[str]:
+        """Generators among what was reached that ran meanwhile."""
+        return [path for frame, path in self._frames if frame in frames]
+
+    def restore(self) -> None:
+        """Puts everything back, as far as it can be."""
+        for tensor, _, held, version in self._tensors:
+            if not _same_memory(tensor, held) or tensor._version != version:
+                tensor.data = held
+        for held in self._held:
+            if held.changes():
+                held.restore()
+
+    def drawn(self) -> bool:
+        """Whether a random generator of Python's or numpy's has moved."""
+        return not _same_states(self.random, self._random())
+
+    def _random(self) -> list[Any]:
+        return [_state_of(g) for g in (random, np.random, *self._generators)]
+
+    # -- what can be reached -----------------------------------------------------------------------------
+
+    def _follow(self, value: Any, path: str) -> None:
+        if not isinstance(value, _PLAIN) and id(value) not in self._seen:
+            self._queue.append((value, path))
+
+    def _visit(self, value: Any, path: str) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._alive.append(value)
+        if isinstance(value, Tensor):
+            if _has_version(value):
+                self._tensors.append((value, path, value.data, value._version))
+        elif isinstance(value, types.FunctionType):
+            self._function(value, path)
+        elif isinstance(value, types.MethodType):
+            self._follow(value.__self__, path)
+            self._follow(value.__func__, path)
+        elif isinstance(value, functools.partial):
+            for part in (value.func, value.args, value.keywords):
+                self._follow(part, path)
+        elif isinstance(value, (property, staticmethod, classmethod)):
+            for name in ("fget", "fset", "__func__"):
+                self._follow(getattr(value, name, None), path)
+        elif isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, types.ModuleType):
+            if not trusted(kind_of_module(value.__name__)):
+                self._names(vars(value), list(vars(value)), path)
+        elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
+            self._generators.append(value)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._held.append(_Position(value, path, lambda v: v.cache_info().misses))
+            self._follow(value.__wrapped__, path)
+        elif isinstance(value, types.GeneratorType):
+            if value.gi_frame is not None:
+                self._frames.append((id(value.gi_frame), path))
+        elif isinstance(value, weakref.ref):
+            self._follow(value(), path)
+        elif not _has_own_business(value):
+            self._contents(value, path)
+
+    def _contents(self, value: Any, path: str) -> None:
+        kind = next((k for bases, k in _KINDS if isinstance(value, bases)), None)
+        if kind is not None:
+            self._held.append(kind(value, path))
+        if isinstance(value, (dict, types.MappingProxyType)):
+            for key, item in list(value.items()):
+                self._follow(key, path)
+                self._follow(item, f"{path}.{key}" if path else str(key))
+        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            for i, item in enumerate(value):
+                self._follow(item, f"{path}[{i}]")
+        elif kind is None and hasattr(type(value), "__next__") and attributes_of(value) is None:
+            self._held.append(_Position(value, path, _position))
+        attributes = attributes_of(value)
+        if attributes is not None:
+            self._held.append(_Entries(attributes, path, _ADDED))
+            for name, item in list(attributes.items()):
+                self._follow(item, f"{path}.{name}" if path else str(name))
+        for slot in slots_of(type(value)):
+            item = getattr(value, slot, MISSING)
+            self._held.append(_Slot(value, f"{path}.{slot}", slot))
+            if item is not MISSING:
+                self._follow(item, f"{path}.{slot}")
+        self._follow(type(value), type(value).__name__)
+
+    def _class(self, cls: type) -> None:
+        for base in cls.__mro__:
+            if id(base) in self._seen and base is not cls or trusted(kind_of_module(base.__module__)):
+                continue
+            self._seen.add(id(base))
+            where = class_dictionary(base)
+            if where is None:
+                continue
+            self._held.append(_ClassEntries(where, base))
+            for name, item in list(where.items()):
+                if name not in _ADDED:
+                    self._follow(item, f"{base.__name__}.{name}")
+
+    def _function(self, function: types.FunctionType, path: str) -> None:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+            self._held.append(_Cell(cell, name))
+            self._follow(contents(cell), name)
+        self._held.append(_Entries(function.__dict__, path, _ADDED))
+        for name, item in list(function.__dict__.items()):
+            self._follow(item, f"{path}.{name}")
+        if trusted(kind_of_file(function.__code__.co_filename)):
+            return
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._follow(value, f"{path} (a default)")
+        named = globals_of(function.__code__)
+        self._names(function.__globals__, named.names, "")
+        for name in named.names:
+            module = function.__globals__.get(name)
+            if isinstance(module, types.ModuleType) and not trusted(kind_of_module(module.__name__)):
+                self._names(vars(module), named.attributes, name)
+
+    def _names(self, variables: dict, names: Iterable[str], path: str) -> None:
+        names = [n for n in names if n not in _ADDED]
+        self._held.append(_Entries(variables, path, frozenset(), names))
+        for name in names:
+            value = variables.get(name, MISSING)
+            if value is not MISSING and not isinstance(value, types.ModuleType):
+                self._follow(value, f"{path}.{name}" if path else name)
+
+
+# -- one thing that can change each ----------------------------------------------------------------------------
+
+
+class _Held:
+    """Something that can change.  changes(): the paths of what did.  restore(): puts it back."""
+
+    def changes(self) -> list[str]:
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        raise NotImplementedError
+
+
+class _Entries(_Held):
+    """The entries of a dictionary; `names`: only these."""
+
+    def __init__(
+        self, where: Any, path: str, ignored: frozenset[str] = frozenset(), names: Sequence[str] | None = None
+    ):
+        self.where, self.path, self.ignored, self.names = where, path, ignored, names
+        self.copy = self._now()
+
+    def _now(self) -> dict:
+        if self.names is not None:
+            return {n: self.where[n] for n in self.names if n in self.where}
+        return {k: v for k, v in self.where.items() if k not in self.ignored and not str(k).startswith("_steploop")}
+
+    def changes(self) -> list[str]:
+        now = self._now()
+        if len(now) == len(self.copy) and all(a is b for a, b in zip(now.values(), self.copy.values())):
+            return []
+        keys = [k for k in {**self.copy, **now} if not _same(now.get(k, MISSING), self.copy.get(k, MISSING))]
+        return [f"{self.path}.{k}" if self.path else str(k) for k in keys]
+
+    def restore(self) -> None:
+        now = self._now()
+        for key in now.keys() - self.copy.keys():
+            self._remove(key)
+        for key, value in self.copy.items():
+            if now.get(key, MISSING) is not value:
+                self._put(key, value)
+
+    def _put(self, key: Any, value: Any) -> None:
+        self.where[key] = value
+
+    def _remove(self, key: Any) -> None:
+        del self.where[key]
+
+
+class _ClassEntries(_Entries):
+    def __init__(self, where: dict, cls: type):
+        self.cls = cls
+        super().__init__(where, cls.__name__, _ADDED)
+
+    def _put(self, key: Any, value: Any) -> None:
+        setattr(self.cls, key, value)
+
+    def _remove(self, key: Any) -> None:
+        delattr(self.cls, key)
+
+
+class _Members(_Held):
+    """A list, a set, a deque: compared and put back whole."""
+
+    def __init__(self, value: Any, path: str):
+        self.value, self.path, self.copy = value, path, tuple(value)
+
+    def changes(self) -> list[str]:
+        now = tuple(self.value)
+        same = len(now) == len(self.copy) and all(map(_same, now, self.copy))
+        return [] if same else [self.path or "a container that the step reads"]
+
+    def restore(self) -> None:
+        self.value.clear()
+        (self.value.update if isinstance(self.value, set) else self.value.extend)(self.copy)
+
+
+class _Bytes(_Held):
+    """Memory: an array of numpy's or of Python's, a bytearray."""
+
+    def __init__(self, value: Any, path: str):
+        self.value, self.path, self.copy = value, path, self._copied(value)
+
+    @staticmethod
+    def _copied(value: Any) -> Any:
+        return value.copy() if isinstance(value, np.ndarray) else value[:]
+
+    def changes(self) -> list[str]:
+        if isinstance(self.value, np.ndarray):
+            same = self.value.shape == self.copy.shape and self.value.tobytes() == self.copy.tobytes()
+        else:
+            same = self.value == self.copy
+        return [] if same else [self.path]
+
+    def restore(self) -> None:
+        if isinstance(self.value, np.ndarray):
+            self.value[...] = self.copy
+        else:
+            self.value[:] = self.copy
+
+
+class _Slot(_Held):
+    def __init__(self, value: Any, path: str, slot: str):
+        self.value, self.path, self.slot = value, path, slot
+        self.copy = getattr(value, slot, MISSING)
+
+    def changes(self) -> list[str]:
+        return [] if _same(getattr(self.value, self.slot, MISSING), self.copy) else [self.path]
+
+    def restore(self) -> None:
+        if self.copy is MISSING:
+            delattr(self.value, self.slot)
+        else:
+            object.__setattr__(self.value, self.slot, self.copy)
+
+
+class _Cell(_Held):
+    """A variable of an enclosing function."""
+
+    def __init__(self, cell: types.CellType, name: str):
+        self.cell, self.name, self.copy = cell, name, contents(cell)
+
+    def changes(self) -> list[str]:
+        same = _same(contents(self.cell), self.copy)
+        return [] if same else [f"{self.name}, a variable of an enclosing function"]
+
+    def restore(self) -> None:
+        if self.copy is not MISSING:
+            self.cell.cell_contents = self.copy
+
+
+class _Position(_Held):
+    """How far an iterator, or a cache of calls, has come. That can't be put back."""
+
+    def __init__(self, value: Any, path: str, position: Callable[[Any], Hashable]):
+        self.value, self.path, self.position = value, path, position
+        self.copy = position(value)
+
+    def changes(self) -> list[str]:
+        return [] if self.position(self.value) == self.copy else [self.path]
+
+    def restore(self) -> None:
+        pass
+
+
+_KINDS: list[tuple[Any, Callable[[Any, str], _Held]]] = [
+    (dict, _Entries), ((list, set, collections.deque), _Members), ((np.ndarray, bytearray, array.array), _Bytes),
+]  # fmt: skip
+
+
+def _position(iterator: Any) -> Hashable:
+    """Something that is another once an iterator was advanced."""
+    try:
+        return repr(iterator.__reduce__())
+    except TypeError:  # Python 3.14 no longer tells of some
+        return repr(iterator), getattr(iterator, "__length_hint__", int)()
+
+
+def _has_own_business(value: Any) -> bool:
+    """Whether an object of Python's or torch's changes for reasons of its own: a weak dictionary, a lock, autocast."""
+    kind = type(value)
+    module = kind.__module__.split(".")[0]
+    return module in ("weakref", "_thread", "functools") or module == "torch" and not isinstance(value, nn.Module)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and (a == b or (a != a and b != b)))
+
+
+def _has_version(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_inference()
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    try:
+        return a.data_ptr() == b.data_ptr()
+    except RuntimeError:  # one of them was made by a tracer
+        return False
+
+
+def _same_states(a: Any, b: Any) -> bool:
+    """Whether two states of random generators are equal."""
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_same_states(x, y) for x, y in zip(a, b))
+    if isinstance(a, dict):
+        return all(_same_states(a[k], b[k]) for k in a)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if hasattr(generator, "get_state") else generator.getstate()
