@@ -113,7 +113,7 @@ class Runner:
         if down:
             values = values[::-1]
         if not values:
-            return _empty(node, span)
+            return _empty(node)
         if rows is None:
             return torch.stack(values)
         if rows.outer != 1:
@@ -126,14 +126,14 @@ def compile(loop: LoopProgram) -> Runner:
     return Runner(loop)
 
 
-def _empty(node: fx.Node, span: Span) -> Tensor:
+def _empty(node: fx.Node) -> Tensor:
     value, rows = node.meta["val"], rows_of(node)
     shape = [int(s) if not isinstance(s, torch.SymInt) else 1 for s in value.shape]
     if rows is None:
         shape = [0, *shape]
     else:
         shape[rows.dim] = 0
-    return torch.empty(shape, dtype=value.dtype, device=span.schedule.device)
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
 def _take(value: Tensor, rows: Rows, members: Tensor | None, size: int | tuple) -> Tensor:

@@ -38,7 +38,8 @@ class StreamStep:
         with torch.no_grad():
             self.capture, self.dependencies = captures.find(program, call)
         self.batch = call.batch
-        self.settings = quick_settings()
+        self.device = _device(call)
+        self.settings = quick_settings(self.device)
         self.types = [(x.shape[1:], x.dtype) for x in call.xs]
         self.out_spec = self.capture.out_spec
         self.sizes = self.capture.sizes(call)
@@ -48,10 +49,10 @@ class StreamStep:
             self._run = _straight(self, call)
 
     def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
-        if torch.is_grad_enabled() or quick_settings() != self.settings or not self.dependencies.unchanged():
+        if torch.is_grad_enabled() or quick_settings(self.device) != self.settings or not self.dependencies.unchanged():
             return None
         for x, (shape, dtype) in zip(xs, self.types):
-            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu:
+            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or x.device != self.device:
                 return None
         return self._run(xs, states)
 
@@ -59,21 +60,26 @@ class StreamStep:
         return self.capture.tensors(self.dependencies)
 
 
-def quick_settings() -> tuple[Any, ...]:
-    """What `dependencies.ambient` tells, on the CPU and without autocast, for which no StreamStep is made."""
-    autocast = torch.is_autocast_enabled("cpu")
+def quick_settings(device: torch.device) -> tuple[Any, ...]:
+    """What `dependencies.ambient` tells, on one device and without autocast, for which no StreamStep is made."""
+    autocast = torch.is_autocast_enabled(device.type)
     return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
 
 
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
     """A StreamStep for calls like this one, or None where there is none."""
     tensors = [*call.xs, *call.initial, *call.constants]
-    if backend not in ("auto", "cpu", "eager") or any(t.device.type != "cpu" or type(t) is not Tensor for t in tensors):
+    device = _device(call)
+    if backend not in ("auto", "cpu", "eager") or any(t.device != device or type(t) is not Tensor for t in tensors):
         return None
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
         return None  # casts stand in the captured graph; running it under autocast would cast again
-    step = StreamStep(program, call, native=backend != "eager")
+    step = StreamStep(program, call, native=backend != "eager" and device.type == "cpu")
     return step if step.capture.forward.graph.batch is not None or step.capture.batch == call.batch else None
+
+
+def _device(call: Call) -> torch.device:
+    return next((t.device for t in (*call.xs, *call.initial, *call.constants)), torch.device("cpu"))
 
 
 def _straight(step: StreamStep, call: Call) -> Any:
