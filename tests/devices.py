@@ -39,9 +39,9 @@ def moved(value: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(_here), value)
 
 
-def skip_on(kind: str, why: str) -> None:
-    """Skips the test that runs, if it runs on a device of this kind."""
-    if _here.type == kind:
+def skip_on(*kinds: str, why: str) -> None:
+    """Skips the test that runs, if it runs on a device of one of these kinds."""
+    if _here.type in kinds:
         pytest.skip(why)
 
 
@@ -57,7 +57,7 @@ def available(asked: str | None) -> list[str]:
 
 
 class MakesOn(TorchFunctionMode):
-    """Tensors whose device nobody names are made on `device`, as after `torch.set_default_device`, with two differences.
+    """Makes tensors whose device nobody names on `device`, as `torch.set_default_device` does, with two differences.
 
     The library itself gets no help but in constructors of modules: where it forgets `device=`, its tensor is made on
     the CPU, as it would be for a user whose default device is the CPU. And numbers of a generator of the CPU are drawn

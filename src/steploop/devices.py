@@ -70,7 +70,7 @@ class explained:
     def _text(self, error: BaseException) -> str:
         given = _devices(flatten(self.given)[0])
         own = _devices(_reached(self.root))
-        found = f"the call's tensors on {given or 'no device'}, its parameters and what it closes over on {own or 'none'}"
+        found = f"the call's tensors on {given or 'none'}, its parameters and what it closes over on {own or 'none'}"
         fix = "create tensors in the step with device=x.device, and move what it closes over there"
         if given and own and given != own:
             whose = "step" if isinstance(self.root, nn.Module) else "module"

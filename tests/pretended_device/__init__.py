@@ -37,6 +37,9 @@ class _Module(types.ModuleType):
     def manual_seed_all(seed: int) -> None:
         """Random numbers are the CPU's, whose seed is set anyway."""
 
+    get_rng_state = staticmethod(lambda *_: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, *_: torch.set_rng_state(state))
+
     @staticmethod
     def _is_in_bad_fork() -> bool:
         return False

@@ -21,7 +21,7 @@ ALLOWED = {
     "view": set(),
     "tree": set(),
     "compiler": {"view", "backends.cpu.stepper"},
-    "backends": {f"compiler.{name}" for name in ("blocks", "graph", "printing", "program", "schedule")} | {"tree"},
+    "backends": {f"compiler.{name}" for name in ("blocks", "graph", "printing", "program", "recording", "schedule")} | {"tree"},
     "front": {"compiler", "backends"},
     "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
     "recipes": {"public"},

@@ -7,6 +7,7 @@ This backend takes every loop; its speed is bounded by one dispatch per operatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -22,6 +23,32 @@ name = "eager"
 def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
     """Why this backend can't take a loop, as (reason, source line). It takes all."""
     return []
+
+
+@dataclass(eq=False)
+class Run:
+    """Steps one after the other on the same rows.
+
+    sequences: for every input that has a value per step, those values, in running order.
+    marks: for every step which of its rows are reset, (rows,) bool; None where none is in any step.
+    hits: for every step whether any is.  back: what each state is reset to, (rows, ...).
+    """
+
+    rows: int
+    count: int
+    states: list[Tensor]
+    constants: list[Tensor]
+    sequences: list[list[Tensor]]
+    marks: list[Tensor] | None = None
+    hits: Sequence[bool] = ()
+    back: list[Tensor] = field(default_factory=list)
+
+    def part(self, begin: int, count: int) -> Run:
+        """`count` of its steps, from `begin` on, with the states as they are now."""
+        some = slice(begin, begin + count)
+        marks = None if self.marks is None else self.marks[some]
+        sequences = [s[some] for s in self.sequences]
+        return Run(self.rows, count, self.states, self.constants, sequences, marks, self.hits[some], self.back)
 
 
 class Runner:
@@ -65,20 +92,22 @@ class Runner:
                 v if place is None else _take(v, place, rows, size)
                 for v, place, i in zip(inputs, places, loop.inputs) if i.kind == "once"
             ]
-            marks = None
-            if flags is not None:
-                hit = span.schedule.reset_steps
-                marks = [flags[k] if hit[k + span.start] else None for k in chosen]
-                back = [_take(r, Rows(0), rows, size) for r in reset_to]
-            body = self._plain
-            extra = ()
-            if marks is not None and any(m is not None for m in marks):
-                body = self._with_resets(down)
-                extra = (marks, *back)
-            part = body(sizes, size if not isinstance(size, tuple) else size[0], len(chosen),
-                        part, constants, sequences, kept, *extra)
+            made = Run(size if not isinstance(size, tuple) else size[0], len(chosen), part, constants, sequences)
+            hits = [span.schedule.reset_steps[k + span.start] for k in chosen] if flags is not None else ()
+            if any(hits):
+                made.marks, made.hits = [flags[k] for k in chosen], hits
+                made.back = [_take(r, Rows(0), rows, size) for r in reset_to]
+            part = self._steps(made, sizes, down, kept)
             full = [_put(f, p, rows, size) if loop.batch is not None else p for f, p in zip(full, part)]
         return full, [self._join(k, node, span, down) for k, node in zip(kept, loop.kept)]
+
+    def _steps(self, run: Run, sizes: dict[str, int], down: bool, kept: list[list[Tensor]]) -> list[Tensor]:
+        """Runs steps on the same rows; appends their kept values and gives the states after them."""
+        given = (sizes, run.rows, run.count, run.states, run.constants, run.sequences, kept)
+        if run.marks is None:
+            return self._plain(*given)
+        marks = [mark if hit else None for mark, hit in zip(run.marks, run.hits)]
+        return self._with_resets(down)(*given, marks, *run.back)
 
     def _with_resets(self, down: bool):
         if down not in self._resetting:

@@ -68,7 +68,10 @@ class NGramScorer(Memory):
         self.node = State(init=tables.number.get(first, 0), dtype=torch.int64)
 
     def encode(self, words: Sequence[str]) -> Tensor:
-        """Token numbers (len(words),) of words, on the device of the scorer's tables; InputError for one that the vocabulary does not have."""
+        """Token numbers (len(words),) of words, on the device of the scorer's tables.
+
+        InputError for a word that the vocabulary does not have.
+        """
         number = {word: i for i, word in enumerate(self.words)}
         missing = [word for word in words if word not in number and "<unk>" not in number]
         if missing:
