@@ -21,7 +21,8 @@ ALLOWED = {
     "view": set(),
     "tree": set(),
     "compiler": {"view", "backends.cpu.stepper"},
-    "backends": {f"compiler.{name}" for name in ("blocks", "graph", "printing", "program", "recording", "schedule")} | {"tree"},
+    "backends": {"tree"}
+    | {f"compiler.{name}" for name in ("blocks", "graph", "printing", "program", "recording", "schedule")},
     "front": {"compiler", "backends"},
     "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
     "recipes": {"public"},

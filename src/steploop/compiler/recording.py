@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 _WAIT = (
     "linalg_", "_linalg", "cholesky", "triangular_solve", "lu_", "ormqr", "geqrf", "bincount", "histc", "unique",
-    "masked_select", "nonzero", "repeat_interleave", "multinomial", "_local_scalar_dense", "_ctc_loss", "_embedding_bag",
+    "masked_select", "nonzero", "repeat_interleave", "multinomial", "_local_scalar_dense", "_ctc_loss",
+    "_embedding_bag",
 )  # fmt: skip
 
 
