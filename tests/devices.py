@@ -90,5 +90,8 @@ class MakesOn(TorchFunctionMode):
 
     @staticmethod
     def _by_the_library() -> bool:
-        caller = sys._getframe(2).f_code
+        frame = sys._getframe(2)
+        while frame.f_code.co_name == "__torch_function__":  # of another mode, which stands between
+            frame = frame.f_back
+        caller = frame.f_code
         return caller.co_filename.startswith(_LIBRARY) and caller.co_name not in _CONSTRUCTORS

@@ -49,7 +49,6 @@ class Backend(str, enum.Enum):
     cpu = "cpu"
     eager = "eager"
     reference = "reference"
-    triton = "triton"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from .errors import InputError, SteploopError, message, raised_at
 from .tree import flatten
 
 # What torch says where an operation gets tensors of several devices: its kernels, its fake tensors, cuDNN.
-_MIXED = re.compile(r"on the same device|same device as|at the same device|two different devices")
+_MIXED = re.compile(r"(on|at) the same device|same device as|two different devices|is not on the expected device")
 
 
 def check_call(program: Program, call: Call) -> None:

@@ -45,7 +45,7 @@ class Loop(nn.Module):
     step:        the Step. Any number of Loops may be made of one.
     batch_first: xs, mask, resets and outputs are (B, T, ...) instead of (T, B, ...).
     reverse:     run from each row's last valid step to its first; outputs[t] still belongs to xs[t].
-    backend:     "auto", "cpu", "triton", "eager" or "reference" (the plain Python loop).
+    backend:     "auto", "cpu", "eager" or "reference" (the plain Python loop).
     save:        what the forward keeps for the backward: "states", "all" or "auto".
 
     Raises StepError for something that is not a well-formed Step, InputError for an unknown choice.
