@@ -112,9 +112,11 @@ def problems(quick: bool) -> list[tuple[Problem, str]]:
     found = [(Problem(c, STEPS, b, h), m) for (h, b), c, m in itertools.product(first, CELLS, ("forward", "training"))]
     if quick:
         found += [(Problem(c, STEPS, b, h), "forward") for c, b, h in (("lstm", 1, 1024), ("lnlstm", 256, 2048))]
+        found += [(Problem(c, STEPS, 1, 512), "stream") for c in ("lstm", "rssm")]
     else:
         half = (Problem(c, STEPS, 64, 1024, torch.bfloat16) for c in CELLS)
         found += [(p, m) for p in half for m in ("forward", "training")]
+        found += [(Problem(c, STEPS, b, 512), "stream") for c in CELLS for b in (1, 64)]
     return found
 
 
@@ -154,7 +156,7 @@ def measured(problem: Problem, mode: str, left: float, problems: int, device: st
 
 
 def _made(way: Way, problem: Problem, module: Any, xs: Any, constants: Any, mode: str, device: str) -> Any:
-    run = way.make(problem, module, xs, constants, mode == "training")
+    run = way.make(problem, module, xs, constants, mode)
     for _ in range(3):  # captures, graphs, compilers
         run()
     timing.wait(device)
@@ -162,13 +164,16 @@ def _made(way: Way, problem: Problem, module: Any, xs: Any, constants: Any, mode
 
 
 def _compared(runs: dict[str, Any], mode: str) -> list[str]:
-    """Which ways do not give what the first one gives (forward only: float32 to 1e-3, halves to 1e-1)."""
-    if mode != "forward" or not runs:
+    """Which ways do not give what the first one gives, in most rows (float32 to 1e-3, halves to 1e-1).
+
+    Not in all rows: a draw of the RSSM may fall otherwise by a rounding, and changes all that follows.
+    """
+    if mode == "training" or not runs:
         return []
     name, *others = runs
     expected, wrong = runs[name]().clone(), []
     for other in others:
-        error = float((runs[other]() - expected).abs().max() / expected.abs().max())
+        error = float((runs[other]() - expected).abs().amax((0, 2)).median() / expected.abs().max())
         if not error <= (1e-3 if expected.dtype == torch.float32 else 1e-1):
             wrong.append(f"{other} differs from the {name} by {error:.1e} of the largest value")
     return wrong

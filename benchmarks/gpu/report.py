@@ -28,7 +28,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         found += ["", "## What things cost", "", *_micro(results["micro"])]
     if "suite" in results:
         found += ["", "## The oracle tests", "", *_suite(results["suite"])]
-    for mode, title in (("forward", "Forward, without gradients"), ("training", "Forward and gradients of parameters")):
+    for mode, title in TITLES.items():
         rows = [row for row in results.get("times", []) if row["mode"] == mode]
         if rows:
             found += ["", f"## {title}", "", *_times(rows)]
@@ -36,6 +36,10 @@ def lines(results: dict[str, Any]) -> list[str]:
     return found
 
 
+TITLES = {
+    "forward": "Forward, without gradients", "training": "Forward and gradients of parameters",
+    "stream": "One step at a time, without gradients",
+}  # fmt: skip
 _SHOWN = {
     "op": ("an operation of torch, queued from Python back to back", 1e6, "us"),
     "replay": ("launching a CUDA graph of one kernel from Python", 1e6, "us"),
@@ -70,9 +74,9 @@ def _suite(suite: dict[str, Any]) -> list[str]:
 
 def _times(rows: list[dict[str, Any]]) -> list[str]:
     """Microseconds per step; in brackets how many times faster than the plain loop (median of paired rounds)."""
-    ways = list({way: None for row in rows for way in (*row["seconds"], *row["blank"])})
+    ways = list(dict.fromkeys(way for row in rows for way in (row["seconds"] | row["blank"])))
     first = ways[0]
-    found = [f"Microseconds per step; in brackets: so many times faster than the {first} (median of paired rounds).", ""]
+    found = [f"Microseconds per step; in brackets: times faster than the {first} (median of paired rounds).", ""]
     found += [f"| cell | type | H | B | T | {' | '.join(ways)} |", "| --- | --- |" + " ---: |" * (3 + len(ways))]
     notes: dict[str, None] = {}
     for row in rows:

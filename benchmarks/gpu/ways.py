@@ -1,6 +1,7 @@
 """The ways to run a recurrent program on a GPU. A backend more is a class more here: a column of every table.
 
-make(problem, module, xs, constants, train) gives a function of no arguments that does the whole work, or raises Blank.
+make(problem, module, xs, constants, mode) gives a function of no arguments that does the whole work, or raises Blank.
+Modes: "forward" (no gradients), "training" (also the gradients of parameters), "stream" (step after step as they come).
 """
 
 from __future__ import annotations
@@ -32,13 +33,18 @@ class Way:
         """A function that gives the outputs (T, B, ...)."""
         raise NotImplementedError
 
-    def make(self, problem: Problem, module: sl.Step, xs: list[Tensor], constants: dict, train: bool) -> Run:
+    def make(self, problem: Problem, module: sl.Step, xs: list[Tensor], constants: dict, mode: str) -> Run:
+        if mode == "stream":
+            return self.stream(problem, module, xs, constants)
         forward = self.forward(problem, module, xs, constants)
-        if not train:
+        if mode == "forward":
             return lambda: _without_gradients(forward)
         parameters = [p for p in self.parameters(module) if p.requires_grad]
         cotangent = torch.randn_like(forward().detach())
         return lambda: torch.autograd.grad(forward(), parameters, cotangent, allow_unused=True)
+
+    def stream(self, problem: Problem, module: sl.Step, xs: list[Tensor], constants: dict[str, Tensor]) -> Run:
+        raise Blank("whole sequences only")
 
     def parameters(self, module: sl.Step) -> list[nn.Parameter]:
         return list(module.parameters())
@@ -69,6 +75,10 @@ class Plain(Way):
 
         return run
 
+    def stream(self, problem, module, xs, constants):
+        forward = self.forward(problem, module, xs, constants)
+        return lambda: _without_gradients(forward)
+
 
 class Steploop(Way):
     """steploop with a backend."""
@@ -79,6 +89,16 @@ class Steploop(Way):
     def forward(self, problem, module, xs, constants):
         loop = sl.Loop(module, backend=self.backend)
         return lambda: loop(*xs, **constants)[0]
+
+    def stream(self, problem, module, xs, constants):
+        stream = sl.Loop(module, backend=self.backend).stream(problem.batch, **constants)
+        first = stream.state
+
+        def run() -> Tensor:
+            stream.state = first
+            return torch.stack([stream(*x) for x in zip(*(x.unbind(0) for x in xs))])
+
+        return lambda: _without_gradients(run)
 
 
 class CuDNN(Way):
@@ -115,9 +135,9 @@ class Graphed(Plain):
 
     name = "plain loop, CUDA graph"
 
-    def make(self, problem, module, xs, constants, train):
-        if train:
-            raise Blank("values only")
+    def make(self, problem, module, xs, constants, mode):
+        if mode != "forward":
+            raise Blank("values of whole sequences only")
         if xs[0].device.type != "cuda":
             raise Blank("needs CUDA")
         from .micro import recorded

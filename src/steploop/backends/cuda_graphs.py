@@ -125,8 +125,8 @@ class Runner(eager.Runner):
         return function
 
     def _given(self, recording: Recording, count: int, kept: list[list[Tensor]]) -> list[Tensor]:
-        results = recording.give()
         states = len(self.loop.prevs)
+        results = recording.give(states, count)
         for i, values in enumerate(kept):
             values.extend(results[states + i * count : states + (i + 1) * count])
         return results[:states]
