@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -46,44 +47,46 @@ class Runner(eager.Runner):
         self._lock = threading.Lock()  # a recording has one set of inputs
         self._place: Any = None
 
-    def _steps(self, run: eager.Run, sizes: dict[str, int], down: bool, kept: list[list[Tensor]]) -> list[Tensor]:
+    def _steps(self, run: eager.Run, sizes: dict[str, int], kept: list[list[Tensor | eager.Joined]]) -> list[Tensor]:
         few = run.count < STEPS[-1] or run.rows == 0
         if few or self.failed or not self.recorder.possible() or not self._lock.acquire(blocking=False):
-            return super()._steps(run, sizes, down, kept)
+            return super()._steps(run, sizes, kept)
         try:
             place = self.recorder.place()
             if self._place is not None and place != self._place:
                 self.recorder.follow(self._place)
             self._place = place
-            return self._in_parts(run, sizes, down, kept)
+            return self._in_parts(run, sizes, kept)
         finally:
             self._lock.release()
 
-    def _in_parts(self, run: eager.Run, sizes: dict[str, int], down: bool, kept: list[list[Tensor]]) -> list[Tensor]:
+    def _in_parts(
+        self, run: eager.Run, sizes: dict[str, int], kept: list[list[Tensor | eager.Joined]]
+    ) -> list[Tensor]:
         fixed = [*run.constants, *run.back]
-        shapes = types_of([*fixed, *run.states, *(s[0] for s in run.sequences)])
-        kind = (down, run.marks is not None, run.rows, tuple(sorted(sizes.items())), shapes, settings())
+        kind = (run.down, run.marks is not None, run.rows, tuple(sorted(sizes.items())), types_of(fixed), settings())
         loaded: set[Hashable] = set()
         begin = 0
         while begin < run.count:
             count = next((n for n in STEPS if n <= run.count - begin), run.count - begin)
-            part = run.part(begin, count)
-            key = (count, kind)
-            recording = self._recording(key, part, fixed, sizes, down) if count in STEPS else None
+            part = run if count == run.count else run.part(begin, count)
+            moving = _moving(part)
+            key = (count, kind, types_of(moving))
+            recording = self._recording(key, part, fixed, sizes) if count in STEPS else None
             if recording is None:
-                run.states = super()._steps(part, sizes, down, kept)
+                run.states = super()._steps(part, sizes, kept)
             else:
                 if key not in loaded:
                     recording.load(fixed)
                     loaded.add(key)
-                recording.load(_moving(part), len(fixed))
+                recording.load(moving, len(fixed))
                 recording.launch()
-                run.states = self._given(recording, count, kept)
+                run.states = self._given(recording, kept)
             begin += count
         return run.states
 
     def _recording(
-        self, key: Hashable, part: eager.Run, fixed: list[Tensor], sizes: dict[str, int], down: bool
+        self, key: Hashable, part: eager.Run, fixed: list[Tensor], sizes: dict[str, int]
     ) -> Recording | None:
         found = self.recordings.get(key)
         if found is not None:
@@ -96,43 +99,38 @@ class Runner(eager.Runner):
             self.recorder.finish()
             self.recordings.popitem(last=False)
         try:
-            found = Recording(self.recorder, self._function(part, sizes, down), [*fixed, *_moving(part)])
+            found = Recording(self.recorder, self._function(part, sizes), [*fixed, *_moving(part)])
         except Exception as error:  # what can't be recorded can still be run
             self.failed = f"{type(error).__name__}: {error}"
             return None
         self.recordings[key] = found
         return found
 
-    def _function(self, like: eager.Run, sizes: dict[str, int], down: bool):
-        """The steps of a run as a function of the tensors [*constants, *back, *states, *sequences, *marks]."""
-        constants, back, states = len(like.constants), len(like.back), len(like.states)
-        count, width = like.count, len(like.sequences)
+    def _function(self, like: eager.Run, sizes: dict[str, int]):
+        """The steps of a run as a function of the tensors [*constants, *back, *states, *packed, marks]: it gives the
+        states after them and the kept values, joined."""
+        lengths = [len(group) for group in (like.constants, like.back, like.states, like.packed)]
+        like = replace(like, states=[], constants=[], packed=[], back=[], hits=[True] * like.count)
 
         def function(inputs: list[Tensor]) -> list[Tensor]:
             rest = iter(inputs)
-
-            def take(number: int) -> list[Tensor]:
-                return [next(rest) for _ in range(number)]
-
-            fixed, reset_to, before = take(constants), take(back), take(states)
-            sequences = [take(count) for _ in range(width)]
-            marks = take(count) if like.marks is not None else None
-            run = eager.Run(like.rows, count, before, fixed, sequences, marks, [True] * count, reset_to)
+            constants, back, states, packed = ([next(rest) for _ in range(n)] for n in lengths)
+            marks = next(rest) if like.marks is not None else None
+            run = replace(like, states=states, constants=constants, packed=packed, back=back, marks=marks)
             kept: list[list[Tensor]] = [[] for _ in self.loop.kept]
-            after = eager.Runner._steps(self, run, sizes, down, kept)
-            return [*after, *(value for values in kept for value in values)]
+            after = eager.Runner._steps(self, run, sizes, kept)
+            return [*after, *(self.join(k, node, run.down) for k, node in zip(kept, self.loop.kept))]
 
         return function
 
-    def _given(self, recording: Recording, count: int, kept: list[list[Tensor]]) -> list[Tensor]:
+    def _given(self, recording: Recording, kept: list[list[Tensor | eager.Joined]]) -> list[Tensor]:
+        results = recording.give()
         states = len(self.loop.prevs)
-        results = recording.give(states, count)
-        for i, values in enumerate(kept):
-            values.extend(results[states + i * count : states + (i + 1) * count])
+        for values, joined in zip(kept, results[states:], strict=True):
+            values.append(eager.Joined(joined))
         return results[:states]
 
 
 def _moving(run: eager.Run) -> list[Tensor]:
     """What every launch reads anew."""
-    steps = [x for sequence in run.sequences for x in sequence]
-    return [*run.states, *steps, *(run.marks or ())]
+    return [*run.states, *run.packed, *([] if run.marks is None else [run.marks])]

@@ -146,13 +146,9 @@ class Recording:
         """Copies inputs to where the recording reads them, from its input number `first` on."""
         copy(self.inputs[first : first + len(inputs)], inputs)
 
-    def give(self, alone: int | None = None, together: int = 1) -> list[Tensor]:
-        """Copies of the results: the first `alone` (None: all) each in memory of its own, the others, of which every
-        `together` have one type, in one piece of memory each."""
-        alone = len(self.results) if alone is None else alone
-        made = [torch.empty_like(t) for t in self.results[:alone]]
-        for first in self.results[alone::together]:
-            made.extend(first.new_empty((together, *first.shape)).unbind(0))
+    def give(self) -> list[Tensor]:
+        """Copies of the results."""
+        made = [torch.empty_like(t) for t in self.results]
         copy(made, self.results)
         return made
 
