@@ -78,7 +78,7 @@ def _times(rows: list[dict[str, Any]]) -> list[str]:
     first = ways[0]
     found = [f"Microseconds per step; in brackets: times faster than the {first} (median of paired rounds).", ""]
     found += [f"| cell | type | H | B | T | {' | '.join(ways)} |", "| --- | --- |" + " ---: |" * (3 + len(ways))]
-    notes: dict[str, None] = {}
+    notes: dict[str, list[str]] = {}
     for row in rows:
         cells = []
         for way in ways:
@@ -90,8 +90,9 @@ def _times(rows: list[dict[str, Any]]) -> list[str]:
                 cells.append(text)
             else:
                 cells.append("-")
-                notes[f"{row['cell']}, {way}: {row['blank'].get(way, '')}"] = None
+                notes.setdefault(f"{way}: {row['blank'].get(way, '')}", []).append(row["cell"])
         sizes = f"{row['cell']} | {row['dtype']} | {row['H']} | {row['B']} | {row['T']}"
         found.append(f"| {sizes} | {' | '.join(cells)} |")
     wrong = [f"- {row['cell']} H={row['H']} B={row['B']}: {text}" for row in rows for text in row.get("wrong", [])]
-    return [*found, "", *(f"- {note}" for note in notes), *wrong]
+    blank = [f"- {note} ({', '.join(dict.fromkeys(cells))})" for note, cells in notes.items()]
+    return [*found, "", *blank, *wrong]

@@ -61,7 +61,7 @@ def test_a_row_says_what_has_no_number_and_what_is_wrong(monkeypatch):
     assert row["blank"] == {"broken": "ValueError: no way"}
     assert len(row["wrong"]) == 1 and row["wrong"][0].startswith("wrong differs")
     text = "\n".join(report._times([row]))
-    assert "| gru | float32 | 8 | 2 | 4 |" in text and "broken: ValueError" in text and "x)" in text
+    assert "| gru | float32 | 8 | 2 | 4 |" in text and "broken: ValueError: no way (gru)" in text and "x)" in text
 
 
 def results_of(product):
