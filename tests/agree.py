@@ -108,7 +108,7 @@ def _gradients(values, root, xs, call):
     generator = torch.Generator().manual_seed(3)
     # Drawn for every result, so that both ways get the same whichever of their results are tracked.
     drawn = [torch.randn(v.shape, generator=generator, dtype=torch.float64) for v in values.values()]
-    cotangents = [d.to(v.dtype) for d, v in zip(drawn, values.values(), strict=True) if v.requires_grad]
+    cotangents = [d.to(v.device, v.dtype) for d, v in zip(drawn, values.values(), strict=True) if v.requires_grad]
     got = torch.autograd.grad(
         tracked, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
     )

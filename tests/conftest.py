@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
+import devices
 import pytest
 import torch
+
+import steploop as sl
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the long property tests")
+    parser.addoption("--device", choices=["cpu", "cuda", "pretended"], help="where tests run; see tests/devices.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.backends.cudnn.allow_tf32 = False  # products of float32 are not TF32 by torch's default; convolutions are
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,6 +29,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "long" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Where a machine has more than a CPU, tests of some folders run once on each device."""
+    found = devices.available(metafunc.config.getoption("--device"))
+    if found != ["cpu"] and Path(metafunc.module.__file__).parent.name in devices.EVERY_DEVICE:
+        metafunc.parametrize("_device", found, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest):
+    device = getattr(request, "param", "cpu")
+    with devices.MakesOn(device) if device != "cpu" else contextlib.nullcontext():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """A test of the native backend, which runs on the CPU only, is skipped on other devices."""
+    try:
+        return (yield)
+    except sl.UnsupportedError as error:
+        if devices.here().type == "cpu" or "the native loop runs on the CPU" not in str(error):
+            raise
+        pytest.skip("the native backend runs on the CPU")
 
 
 @pytest.fixture(autouse=True)

@@ -39,12 +39,16 @@ class Cell(str, enum.Enum):
     lstm = "lstm"
 
 
+class Device(str, enum.Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class Backend(str, enum.Enum):
     auto = "auto"
     cpu = "cpu"
     eager = "eager"
     reference = "reference"
-    triton = "triton"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,6 +97,7 @@ if typer is not None:
     Rate = Annotated[float, typer.Option(help="The highest learning rate of the run.")]
     Seed = Annotated[int, typer.Option(help="Of the weights, dropout and windows.")]
     UsedBackend = Annotated[Backend, typer.Option(help="What runs the loops.")]
+    UsedDevice = Annotated[Device, typer.Option(help="Where the model is trained.")]
     Overwrite = Annotated[bool, typer.Option("--overwrite", help="A model that is in --out may be replaced.")]
 
 
@@ -111,6 +116,7 @@ def train_charlm(
     max_steps: Annotated[int | None, typer.Option(help="Windows to train on, instead of a time.")] = None,
     seed: Seed = 1,
     backend: UsedBackend = Backend.auto,
+    device: UsedDevice = Device.cpu,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")
     ] = False,
@@ -139,6 +145,7 @@ def train_charlm(
         max_steps,
         seed=seed,
         backend=backend.value,
+        device=device.value,
     )
     console = Console()
     console.print(f"{shape}; {len(text):,} characters; {_budget(settings)}.", highlight=False)
@@ -174,6 +181,7 @@ def compare(
     ] = None,
     seed: Seed = 1,
     backend: UsedBackend = Backend.auto,
+    device: UsedDevice = Device.cpu,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a sweep of layers x units, each with the same budget: which model is better, do more layers help?
@@ -194,6 +202,7 @@ def compare(
         max_steps,
         seed=seed,
         backend=backend.value,
+        device=device.value,
     )
     base = Shape(cell.value, embedding=embedding, dropout=dropout)
     console = Console()

@@ -80,7 +80,7 @@ def compare(
         return Difference(name, kind, 0.0, tolerance, axes=axes)
     distance = _distance(a, b)
     worst = int(distance.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), a.shape))
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst, device="cpu"), a.shape))
     error = float(distance.flatten()[worst])
     return Difference(name, kind, error, tolerance, index, axes, a[index].item(), b[index].item())
 

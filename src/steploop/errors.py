@@ -106,6 +106,17 @@ def user_line() -> str:
     return ""
 
 
+def raised_at(error: BaseException) -> str:
+    """'file.py:14' of the innermost line of the user that an error went through, or ''."""
+    found, step = "", error.__traceback__
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith(_NOT_THE_USERS):
+            found = f"{name}:{step.tb_lineno}"
+        step = step.tb_next
+    return found
+
+
 def defined_at(function: Any) -> str:
     """'file.py:14' where a Python function begins ('' for what has no Python source)."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import dispatch, sizing
 from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call, Program, Result
+from .devices import check_call, explained
 from .errors import InputError, StepError, defined_at, describe, message
 from .initial import require
 from .inputs import (
@@ -44,7 +45,7 @@ class Loop(nn.Module):
     step:        the Step. Any number of Loops may be made of one.
     batch_first: xs, mask, resets and outputs are (B, T, ...) instead of (T, B, ...).
     reverse:     run from each row's last valid step to its first; outputs[t] still belongs to xs[t].
-    backend:     "auto", "cpu", "triton", "eager" or "reference" (the plain Python loop).
+    backend:     "auto", "cpu", "eager" or "reference" (the plain Python loop).
     save:        what the forward keeps for the backward: "states", "all" or "auto".
 
     Raises StepError for something that is not a well-formed Step, InputError for an unknown choice.
@@ -89,14 +90,16 @@ class Loop(nn.Module):
         return self._run(xs, arguments)
 
     def _run(self, xs: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[Any, States]:
-        prepared = self.prepare(*xs, **arguments)
-        result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)
-        return prepared.finish(result)
+        with explained(self.step, xs, arguments):
+            prepared = self.prepare(*xs, **arguments)
+            result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)
+            return prepared.finish(result)
 
     def plan(self, *xs: Any, **arguments: Any) -> Any:
         """The Plan by which a call with these arguments runs; `print(loop.plan(xs))` is a table."""
-        prepared = self.prepare(*xs, **arguments)
-        return dispatch.plan(prepared.program, prepared.call, self.backend, self.save)
+        with explained(self.step, xs, arguments):
+            prepared = self.prepare(*xs, **arguments)
+            return dispatch.plan(prepared.program, prepared.call, self.backend, self.save)
 
     def stream(
         self,
@@ -170,6 +173,7 @@ class Loop(nn.Module):
             reverse=self.reverse,
             on_masked=on_masked,
         )
+        check_call(program, call)
         return Prepared(program, call, tree.names, own, self.batch_first, packed)
 
     def _time_major(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import dispatch
 from .compiler.program import Call, Program, Result, StepOutput
+from .devices import check_call, explained
 from .errors import CarryError, InputError, StepError, defined_at, describe, describe_type, message
 from .frame import run_in
 from .inputs import check_plain, checked_lengths, checked_mask
@@ -50,7 +51,8 @@ def scan(
     prepared = prepare_scan(
         fn, init, xs, length=length, reverse=reverse, lengths=lengths, mask=mask, resets=resets
     )
-    return prepared.finish(dispatch.run(prepared.program, prepared.call, backend))
+    with explained(fn, init, xs):
+        return prepared.finish(dispatch.run(prepared.program, prepared.call, backend))
 
 
 def plan(what: Any, *arguments: Any, **options: Any) -> Any:
@@ -61,7 +63,8 @@ def plan(what: Any, *arguments: Any, **options: Any) -> Any:
         return what.plan(*arguments, **options)
     backend = dispatch.checked_backend(options.pop("backend", "auto"))
     prepared = prepare_scan(what, *arguments, **options)
-    return dispatch.plan(prepared.program, prepared.call, backend)
+    with explained(what, arguments):
+        return dispatch.plan(prepared.program, prepared.call, backend)
 
 
 @dataclass(eq=False)
@@ -130,6 +133,7 @@ def prepare_scan(
         statics=[*carry_structure.statics("carry"), *x_structure.statics("x")],
     )
     run.program = program
+    check_call(program, call)
     return PreparedScan(program, call, carry_structure)
 
 

@@ -59,7 +59,9 @@ def start(state: State, sizes: Sizes, batch: Any, room: Any, device: torch.devic
     shape, dtype = sizes.get(state, ((0,), state.dtype or torch.get_default_dtype()))
     if state.grows_with is not None and state in sizes:
         shape = (room, *shape)
-    return state.start(batch, dtype, device, shape) if state in sizes else torch.zeros(batch, 0, dtype=dtype)
+    if state not in sizes:
+        return torch.zeros(batch, 0, dtype=dtype, device=device)
+    return state.start(batch, dtype, device, shape)
 
 
 def find_sizes(
@@ -100,15 +102,15 @@ def find_sizes(
         with mode:
             run(lambda t: mode.from_tensor(t.detach()))
     except Exception:  # Python that looks at values; the plain loop may still run it
-        _run_really(step, run)
+        _run_really(step, run, device)
     return sizing.found
 
 
-def _run_really(step: Step, run: Any) -> None:
+def _run_really(step: Step, run: Any, device: torch.device) -> None:
     """On zeros, leaving no trace in random numbers and buffers."""
     kept = [(buffer, buffer.detach().clone()) for buffer in step.buffers()]
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             run(lambda t: t.detach().clone())
     finally:
         with torch.no_grad():

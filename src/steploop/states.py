@@ -104,9 +104,10 @@ def _row_index(index: Any) -> Any:
     if isinstance(index, (slice, Tensor)):
         return index.reshape(-1) if isinstance(index, Tensor) and index.dim() == 0 else index
     if isinstance(index, int):
-        return torch.tensor([index])
+        return torch.tensor([index], device="cpu")
     values = list(index)
-    return torch.tensor(values, dtype=torch.bool if values and isinstance(values[0], bool) else torch.int64)
+    dtype = torch.bool if values and isinstance(values[0], bool) else torch.int64
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _on_device(index: Any, value: Tensor) -> Any:

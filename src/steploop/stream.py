@@ -11,6 +11,7 @@ from torch import Tensor
 from . import dispatch, sizing
 from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call
+from .devices import check_call, explained
 from .errors import InputError, UnsupportedError, describe, message
 from .initial import own_values, require
 from .inputs import check_constants, checked_mask, constant_leaves, sequences
@@ -111,7 +112,9 @@ class Stream:
         if resets is not None:
             call.resets = self._flags(resets, "resets")
             call.reset_to = require(self._own, self._tree.names)
-        result = dispatch.run(self._program, call, self.loop.backend, self.loop.save)
+        check_call(self._program, call)
+        with explained(self.loop.step, xs, self.constants):
+            result = dispatch.run(self._program, call, self.loop.backend, self.loop.save)
         if mask is None and resets is None and not torch.is_grad_enabled():
             self._prepare(xs, call)
         self._values = result.states

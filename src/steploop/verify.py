@@ -252,7 +252,7 @@ def _gradients(result: Result, targets: list[tuple[str, Tensor]]) -> list[tuple[
     # drawn for every value, reached or not, so that both ways get the same ones
     generator = torch.Generator().manual_seed(0)
     cotangents = [
-        torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device, value.dtype)
+        torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value.device, value.dtype)
         for value in values
     ]
     reached = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]

@@ -215,6 +215,20 @@ def test_texts_that_cannot_be_learned_from(steploop, copy, tmp_path, content, to
     assert contents(copy) == before
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there(steploop, text, tmp_path):
+    ran = steploop("train", "charlm", "--data", text, "--out", tmp_path / "run", "--device", "cuda")
+    assert ran.code == 2
+    assert "torch finds no CUDA device" in ran.err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_a_run_on_a_gpu_goes_on(steploop, text, tmp_path):
+    for more in (("--max-steps", "3"), ("--max-steps", "5", "--resume")):
+        ran = steploop("train", "charlm", "--data", text, "--out", tmp_path, "--device", "cuda", *more, *TINY)
+        assert ran.code == 0, ran.err
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [

@@ -58,7 +58,7 @@ def plain_lstm(cell):
             return h, {"h": h, "c": c}
         weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh, cell.weight_hr]
         hx = tuple(v.unsqueeze(0) for v in hx)
-        _, h, c = torch._VF.lstm(x.unsqueeze(0), hx, weights, True, 1, 0.0, False, False, False)
+        _, h, c = torch._VF.lstm(x.unsqueeze(0), hx, weights, True, 1, 0.0, True, False, False)
         return h[0], {"h": h[0], "c": c[0]}
 
     return step

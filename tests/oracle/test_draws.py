@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import devices
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ def arguments():
 def test_nothing_is_drawn_inside_the_loop(name):
     plan = sl.Loop(Drawing(DRAWS[name])).plan(arguments()[0])
     (loop,) = plan.loops
-    assert loop.backend == "cpu", loop.reasons
+    assert loop.backend == devices.compiled(), loop.reasons
     assert not RANDOM & {op.name for op in loop.ops}
 
 
@@ -70,7 +71,7 @@ def test_nothing_is_drawn_inside_the_loop(name):
 def test_equals_the_plain_loop_on_the_same_numbers(name, save):
     xs, call = arguments()
     step = Drawing(DRAWS[name])
-    drawing = sl.Loop(step, backend="cpu", save=save)
+    drawing = sl.Loop(step, backend=devices.compiled(), save=save)
     found = everything(lambda leaves, rest: drawing(*leaves, **rest), step, (xs,), call)
     replayed = Drawing(None, given=True)
     plain = sl.Loop(replayed, backend="reference")
@@ -99,7 +100,7 @@ def test_distribution(name):
         drawn = DRAWS[name](torch.sigmoid(0 * h + x))
         return h + drawn, drawn
 
-    _, drawn = sl.scan(step, torch.zeros(batch, H), torch.zeros(steps, batch, H), backend="cpu")
+    _, drawn = sl.scan(step, torch.zeros(batch, H), torch.zeros(steps, batch, H), backend=devices.compiled())
     mean, deviation = MOMENTS[name]
     count = drawn.numel()
     assert abs(drawn.mean() - mean) < 5 * deviation / count**0.5
@@ -115,7 +116,7 @@ def test_probabilities_of_every_state_are_its_own():
         return h + 0 * drawn, drawn
 
     rows = probabilities.expand(4000, 5).contiguous()
-    _, drawn = sl.scan(step, rows, torch.zeros(5, 4000, 1), backend="cpu")
+    _, drawn = sl.scan(step, rows, torch.zeros(5, 4000, 1), backend=devices.compiled())
     found = drawn.mean((0, 1))
     assert found[0] == 0 and found[-1] == 1
     assert ((found - probabilities).abs() < 0.02).all()
@@ -135,7 +136,7 @@ def test_several_draws_without_replacement_are_distinct():
 def test_what_is_no_probability_gives_nan(draw):
     h = torch.full((B, H), 0.6)
     with torch.no_grad():
-        carry, _ = sl.scan(lambda h, x: (draw(h), h), h, torch.zeros(1, B, H), backend="cpu")
+        carry, _ = sl.scan(lambda h, x: (draw(h), h), h, torch.zeros(1, B, H), backend=devices.compiled())
     assert carry.isnan().all()
 
 
@@ -151,7 +152,7 @@ def test_dropout_follows_train_and_eval():
             return self.h.next
 
     cell, xs = Cell(), torch.randn(T, B, H)
-    loop, plain = sl.Loop(cell, backend="cpu"), sl.Loop(cell, backend="reference")
+    loop, plain = sl.Loop(cell, backend=devices.compiled()), sl.Loop(cell, backend="reference")
     assert 0.3 < (loop(xs)[0] == 0).double().mean() < 0.7
     cell.eval()
     torch.testing.assert_close(loop(xs)[0], plain(xs)[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 from torch import nn
@@ -172,6 +173,7 @@ def set_up(kind, **options):
 
 def spoiled(x, lengths=None, mask=None, resets=None):
     """x with NaN where no step is valid."""
+    lengths, mask = devices.moved((lengths, mask))
     valid = torch.ones(STEPS, BATCH, dtype=torch.bool) if mask is None else mask
     valid = valid if lengths is None else valid & (torch.arange(STEPS)[:, None] < lengths)
     return x.detach().masked_fill(~valid.unsqueeze(-1), float("nan")).requires_grad_()

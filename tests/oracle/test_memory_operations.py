@@ -7,6 +7,7 @@ import inspect
 import sys
 from pathlib import Path
 
+import devices
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -42,6 +43,7 @@ def set_up(case: Case):
 
 
 def valid_of(lengths=None, mask=None, resets=None):
+    lengths, mask = devices.moved((lengths, mask))
     valid = torch.ones(STEPS, BATCH, dtype=torch.bool) if mask is None else mask
     return valid if lengths is None else valid & (torch.arange(STEPS)[:, None] < lengths)
 

@@ -76,9 +76,9 @@ def test_self_attention_with_key_shift():
             return self.attention(*[part.flatten(-2) for part in parts])
 
     y, _ = sl.Loop(PerHead())(x, lengths=LENGTHS)
-    table = attention.relative_keys.detach().numpy()
+    table = attention.relative_keys.detach().cpu().numpy()
     for b, length in enumerate(LENGTHS):
-        split = (x[:length, b] @ qkv).reshape(int(length), heads, -1).numpy()
+        split = (x[:length, b] @ qkv).reshape(int(length), heads, -1).cpu().numpy()
         q, k, v = np.split(split, [key // heads, 2 * (key // heads)], -1)
         q = q * (key // heads) ** -0.5
         for t in range(length):
@@ -139,13 +139,13 @@ def test_two_d_lstm_pools_padded_positions_as_zeros(pooling):
     y, _ = sl.Loop(step)(target, **given)
     grid, _ = step.lstm(target, **given)
     assert not grid[:, 1, 2:].any()
-    h, weight = grid.detach().numpy(), step.weight.detach().numpy()
+    h, weight = grid.detach().cpu().numpy(), step.weight.detach().cpu().numpy()
     if pooling == "max":
         expected = h.max(2)
     elif pooling == "average":
-        expected = h.sum(2) / lengths.numpy()[:, None]
+        expected = h.sum(2) / lengths.cpu().numpy()[:, None]
     else:
-        energies = np.einsum("tbf,fn,tbsn->tbs", target.detach().numpy(), weight, h)
+        energies = np.einsum("tbf,fn,tbsn->tbs", target.detach().cpu().numpy(), weight, h)
         expected = np.einsum("tbs,tbsn->tbn", softmax(energies), h)
     torch.testing.assert_close(y.detach(), torch.tensor(expected))
     agree(step, target, backend="auto", **given)
@@ -187,6 +187,6 @@ def test_running_sums_from_the_end():
     x = torch.randn(STEPS, BATCH, 2)
     y, _ = sl.Loop(memory.CumSum(), reverse=True)(x, lengths=LENGTHS)
     for b, length in enumerate(LENGTHS):
-        expected = np.cumsum(x[:length, b].numpy()[::-1], 0)[::-1].copy()
+        expected = np.cumsum(x[:length, b].cpu().numpy()[::-1], 0)[::-1].copy()
         torch.testing.assert_close(y[:length, b], torch.tensor(expected))
         assert not y[length:, b].any()

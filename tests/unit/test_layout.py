@@ -11,8 +11,8 @@ import steploop
 
 ROOT = Path(steploop.__file__).parent
 FRONT = {
-    "arguments", "closed_over", "compare", "dispatch", "frame", "initial", "inputs", "loop", "packed", "scan",
-    "replay", "share", "sizing", "state", "states", "step", "step_program", "stream", "tree", "verify",
+    "arguments", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "loop", "packed",
+    "scan", "replay", "share", "sizing", "state", "states", "step", "step_program", "stream", "tree", "verify",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}
 # What the modules of a part may import besides errors and their own part.
@@ -21,7 +21,8 @@ ALLOWED = {
     "view": set(),
     "tree": set(),
     "compiler": {"view", "backends.cpu.stepper"},
-    "backends": {f"compiler.{name}" for name in ("blocks", "graph", "printing", "program", "schedule")} | {"tree"},
+    "backends": {"tree"}
+    | {f"compiler.{name}" for name in ("blocks", "graph", "printing", "program", "recording", "schedule")},
     "front": {"compiler", "backends"},
     "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
     "recipes": {"public"},

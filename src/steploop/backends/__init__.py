@@ -5,8 +5,7 @@ from __future__ import annotations
 # name -> what it is, in words (messages and `steploop doctor` show them)
 BACKENDS: dict[str, str] = {
     "auto": "native where a loop can be taken natively, else eager; per loop",
-    "cpu": "native C++ loops",
-    "triton": "Triton kernels",
-    "eager": "batched pieces run by torch, a Python loop over the rest",
+    "cpu": "native C++ loops, on the CPU",
+    "eager": "batched pieces run by torch, a Python loop over the rest; any device",
     "reference": "the plain Python loop over the step",
 }

@@ -7,6 +7,7 @@ This backend takes every loop; its speed is bounded by one dispatch per operatio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -22,6 +23,79 @@ name = "eager"
 def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
     """Why this backend can't take a loop, as (reason, source line). It takes all."""
     return []
+
+
+@dataclass(eq=False)
+class Run:
+    """Steps one after the other on the same rows.
+
+    down: they run from the last to the first.
+    packed: every input that has a value per step, the values of these steps in one tensor, upwards.
+    places: where its rows are.
+    marks: which rows are reset at which step, (count * rows,) bool; None where none is at any.
+    hits: for every step whether any is, in running order.  back: what each state is reset to, (rows, ...).
+    """
+
+    rows: int
+    count: int
+    down: bool
+    states: list[Tensor]
+    constants: list[Tensor]
+    packed: list[Tensor]
+    places: list[Rows | None]
+    marks: Tensor | None = None
+    hits: Sequence[bool] = ()
+    back: list[Tensor] = field(default_factory=list)
+
+    def part(self, begin: int, count: int) -> Run:
+        """`count` of its steps, from number `begin` in running order on, with the states as they are now."""
+        first = self.count - begin - count if self.down else begin
+        marks = None if self.marks is None else _steps_of(self.marks, Rows(0), first, count, self.rows)
+        packed = [_steps_of(p, place, first, count, self.rows) for p, place in zip(self.packed, self.places)]
+        hits = self.hits[begin : begin + count]
+        return replace(self, count=count, packed=packed, marks=marks, hits=hits)
+
+    def sequences(self) -> list[Sequence[Tensor]]:
+        """For every such input its values, in running order."""
+        steps = (_one_by_one(p, place, self.count, self.rows) for p, place in zip(self.packed, self.places))
+        return list(map(self._in_order, steps))
+
+    def marks_or_none(self) -> list[Tensor | None]:
+        """For every step its marks, in running order, where any row is reset."""
+        steps = self._in_order(_one_by_one(self.marks, Rows(0), self.count, self.rows))
+        return [mark if hit else None for mark, hit in zip(steps, self.hits)]
+
+    def _in_order(self, steps: Sequence[Tensor]) -> Sequence[Tensor]:
+        return steps[::-1] if self.down else steps
+
+
+def _steps_of(packed: Tensor, place: Rows | None, first: int, count: int, rows: int) -> Tensor:
+    """Some steps of a tensor that holds the values of many, each of `rows` rows."""
+    if place is None:
+        return packed.narrow(0, first, count)
+    size = rows * place.inner
+    if place.outer == 1:
+        return packed.narrow(place.dim, first * size, count * size)
+    wide = packed.unflatten(place.dim, (place.outer, -1)).narrow(place.dim + 1, first * size, count * size)
+    return wide.flatten(place.dim, place.dim + 1)
+
+
+def _one_by_one(packed: Tensor, place: Rows | None, count: int, rows: int) -> Sequence[Tensor]:
+    """The values of all its steps."""
+    if place is None:
+        return packed.unbind(0)
+    sizes = [rows * place.inner] * count
+    if place.outer == 1:
+        return packed.split(sizes, place.dim)
+    parts = packed.unflatten(place.dim, (place.outer, -1)).split(sizes, place.dim + 1)
+    return [p.flatten(place.dim, place.dim + 1) for p in parts]
+
+
+@dataclass(eq=False)
+class Joined:
+    """The kept values of several steps, as `Runner.join` gives them."""
+
+    values: Tensor
 
 
 class Runner:
@@ -50,35 +124,37 @@ class Runner:
         """
         loop = self.loop
         full = list(states)
-        kept: list[list[Tensor]] = [[] for _ in loop.kept]
+        kept: list[list[Tensor | Joined]] = [[] for _ in loop.kept]
         steps = range(span.start, span.stop)
         resets = span.schedule.resets is not None and reset_to is not None
         places = [i.rows if i.rows is None else i.rows.at(sizes) for i in loop.inputs]
-        split = [self._split(value, rows, i.kind, span) for value, rows, i in zip(inputs, places, loop.inputs)]
-        flags = list(span.resets.split(span.sizes)) if resets else None
+        moving = [(v, place) for v, place, i in zip(inputs, places, loop.inputs) if i.kind == "step"]
         for size, run in groupby(reversed(steps) if down else steps, key=self._group(span)):
-            chosen = [k - span.start for k in run]
+            chosen = list(run)
             rows = self._rows(span, chosen[0])
             part = [_take(s, Rows(0), rows, size) if loop.batch is not None else s for s in full]
-            sequences = [[s[k] for k in chosen] for s, i in zip(split, loop.inputs) if i.kind == "step"]
             constants = [
                 v if place is None else _take(v, place, rows, size)
                 for v, place, i in zip(inputs, places, loop.inputs) if i.kind == "once"
             ]
-            marks = None
-            if flags is not None:
-                hit = span.schedule.reset_steps
-                marks = [flags[k] if hit[k + span.start] else None for k in chosen]
-                back = [_take(r, Rows(0), rows, size) for r in reset_to]
-            body = self._plain
-            extra = ()
-            if marks is not None and any(m is not None for m in marks):
-                body = self._with_resets(down)
-                extra = (marks, *back)
-            part = body(sizes, size if not isinstance(size, tuple) else size[0], len(chosen),
-                        part, constants, sequences, kept, *extra)
+            first, last = min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1])
+            packed = [_between(v, place, span, first, last + 1) for v, place in moving]
+            number = size if not isinstance(size, tuple) else size[0]
+            made = Run(number, len(chosen), down, part, constants, packed, [place for _, place in moving])
+            hits = [span.schedule.reset_steps[k] for k in chosen] if resets else ()
+            if any(hits):
+                made.marks, made.hits = _between(span.resets, Rows(0), span, first, last + 1), hits
+                made.back = [_take(r, Rows(0), rows, size) for r in reset_to]
+            part = self._steps(made, sizes, kept)
             full = [_put(f, p, rows, size) if loop.batch is not None else p for f, p in zip(full, part)]
-        return full, [self._join(k, node, span, down) for k, node in zip(kept, loop.kept)]
+        return full, [self.join(k, node, down) for k, node in zip(kept, loop.kept)]
+
+    def _steps(self, run: Run, sizes: dict[str, int], kept: list[list[Tensor | Joined]]) -> list[Tensor]:
+        """Runs steps on the same rows; appends their kept values and gives the states after them."""
+        given = (sizes, run.rows, run.count, run.states, run.constants, run.sequences(), kept)
+        if run.marks is None:
+            return self._plain(*given)
+        return self._with_resets(run.down)(*given, run.marks_or_none(), *run.back)
 
     def _with_resets(self, down: bool):
         if down not in self._resetting:
@@ -95,25 +171,22 @@ class Runner:
 
     def _rows(self, span: Span, k: int) -> Tensor | None:
         members = span.schedule.members
-        return None if members is None else members[k + span.start]
+        return None if members is None else members[k]
 
-    def _split(self, value: Tensor, rows: Rows | None, kind: str, span: Span):
-        if kind == "once":
-            return None
-        if rows is None:
-            return value.unbind(0)
-        if rows.outer != 1:
-            wide = value.unflatten(rows.dim, (rows.outer, -1))
-            parts = wide.split([s * rows.inner for s in span.sizes], rows.dim + 1)
-            return [p.flatten(rows.dim, rows.dim + 1) for p in parts]
-        return value.split([s * rows.inner for s in span.sizes], rows.dim)
-
-    def _join(self, values: list[Tensor], node: fx.Node, span: Span, down: bool) -> Tensor:
+    def join(self, values: Sequence[Tensor | Joined], node: fx.Node, down: bool) -> Tensor:
+        """The values of a node at all steps, given in running order, as one tensor, upwards."""
         rows = rows_of(node)
         if down:
             values = values[::-1]
         if not values:
-            return _empty(node, span)
+            return _empty(node)
+        if any(isinstance(v, Joined) for v in values):
+            single = (lambda v: v.unsqueeze(0)) if rows is None else (lambda v: v)
+            values = [v.values if isinstance(v, Joined) else single(v) for v in values]
+            if len(values) == 1:
+                return values[0]
+            if rows is None:
+                return torch.cat(values)
         if rows is None:
             return torch.stack(values)
         if rows.outer != 1:
@@ -126,14 +199,24 @@ def compile(loop: LoopProgram) -> Runner:
     return Runner(loop)
 
 
-def _empty(node: fx.Node, span: Span) -> Tensor:
+def _between(value: Tensor, place: Rows | None, span: Span, begin: int, end: int) -> Tensor:
+    """What a tensor with the values of a span's steps holds of the steps begin .. end - 1."""
+    if begin == span.start and end == span.stop:
+        return value
+    if place is None:
+        return value[begin - span.start : end - span.start]
+    offsets = span.schedule.offsets
+    return _steps_of(value, place, offsets[begin] - span.first, offsets[end] - offsets[begin], 1)
+
+
+def _empty(node: fx.Node) -> Tensor:
     value, rows = node.meta["val"], rows_of(node)
     shape = [int(s) if not isinstance(s, torch.SymInt) else 1 for s in value.shape]
     if rows is None:
         shape = [0, *shape]
     else:
         shape[rows.dim] = 0
-    return torch.empty(shape, dtype=value.dtype, device=span.schedule.device)
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
 def _take(value: Tensor, rows: Rows, members: Tensor | None, size: int | tuple) -> Tensor:

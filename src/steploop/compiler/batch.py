@@ -150,7 +150,7 @@ class Piece:
 
         def empty(value: Tensor) -> Tensor:
             shape = [size_at(expression(n), known) for n in value.shape]
-            return torch.zeros(shape, dtype=value.dtype, device=rowwise.span.schedule.device)
+            return torch.zeros(shape, dtype=value.dtype, device=value.device)
 
         return tree_map_only(Tensor, empty, node.meta["val"])
 
@@ -407,7 +407,7 @@ class StackedPiece:
                 mapped = torch.func.vmap(lambda *a: function(sizes, a), in_dims, randomness="different")
                 outputs = mapped(*arguments)
             else:  # random numbers from nothing
-                dummy = torch.empty(rowwise.steps)
+                dummy = torch.empty(rowwise.steps, device="cpu")
                 mapped = torch.func.vmap(lambda _, *a: function(sizes, a), (0, *in_dims), randomness="different")
                 outputs = mapped(dummy, *arguments)
             known.update(zip(made, outputs))
@@ -420,7 +420,10 @@ def _parts(node: fx.Node) -> Sequence[Any]:
 
 
 def _empty_stack(node: fx.Node) -> Any:
-    return tree_map_only(Tensor, lambda v: torch.empty((0, *map(int, v.shape)), dtype=v.dtype), node.meta["val"])
+    def empty(value: Tensor) -> Tensor:
+        return torch.empty((0, *map(int, value.shape)), dtype=value.dtype, device=value.device)
+
+    return tree_map_only(Tensor, empty, node.meta["val"])
 
 
 def _runs(nodes: Sequence[fx.Node], delayed: dict[fx.Node, State]) -> list[Any]:

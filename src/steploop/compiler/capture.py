@@ -535,6 +535,13 @@ def _user_line() -> str:
     return ""
 
 
+class _Traceable(TorchFunctionMode):
+    """Runs what no tracer can follow as something that means the same."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _TRACED_AS.get(function, function)(*args, **(kwargs or {}))
+
+
 class _Lines(TorchFunctionMode):
     """Writes the user's source line on every node that is traced, those of the backward pass included.
 
@@ -634,10 +641,32 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return tensor.new_zeros((*tensor.shape, num_classes)).scatter(-1, tensor.unsqueeze(-1), 1)
 
 
+def _lstm_cell(x: Tensor, hx: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Any:
+    """torch's own formula on the CPU. Elsewhere torch has one kernel for it, of which no part can leave the loop."""
+    if x.device.type == "cpu":
+        return torch.lstm_cell(x, hx, w_ih, w_hh, *biases)
+    b_ih, b_hh = biases or (None, None)
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(hx[0], w_hh, b_hh)).chunk(4, 1)
+    c = torch.sigmoid(f) * hx[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Tensor:
+    """As `_lstm_cell`."""
+    if x.device.type == "cpu":
+        return torch.gru_cell(x, h, w_ih, w_hh, *biases)
+    b_ih, b_hh = biases or (None, None)
+    x_r, x_z, x_n = F.linear(x, w_ih, b_ih).chunk(3, 1)
+    h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, 1)
+    z, n = torch.sigmoid(x_z + h_z), torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    return n + z * (h - n)
+
+
 # LAPACK's check for singular matrices reads values, which a trace has not: without it they give inf and nan.
 _TRACED_AS: dict[Any, Callable[..., Tensor]] = {
     torch.linalg.solve: _unchecked("solve_ex"), torch.linalg.inv: _unchecked("inv_ex"),
     torch.inverse: _unchecked("inv_ex"), Tensor.inverse: _unchecked("inv_ex"),
     torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
-    Tensor.cholesky: _unchecked("cholesky_ex"), F.one_hot: _one_hot,
+    Tensor.cholesky: _unchecked("cholesky_ex"), F.one_hot: _one_hot, torch.lstm_cell: _lstm_cell,
+    torch.gru_cell: _gru_cell,
 }  # fmt: skip

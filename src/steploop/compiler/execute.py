@@ -271,7 +271,7 @@ class _Runner:
         shape = self._shape(node)
         if node.meta["rows"] is None:
             shape = [self.schedule.steps, *shape]
-        return blocks.empty(shape, node.meta["val"].dtype, self.schedule.device)
+        return blocks.empty(shape, node.meta["val"].dtype, node.meta["val"].device)
 
     def _shape(self, node: fx.Node) -> list[int]:
         """The shape of a value of all steps."""

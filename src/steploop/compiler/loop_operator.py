@@ -61,7 +61,7 @@ class Layout:
 
 @dataclass(eq=False)
 class _Known:
-    """The schedule of the last call. marks: copies of its lengths, mask and resets.
+    """The schedule of the last call. marks: copies of its lengths, mask and resets, on the CPU.
 
     What they hold counts, not which tensors they are: memory shared with numpy changes unseen by torch.
     """
@@ -76,7 +76,7 @@ class _Known:
             return False
         pairs = list(zip(self.marks, marks))
         same = all((a is None) == (b is None) for a, b in pairs)
-        return same and all(a is None or a.device == b.device and torch.equal(a, b) for a, b in pairs)
+        return same and all(a is None or torch.equal(a, b) for a, b in pairs)
 
 
 @dataclass(eq=False)
@@ -110,11 +110,12 @@ class Invocation:
     def schedule(self, tensors: Sequence[Tensor], steps: int, batch: int) -> Schedule:
         parts = self.layout.split(tensors)
         batch = 1 if self.capture.forward.graph.batch is None else batch
-        marks = [parts["lengths"], parts["mask"], parts["resets"]]
+        # They are looked at on the CPU, for which each is moved there once a call.
+        marks = [None if (m := parts[name]) is None else m.cpu() for name in ("lengths", "mask", "resets")]
         known = self._schedule  # read once: another thread may put its own there
         if known is not None and known.fits(steps, batch, marks):
             return known.schedule
-        device = next((t.device for t in (*parts["xs"], *parts["initial"], *parts["captured"])), torch.device("cpu"))
+        device = _device(parts)
         schedule = make_schedule(
             steps, batch, device, *marks, reverse=self.reverse, repeat=self.on_masked == "repeat",
             mixes_rows=self.mixing,
@@ -273,10 +274,15 @@ class Invocation:
             if schedule.resets is None:
                 continue
             total = value.new_zeros(schedule.batch, *value.shape[1:])
-            marked = schedule.resets.nonzero()[:, 0]
+            marked = schedule.marks.nonzero()[:, 0].to(schedule.device)
             total.index_add_(0, schedule.row[marked], value[marked])
             found[i] = schedule.unsort(total)
         return found
+
+
+def _device(parts: dict[str, Any]) -> torch.device:
+    given = (*parts["xs"], *parts["initial"], *parts["constants"], *parts["captured"])
+    return next((t.device for t in given), torch.device("cpu"))
 
 
 def _joint_sizes(capture: Capture, call: Call) -> dict[str, int]:
@@ -354,6 +360,10 @@ def _loop_fake(tensors: list[Tensor], handle: int, steps: Any, batch: Any) -> li
     like = next(iter(tensors))
     sizes = invocation._sizes(parts, batch)
 
+    def empty(sizes: list[Any], node: fx.Node) -> Tensor:
+        value = node.meta["val"]
+        return like.new_empty(sizes, dtype=value.dtype, device=value.device)
+
     def shape(node: fx.Node, drop: bool) -> list[Any]:
         found = [_concrete(expression(s), sizes) for s in node.meta["val"].shape]
         return found[1:] if drop else found
@@ -362,7 +372,7 @@ def _loop_fake(tensors: list[Tensor], handle: int, steps: Any, batch: Any) -> li
     made = []
     for node in step.outputs[: invocation.forward.outputs]:
         feature = shape(node, not stacked)
-        made.append(like.new_empty([steps, *([] if stacked else [batch]), *feature], dtype=node.meta["val"].dtype))
+        made.append(empty([steps, *([] if stacked else [batch]), *feature], node))
     for state in parts["initial"]:
         made.append(torch.empty_like(state, memory_format=torch.contiguous_format))
     if not invocation.nested:
@@ -374,7 +384,7 @@ def _loop_fake(tensors: list[Tensor], handle: int, steps: Any, batch: Any) -> li
                     full = [steps, *full]
                 else:
                     full[rows.dim] = full[rows.dim] * steps
-                made.append(like.new_empty(full, dtype=node.meta["val"].dtype))
+                made.append(empty(full, node))
     return made
 
 

@@ -320,7 +320,7 @@ def _add_missing_gradients(step: StepGraph, states: list[int]) -> None:
         if step.grad_prevs[i] is None:
             like = step.ct_nexts[i].meta["val"]
             sizes = [e if isinstance(e, int) else Size(e) for e in map(expression, like.shape)]
-            last = output or next(reversed(step.graph.nodes))
+            last = output or next(iter(reversed(step.graph.nodes)))
             with step.graph.inserting_before(last) if output else step.graph.inserting_after(last):
                 zero = step.graph.call_function(
                     aten.zeros.default, (sizes,), {"dtype": like.dtype, "device": like.device}

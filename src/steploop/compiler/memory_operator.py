@@ -275,7 +275,7 @@ class SequenceRunner:
             value, summed = node.meta["val"], node.meta["rows"] is None
             feature = [int(s) for s in value.shape[0 if summed else 1 :]]
             rows = 1 if summed else span.schedule.batch if is_whole(node) else 0
-            kept.append(torch.zeros([rows, *feature], dtype=value.dtype, device=span.schedule.device))
+            kept.append(torch.zeros([rows, *feature], dtype=value.dtype, device=value.device))
         return [known[p] for p in self.loop.prevs], kept
 
     def _values(self, known: dict, resets: dict, dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
@@ -403,12 +403,10 @@ class Dense:
     def at_resets(self, value: Tensor) -> Tensor:
         """(B, ...) as packed values whose sum over the resets of each row it is."""
         packed = value.new_zeros(self.span.total, *value.shape[1:])
-        if self.span.resets is not None:
-            marked = self.span.resets.nonzero()[:, 0].flip(0)
-            rows = self.span.row[marked]
-            first = torch.full((self.batch,), -1, dtype=torch.long, device=value.device)
-            first[rows] = marked
-            has = first >= 0
+        if (hits := self.span.hits) is not None:
+            none = torch.full((self.batch,), self.span.total, dtype=torch.long, device=value.device)
+            first = none.scatter_reduce(0, self.span.row[hits], hits, "amin")
+            has = first < self.span.total
             packed[first[has]] = value[has]
         return packed
 

@@ -335,6 +335,9 @@ def chooser(backend: str) -> Callable[[LoopProgram, Callable[..., LoopProgram | 
                 raise
             name, reasons = "eager", [*reasons, (f"its kernel could not be built: {error}", "")]
             runner = backend_module(name).compile(loop)
+        graphs = backend_module("cuda_graphs") if (backend, name) == ("auto", "eager") else None
+        if graphs is not None and graphs.takes(loop):
+            runner, loop.launched = graphs.compile(loop), "in CUDA graphs"
         loop.backend = name
         loop.reasons = reasons
         return runner

@@ -32,7 +32,7 @@ class Op:
 @dataclass(frozen=True)
 class PlannedLoop:
     """One loop. states: paths of its States.  backend: what runs it.  reasons: why faster backends do not.
-    kind: "linear recurrence" where it is one, else ""."""
+    kind: "linear recurrence" where it is one, else "".  launched: "in CUDA graphs" where it is, else ""."""
 
     index: int
     ops: list[Op]
@@ -40,6 +40,7 @@ class PlannedLoop:
     backend: str
     reasons: list[str]
     kind: str = ""
+    launched: str = ""
 
 
 @dataclass(eq=False)
@@ -169,7 +170,8 @@ def _planned(loop: Loop, number: int, mixing: dict[fx.Node, str]) -> PlannedLoop
     backend = getattr(program, "backend", "")
     reasons = [f"{line}: {text}" if line else text for text, line in getattr(program, "reasons", [])]
     kind = "linear recurrence" if is_linear_recurrence(program) else ""
-    return PlannedLoop(number, ops, [s.name for s in loop.states], backend, reasons, kind)
+    launched = getattr(program, "launched", "")
+    return PlannedLoop(number, ops, [s.name for s in loop.states], backend, reasons, kind, launched)
 
 
 def recurrence(node: fx.Node, loop: Loop) -> str:
@@ -223,7 +225,7 @@ def _table(plan: Plan) -> list[str]:
     groups: list[tuple[str, list[Op]]] = [("before", plan.before)]
     for loop in plan.loops:
         states = ", ".join(loop.states) or "no state"
-        kind = f"  ({loop.kind})" if loop.kind else ""
+        kind = "".join(f"  ({text})" for text in (loop.kind, loop.launched) if text)
         groups.append((f"loop {loop.index}  [{loop.backend or 'not chosen'}]  states: {states}{kind}", loop.ops))
     groups.append(("after", plan.after))
     rows = [(title, _grouped(ops)) for title, ops in groups]

@@ -12,13 +12,15 @@ each step (`members`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from . import blocks
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(eq=False)
@@ -32,7 +34,7 @@ class Schedule:
     previous: (N,) where the value of the previous step of the row is, in the B initial rows followed by the N
         packed rows; None when all rows run all steps (then it is a shift by B).
     last: (B,) where the last value of each sorted row is, in the same numbering; None likewise.
-    resets: (N,) bool or None.
+    resets: (N,) bool or None; `marks` is the same on the CPU, where it can be looked at without waiting for a device.
     members: for steps that mix rows, the sorted rows of each step; None where they are rows 0 .. size-1.
     time: T of the caller's sequence.
     """
@@ -42,7 +44,7 @@ class Schedule:
     sizes: list[int]
     offsets: list[int]
     time: int
-    device: torch.device
+    device: torch.device = _CPU
     order: Tensor | None = None
     source: Tensor | None = None
     previous: Tensor | None = None
@@ -50,6 +52,7 @@ class Schedule:
     resets: Tensor | None = None
     members: list[Tensor] | None = None
     repeat: Tensor | None = None
+    marks: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -64,26 +67,46 @@ class Schedule:
     def row(self) -> Tensor:
         """(N,) the sorted row of each packed row."""
         if self.members is not None:
-            return torch.cat(self.members) if self.members else torch.empty(0, dtype=torch.long)
-        sizes = torch.tensor(self.sizes, dtype=torch.long)
-        starts = torch.tensor(self.offsets[:-1], dtype=torch.long)
-        row = torch.arange(self.total) - torch.repeat_interleave(starts, sizes)
+            return torch.cat(self.members) if self.members else torch.empty(0, dtype=torch.long, device=self.device)
+        sizes = torch.tensor(self.sizes, dtype=torch.long, device="cpu")
+        starts = torch.tensor(self.offsets[:-1], dtype=torch.long, device="cpu")
+        row = torch.arange(self.total, device="cpu") - torch.repeat_interleave(starts, sizes)
         return row.to(self.device)
 
     @cached_property
     def step(self) -> Tensor:
         """(N,) the running step of each packed row."""
-        sizes = torch.tensor(self.sizes, dtype=torch.long)
-        return torch.repeat_interleave(torch.arange(self.steps), sizes).to(self.device)
+        return self._step_on_cpu.to(self.device)
+
+    @cached_property
+    def _step_on_cpu(self) -> Tensor:
+        sizes = torch.tensor(self.sizes, dtype=torch.long, device="cpu")
+        return torch.repeat_interleave(torch.arange(self.steps, device="cpu"), sizes)
 
     @cached_property
     def reset_steps(self) -> list[bool]:
         """Whether any row is reset before each step."""
-        if self.resets is None:
+        if self.marks is None:
             return [False] * self.steps
-        hit = torch.zeros(self.steps, dtype=torch.bool, device=self.device)
-        hit[self.step[self.resets]] = True
+        hit = torch.zeros(self.steps, dtype=torch.bool, device="cpu")
+        hit[self._step_on_cpu[self.marks]] = True
         return hit.tolist()
+
+    def on(self, device: torch.device) -> Schedule:
+        """The same schedule with its indices on a device."""
+        if device == self.device:
+            return self
+
+        def moved(index: Tensor | None) -> Tensor | None:
+            return None if index is None else index.to(device)
+
+        members = self.members
+        if members:  # one copy instead of one for every step
+            members = list(torch.cat(members).to(device).split(self.sizes))
+        return replace(
+            self, device=device, order=moved(self.order), source=moved(self.source), previous=moved(self.previous),
+            last=moved(self.last), resets=moved(self.resets), repeat=moved(self.repeat), members=members,
+        )  # fmt: skip
 
     def sort(self, value: Tensor) -> Tensor:
         """(B, ...) in the caller's row order -> sorted."""
@@ -162,24 +185,27 @@ def make_schedule(
     repeat: bool = False,
     mixes_rows: bool = False,
 ) -> Schedule:
-    """The schedule of a call; see `Call` for the arguments."""
+    """The schedule of a call; see `Call` for the arguments.
+
+    It is made on the CPU, where its sizes have to be known, and its indices are moved to the device at the end.
+    """
     valid = valid_steps(time, batch, lengths, mask)
     if valid is None or bool(valid.all()):
-        schedule = _full(time, batch, device, reverse)
+        schedule = _full(time, batch, reverse)
     elif mixes_rows:
-        schedule = _in_real_time(valid, device, reverse, repeat)
+        schedule = _in_real_time(valid, reverse, repeat)
     else:
-        schedule = _compact(valid, device, reverse, repeat)
-    if resets is not None and bool(resets.any()):
-        schedule.resets = schedule.pack(resets.to(device))
-    return schedule
+        schedule = _compact(valid, reverse, repeat)
+    if resets is not None and bool((resets := resets.cpu()).any()):
+        schedule.resets = schedule.marks = schedule.pack(resets)
+    return schedule.on(device)
 
 
 def valid_steps(time: int, batch: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """(T, B) bool on the CPU, or None when every step is valid."""
     valid = None
     if lengths is not None:
-        valid = torch.arange(time)[:, None] < lengths.cpu()[None, :]
+        valid = torch.arange(time, device="cpu")[:, None] < lengths.cpu()[None, :]
     if mask is not None:
         valid = mask.cpu() if valid is None else valid & mask.cpu()
     return valid
@@ -192,75 +218,73 @@ def _offsets(sizes: list[int]) -> list[int]:
     return offsets
 
 
-def _full(time: int, batch: int, device: torch.device, reverse: bool) -> Schedule:
+def _full(time: int, batch: int, reverse: bool) -> Schedule:
     source = None
     if reverse:
-        source = torch.arange(time * batch).view(time, batch).flip(0).reshape(-1).to(device)
+        source = torch.arange(time * batch, device="cpu").view(time, batch).flip(0).reshape(-1)
     sizes = [batch] * time
-    return Schedule(time, batch, sizes, _offsets(sizes), time, device, source=source)
+    return Schedule(time, batch, sizes, _offsets(sizes), time, source=source)
 
 
-def _compact(valid: Tensor, device: torch.device, reverse: bool, repeat: bool) -> Schedule:
+def _compact(valid: Tensor, reverse: bool, repeat: bool) -> Schedule:
     time, batch = valid.shape
     running = valid.flip(0) if reverse else valid
     counts = running.sum(0)
     order = torch.argsort(counts, descending=True, stable=True)
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(batch)
+    rank[order] = torch.arange(batch, device="cpu")
     sorted_counts = counts[order]
     steps = int(sorted_counts[0]) if batch else 0
-    sizes = (sorted_counts[None, :] > torch.arange(steps)[:, None]).sum(1)
-    offsets = torch.zeros(steps + 1, dtype=torch.long)
+    sizes = (sorted_counts[None, :] > torch.arange(steps, device="cpu")[:, None]).sum(1)
+    offsets = torch.zeros(steps + 1, dtype=torch.long, device="cpu")
     torch.cumsum(sizes, 0, out=offsets[1:])
     position = running.cumsum(0) - 1  # running step of each valid (t, b); of the last valid one elsewhere
     step_of, row_of = position[running], rank[None, :].expand(time, batch)[running]
     packed = offsets[step_of] + row_of
-    caller = torch.arange(time * batch).view(time, batch)
+    caller = torch.arange(time * batch, device="cpu").view(time, batch)
     caller = (caller.flip(0) if reverse else caller)[running]
     total = int(offsets[-1])
-    source = torch.empty(total, dtype=torch.long)
+    source = torch.empty(total, dtype=torch.long, device="cpu")
     source[packed] = caller
-    previous = torch.empty(total, dtype=torch.long)
+    previous = torch.empty(total, dtype=torch.long, device="cpu")
     previous[packed] = torch.where(step_of == 0, row_of, batch + offsets[(step_of - 1).clamp(min=0)] + row_of)
-    rows = torch.arange(batch)
+    rows = torch.arange(batch, device="cpu")
     last = torch.where(
         sorted_counts == 0, rows, batch + offsets[(sorted_counts - 1).clamp(min=0)] + rows
     )
     index = None
     if repeat:
         held = torch.where(position < 0, total, offsets[position.clamp(min=0)] + rank)
-        index = (held.flip(0) if reverse else held).reshape(-1).to(device)
+        index = (held.flip(0) if reverse else held).reshape(-1)
     return Schedule(
-        steps, batch, sizes.tolist(), offsets.tolist(), time, device,
-        order=order.to(device), source=source.to(device), previous=previous.to(device),
-        last=last.to(device), repeat=index,
+        steps, batch, sizes.tolist(), offsets.tolist(), time,
+        order=order, source=source, previous=previous, last=last, repeat=index,
     )
 
 
-def _in_real_time(valid: Tensor, device: torch.device, reverse: bool, repeat: bool) -> Schedule:
+def _in_real_time(valid: Tensor, reverse: bool, repeat: bool) -> Schedule:
     time, batch = valid.shape
     running = valid.flip(0) if reverse else valid
     sizes = running.sum(1).tolist()
     offsets = _offsets(sizes)
     total = offsets[-1]
-    number = torch.full((time, batch), -1, dtype=torch.long)
-    number[running] = torch.arange(total)
+    number = torch.full((time, batch), -1, dtype=torch.long, device="cpu")
+    number[running] = torch.arange(total, device="cpu")
     held = torch.cummax(number, 0).values  # packed row of the last valid step up to and including t
-    before = torch.cat([torch.full((1, batch), -1), held[:-1]]) if time else held
-    rows = torch.arange(batch)
+    before = torch.cat([torch.full((1, batch), -1, device="cpu"), held[:-1]]) if time else held
+    rows = torch.arange(batch, device="cpu")
     previous = torch.where(before < 0, rows, batch + before)[running]
-    final = held[-1] if time else torch.full((batch,), -1)
+    final = held[-1] if time else torch.full((batch,), -1, device="cpu")
     last = torch.where(final < 0, rows, batch + final)
-    caller = torch.arange(time * batch).view(time, batch)
+    caller = torch.arange(time * batch, device="cpu").view(time, batch)
     source = (caller.flip(0) if reverse else caller)[running]
     index = None
     if repeat:
         index = torch.where(held < 0, total, held)
-        index = (index.flip(0) if reverse else index).reshape(-1).to(device)
-    members = [step.nonzero()[:, 0].to(device) for step in running]
+        index = (index.flip(0) if reverse else index).reshape(-1)
+    members = [step.nonzero()[:, 0] for step in running]
     return Schedule(
-        time, batch, sizes, offsets, time, device, source=source.to(device),
-        previous=previous.to(device), last=last.to(device), members=members, repeat=index,
+        time, batch, sizes, offsets, time, source=source, previous=previous, last=last, members=members, repeat=index,
     )
 
 
@@ -382,8 +406,11 @@ class Span:
     @cached_property
     def hits(self) -> Tensor | None:
         """Where in the span rows are reset; None where none is."""
-        hits = None if self.resets is None else self.resets.nonzero()[:, 0]
-        return hits if hits is not None and len(hits) else None
+        marks = self.schedule.marks
+        if marks is None:
+            return None
+        hits = marks[self.first : self.first + self.total].nonzero()[:, 0]
+        return hits.to(self.schedule.device) if len(hits) else None
 
 
 @dataclass(eq=False)

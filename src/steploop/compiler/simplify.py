@@ -244,6 +244,16 @@ def _results(step: StepGraph) -> set[fx.Node]:
     return {n for role in roles for n in role if n is not None}
 
 
+def free_of_buffers(step: StepGraph) -> None:
+    """The gradient of log_sigmoid from its input: what the forward leaves for it is something on the CPU alone."""
+    for node in calls(step, aten.log_sigmoid_backward.default):
+        grad, x, _ = node.args
+        if x.meta["val"].device.type != "cpu":
+            slope = call(node, aten.sigmoid.default, call(node, aten.neg.default, x))
+            replace(step, node, call(node, aten.mul.Tensor, grad, slope))
+    remove_dead(step)
+
+
 def expose_fixed_statistics(step: StepGraph) -> None:
     """The gradient of a batch norm in eval mode as arithmetic: it is one of a product and a sum."""
     for node in calls(step, aten.native_batch_norm_backward.default):
@@ -368,6 +378,7 @@ PASSES: list[Callable[[StepGraph], None]] = [
     remove_duplicates,
     expose_products,
     expose_fixed_statistics,
+    free_of_buffers,
     split_backward_calls,
     remove_identities,
     remove_duplicates,

@@ -24,6 +24,7 @@ from .guards import same_content
 from .lower import copied, lower_forward, mixing_reasons
 from .partition import Loop, extract
 from .program import Call, Program
+from .recording import CudaRecorder, Recording, reasons_against, settings, types_of
 
 
 class StreamStep:
@@ -34,25 +35,28 @@ class StreamStep:
     makes a new StreamStep for the next steps.
     """
 
-    def __init__(self, program: Program, call: Call, native: bool):
+    def __init__(self, program: Program, call: Call, backend: str):
         self.program = program
         with torch.no_grad():
             self.capture, self.dependencies = captures.find(program, call)
         self.batch = call.batch
-        self.settings = quick_settings()
+        self.device = _device(call)
+        self.settings = quick_settings(self.device)
         self.types = [(x.shape[1:], x.dtype) for x in call.xs]
         self.out_spec = self.capture.out_spec
         self.sizes = self.capture.sizes(call)
         self.constants = call.constants
-        self._run = _native(self, call) if native else None
+        self._run = _native(self, call) if backend != "eager" and self.device.type == "cpu" else None
         if self._run is None:
-            self._run = _straight(self, call)
+            self._run = _Straight(self, call)
+            if self.device.type == "cuda" and backend == "auto" and not reasons_against(self._run.calls):
+                self._run = _Recorded(self, self._run, CudaRecorder(self.device))
 
     def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
-        if torch.is_grad_enabled() or quick_settings() != self.settings or not self.dependencies.unchanged():
+        if torch.is_grad_enabled() or quick_settings(self.device) != self.settings or not self.dependencies.unchanged():
             return None
         for x, (shape, dtype) in zip(xs, self.types):
-            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu:
+            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or x.device != self.device:
                 return None
         return self._run(xs, states)
 
@@ -60,40 +64,95 @@ class StreamStep:
         return self.capture.tensors(self.dependencies)
 
 
-def quick_settings() -> tuple[Any, ...]:
-    """What `dependencies.ambient` tells, on the CPU and without autocast, for which no StreamStep is made."""
-    autocast = torch.is_autocast_enabled("cpu")
+def quick_settings(device: torch.device) -> tuple[Any, ...]:
+    """What `dependencies.ambient` tells, on one device and without autocast, for which no StreamStep is made."""
+    autocast = torch.is_autocast_enabled(device.type)
     return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
 
 
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
     """A StreamStep for calls like this one, or None where there is none."""
     tensors = [*call.xs, *call.initial, *call.constants]
-    if backend not in ("auto", "cpu", "eager") or any(t.device.type != "cpu" or type(t) is not Tensor for t in tensors):
+    device = _device(call)
+    if backend not in ("auto", "cpu", "eager") or any(t.device != device or type(t) is not Tensor for t in tensors):
         return None
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
         return None  # casts stand in the captured graph; running it under autocast would cast again
-    step = StreamStep(program, call, native=backend != "eager")
+    step = StreamStep(program, call, backend)
     return step if step.capture.forward.graph.batch is not None or step.capture.batch == call.batch else None
 
 
-def _straight(step: StreamStep, call: Call) -> Any:
+def _device(call: Call) -> torch.device:
+    return next((t.device for t in (*call.xs, *call.initial, *call.constants)), torch.device("cpu"))
+
+
+class _Straight:
     """The step as one function of ATen calls."""
-    own, _ = copied(step.capture.forward.graph)
-    mixing_reasons(own)
-    piece = OncePiece([n for n in own.graph.nodes if n.op == "call_function"], own.batch)
-    given = [*own.xs, *own.constants, *own.prevs, *own.captured]
-    place = {n: i for i, n in enumerate([*given, *piece.nodes])}
-    reads = [place[n] for n in piece.reads]
-    outputs, nexts = [place[n] for n in own.outputs], [place[n] for n in own.nexts]
-    sizes, constants = step.sizes, call.constants
 
-    def run(xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        values = [*xs, *constants, *states, *step.captured()]
-        values.extend(piece(sizes, [values[i] for i in reads]))
-        return [values[i] for i in outputs], [values[i] for i in nexts]
+    def __init__(self, step: StreamStep, call: Call):
+        own, _ = copied(step.capture.forward.graph)
+        mixing_reasons(own)
+        self.step, self.sizes, self.constants = step, step.sizes, call.constants
+        self.calls = [n for n in own.graph.nodes if n.op == "call_function"]
+        self.piece = OncePiece(self.calls, own.batch)
+        given = [*own.xs, *own.constants, *own.prevs, *own.captured]
+        place = {n: i for i, n in enumerate([*given, *self.piece.nodes])}
+        self.reads = [place[n] for n in self.piece.reads]
+        self.outputs, self.nexts = [place[n] for n in own.outputs], [place[n] for n in own.nexts]
 
-    return run
+    def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        values = [*xs, *self.constants, *states, *self.step.captured()]
+        values.extend(self.piece(self.sizes, [values[i] for i in self.reads]))
+        return [values[i] for i in self.outputs], [values[i] for i in self.nexts]
+
+
+class _Recorded:
+    """The same, recorded at its second step. Weights and constants are read where they are, not copied: where they
+    have moved, it is recorded anew, some times, and then runs as it is."""
+
+    MOST = 8  # recordings
+
+    def __init__(self, step: StreamStep, straight: _Straight, recorder: Any):
+        self.step, self.straight, self.recorder = step, straight, recorder
+        self.recording: Recording | None = None
+        self.key: Any = None
+        self.place = recorder.place()
+        self.left = self.MOST
+
+    def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        read = [*self.step.captured(), *self.straight.constants]
+        key = (*map(Tensor.data_ptr, read), types_of([*xs, *states]), settings())
+        place = self.recorder.place()
+        if place != self.place:
+            self.recorder.follow(self.place)
+            self.place = place
+        if key != self.key:
+            first, self.key, self.recording = self.key is None, key, None
+            if first or self.left == 0:
+                return self.straight(xs, states)
+        if self.recording is None and not self._record(xs, states):
+            return self.straight(xs, states)
+        self.recording.load([*xs, *states])
+        self.recording.launch()
+        results = self.recording.give()
+        count = len(self.straight.outputs)
+        return results[:count], results[count:]
+
+    def _record(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+        if self.left == 0 or not self.recorder.possible():
+            return False
+        self.left -= 1
+        width = len(xs)
+
+        def function(inputs: list[Tensor]) -> list[Tensor]:
+            outputs, nexts = self.straight(inputs[:width], inputs[width:])
+            return [*outputs, *nexts]
+
+        try:
+            self.recording = Recording(self.recorder, function, [*xs, *states])
+        except Exception:  # what can't be recorded can still be run
+            self.left = 0
+        return self.recording is not None
 
 
 def _native(step: StreamStep, call: Call) -> Any:

@@ -68,7 +68,10 @@ class NGramScorer(Memory):
         self.node = State(init=tables.number.get(first, 0), dtype=torch.int64)
 
     def encode(self, words: Sequence[str]) -> Tensor:
-        """Token numbers (len(words),) of words; InputError for one that the vocabulary does not have."""
+        """Token numbers (len(words),) of words, on the device of the scorer's tables.
+
+        InputError for a word that the vocabulary does not have.
+        """
         number = {word: i for i, word in enumerate(self.words)}
         missing = [word for word in words if word not in number and "<unk>" not in number]
         if missing:
@@ -78,7 +81,8 @@ class NGramScorer(Memory):
                     fix="NGramScorer(arpa, vocabulary=[...])",
                 )
             )
-        return torch.tensor([number.get(word, number.get("<unk>")) for word in words], dtype=torch.int64)
+        numbers = [number.get(word, number.get("<unk>")) for word in words]
+        return torch.tensor(numbers, dtype=torch.int64, device=self.word_of.device)
 
     def check(self, token: Tensor) -> None:
         check_step_input("NGramScorer", "token", token, integer=True)

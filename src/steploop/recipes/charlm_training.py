@@ -41,7 +41,10 @@ VALIDATION_STREAM = 8192  # characters; the first of a stream, read without a pa
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is trained. A run ends after `minutes` (validation included) or `max_steps`."""
+    """How a model is trained. A run ends after `minutes` (validation included) or `max_steps`.
+
+    device: "cpu" or "cuda", where the model is trained.
+    """
 
     streams: int = 64
     steps: int = 64
@@ -52,6 +55,7 @@ class Settings:
     weight_decay: float = 0.01
     seed: int = 1
     backend: str = "auto"
+    device: str = "cpu"
 
     def __post_init__(self):
         wrong = [
@@ -61,6 +65,8 @@ class Settings:
         ]
         if self.minutes is None and self.max_steps is None:
             wrong.append("a run needs --minutes or --max-steps")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            wrong.append("--device cuda: torch finds no CUDA device here (steploop doctor tells more)")
         if wrong:
             raise DataError("; ".join(wrong))
 
@@ -100,7 +106,8 @@ class CharTraining(L.LightningModule):
     # -- losses
 
     def training_step(self, window: Window, _index: int) -> torch.Tensor:
-        logits, state = self.loop(window.inputs, state=None if window.fresh else self.state)
+        before = None if window.fresh or self.state is None else self.state.to(window.inputs.device)
+        logits, state = self.loop(window.inputs, state=before)
         self.state = state.detach()
         loss = cross_entropy(logits, window.targets)
         if not loss.isfinite():
@@ -153,11 +160,11 @@ class CharTraining(L.LightningModule):
     @torch.no_grad()
     def validation_seconds(self) -> float:
         """About how long one validation takes; the first of the two calls is the one that captures."""
-        window = self.validation_streams.window(0)
+        inputs = self.validation_streams.window(0).inputs.to(self.settings.device)
         self.eval()
         for _ in range(2):
             begin = time.monotonic()
-            self.loop(window.inputs)
+            self.loop(inputs)[0].sum().item()  # a device is waited for
         self.train()
         return self.validation_streams.windows * (time.monotonic() - begin)
 
@@ -305,8 +312,8 @@ def fit(
     vocabulary = texts.Vocabulary.of(text)
     prepare(folder, shape, vocabulary, settings, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
-    module = CharTraining(shape, vocabulary, text, settings)
-    plan = module.loop.plan(module.train_streams.window(0).inputs)
+    module = CharTraining(shape, vocabulary, text, settings).to(settings.device)
+    plan = module.loop.plan(module.train_streams.window(0).inputs.to(settings.device))
     (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
     plan.save_html(folder / "plan.html")
     trainer = make_trainer(folder, settings, module.validation_seconds(), console or Console())
@@ -360,7 +367,7 @@ def make_trainer(folder: Path, settings: Settings, validation: float, console: C
     else:
         every = max(1, settings.max_steps // VALIDATIONS)
     return L.Trainer(
-        accelerator="cpu",
+        accelerator=settings.device,
         devices=1,
         max_epochs=-1,
         max_steps=settings.max_steps or -1,
