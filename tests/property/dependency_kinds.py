@@ -1,7 +1,8 @@
 """What a step can depend on in Python, one kind each, as source text: for steps that are put together of several.
 
-A kind has up to five texts. `module` stands in the module of the step, `body` in its class, `init` in `__init__`. `read`
-is an expression of numbers or tensors inside `step`. `change` makes the expression another; k counts the changes, from 1.
+A kind has up to five texts. `module` stands in the module of the step, `body` in its class, `init` in `__init__`.
+`read` is an expression of numbers or tensors inside `step`. `change` makes the expression another; k counts the
+changes, from 1.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import types
 from dataclasses import dataclass
 
 HEAD = """
-import abc, array, collections, contextvars, dataclasses, enum, functools, importlib, operator, os, sys, threading, types
-import weakref
+import array, collections, contextvars, dataclasses, enum, functools, importlib, operator, os, sys, threading
+import types, weakref
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -145,7 +146,8 @@ KINDS: list[Kind] = [
     Kind("code", "cod()", "cod.__code__ = [c2, c3][k % 2].__code__",
          "def cod(): return 1.0\ndef c2(): return 2.0\ndef c3(): return 3.0"),
     Kind("closure", "CLO[0]()", "CLO[1](1.0 + k)",
-         "def make_clo():\n    a = 1.0\n    def read(): return a\n    def write(v):\n        nonlocal a\n        a = v\n"
+         "def make_clo():\n    a = 1.0\n    def read(): return a\n    def write(v):\n"
+         "        nonlocal a\n        a = v\n"
          "    return read, write\nCLO = make_clo()"),
     Kind("no_grad", "ngr(1.0)", "NG['a'] += 1.0", "NG = {'a': 1.0}\n@torch.no_grad()\ndef ngr(z): return z * NG['a']"),
     Kind("autocast", "atc(1.0)", "AC = 1.0 + k",
@@ -158,7 +160,8 @@ KINDS: list[Kind] = [
     Kind("singledispatch registered later", "sdr(1.0)", "sdr.register(float, [lambda z: 2.0, lambda z: 3.0][k % 2])",
          "@functools.singledispatch\ndef sdr(z): return z"),
     Kind("static method", "self.sm()", "SM += 1.0", "SM = 1.0", "@staticmethod\ndef sm(): return SM"),
-    Kind("class method", "self.cm()", "type(step).CM += 1.0", body="CM = 1.0\n@classmethod\ndef cm(cls): return cls.CM"),
+    Kind("class method", "self.cm()", "type(step).CM += 1.0",
+         body="CM = 1.0\n@classmethod\ndef cm(cls): return cls.CM"),
     Kind("property of the step", "self.pp", "step.ppv += 1.0", body="@property\ndef pp(self): return self.ppv",
          init="self.ppv = 1.0"),
     Kind("cached property", "self.cp", "step.cpv += 1.0; step.__dict__.pop('cp', None)",
@@ -167,18 +170,22 @@ KINDS: list[Kind] = [
     Kind("descriptor", "self.dsc", "type(step).__dict__['dsc'].v += 1.0",
          "class Dsc:\n    v = 1.0\n    def __get__(self, o, t=None): return self.v", "dsc = Dsc()"),
     Kind("metaclass", "MC.a", "Meta.base += 1.0",
-         "class Meta(type):\n    base = 1.0\n    @property\n    def a(cls): return cls.base\nclass MC(metaclass=Meta): pass"),
+         "class Meta(type):\n    base = 1.0\n    @property\n    def a(cls): return cls.base\n"
+         "class MC(metaclass=Meta): pass"),
     Kind("inherited", "INH().a()", "INB.a = [lambda s: 2.0, lambda s: 3.0][k % 2]",
          "class INB:\n    def a(self): return 1.0\nclass INH(INB): pass"),
     Kind("shadowed", "SHD.a", "SHD.a = 1.0 + k", "class SHB:\n    a = 1.0\nclass SHC(SHB): pass\nSHD = SHC()"),
-    Kind("shadowed in a class", "SGD.a", "SGC.a = 1.0 + k", "class SGB:\n    a = 1.0\nclass SGC(SGB): pass\nSGD = SGC()"),
+    Kind("shadowed in a class", "SGD.a", "SGC.a = 1.0 + k",
+         "class SGB:\n    a = 1.0\nclass SGC(SGB): pass\nSGD = SGC()"),
     Kind("__class__", "CLS.a", "CLS.__class__ = [CL2, CL3][k % 2]",
          "class CL1:\n    a = 1.0\nclass CL2:\n    a = 2.0\nclass CL3:\n    a = 3.0\nCLS = CL1()"),
-    Kind("method of the instance", "self.im()", "step.im = [lambda: 2.0, lambda: 3.0][k % 2]", body="def im(self): return 1.0"),
+    Kind("method of the instance", "self.im()", "step.im = [lambda: 2.0, lambda: 3.0][k % 2]",
+         body="def im(self): return 1.0"),
     Kind("method of the class", "self.mc()", "type(step).mc = [lambda s: 2.0, lambda s: 3.0][k % 2]",
          body="def mc(self): return 1.0"),
     Kind("a global that was built in", "float(abs(-1.0))", "abs = [lambda z: 2.0, lambda z: 3.0][k % 2]"),
-    Kind("hook", "self.hk(torch.ones(3))", "step.hk.register_forward_hook(lambda m, a, o: o * 2)", init="self.hk = nn.Identity()"),
+    Kind("hook", "self.hk(torch.ones(3))", "step.hk.register_forward_hook(lambda m, a, o: o * 2)",
+         init="self.hk = nn.Identity()"),
     Kind("hook before", "self.hb(torch.ones(3))", "step.hb.register_forward_pre_hook(lambda m, a: (a[0] * 2,))",
          init="self.hb = nn.Identity()"),
     Kind("mode", "(1.0 if self.training else 2.0)", "step.train(k % 2 == 0)"),
@@ -189,7 +196,8 @@ KINDS: list[Kind] = [
     Kind("parameter through data", "self.pd", "step.pd.data.add_(1.0)", init="self.pd = nn.Parameter(torch.ones(3))"),
     Kind("parameter through numpy", "self.pn", "step.pn.detach().numpy().__iadd__(1.0)",
          init="self.pn = nn.Parameter(torch.ones(3))"),
-    Kind("parameter frozen", "self.pf", "step.pf.requires_grad_(k % 2 == 0)", init="self.pf = nn.Parameter(torch.ones(3))"),
+    Kind("parameter frozen", "self.pf", "step.pf.requires_grad_(k % 2 == 0)",
+         init="self.pf = nn.Parameter(torch.ones(3))"),
     Kind("child replaced", "self.ch(torch.ones(3)).sum()", "step.ch = [nn.Tanh(), nn.Sigmoid(), nn.ReLU()][k % 3]",
          init="self.ch = nn.Identity()"),
     Kind("child added", "sum(m(torch.ones(3)) for m in self.ml)", "step.ml.append(nn.Tanh())",
@@ -198,10 +206,12 @@ KINDS: list[Kind] = [
     Kind("attribute of a tensor", "self.at.scale", "step.at.scale += 1.0",
          init="self.at = torch.ones(3); self.at.scale = 1.0"),
     Kind("custom function", "Grad.apply(torch.ones(3))", "FN['a'] += 1.0",
-         "FN = {'a': 1.0}\nclass Grad(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, x): return x * FN['a']\n"
+         "FN = {'a': 1.0}\nclass Grad(torch.autograd.Function):\n    @staticmethod\n"
+         "    def forward(ctx, x): return x * FN['a']\n"
          "    @staticmethod\n    def backward(ctx, g): return g * FN['a']"),
     Kind("custom gradient", "Gra2.apply(self.w.bias)", "F2['a'] += 1.0",
-         "F2 = {'a': 1.0}\nclass Gra2(torch.autograd.Function):\n    @staticmethod\n    def forward(ctx, x): return x * 1\n"
+         "F2 = {'a': 1.0}\nclass Gra2(torch.autograd.Function):\n    @staticmethod\n"
+         "    def forward(ctx, x): return x * 1\n"
          "    @staticmethod\n    def backward(ctx, g): return g * F2['a']"),
 ]  # fmt: skip
 
@@ -219,7 +229,8 @@ def build(kinds: list[Kind], number: int) -> types.ModuleType:
     reads = [f"z = z * ({_own(kind.read, i, kind)})" for i, kind in enumerate(kinds)]
     lines.append("class Cell(sl.Step):")
     lines += [f"    {line}" for line in body.splitlines()]
-    lines += ["    def __init__(self):", "        super().__init__()", "        self.h, self.w = sl.State(3), nn.Linear(3, 3)"]
+    lines += ["    def __init__(self):", "        super().__init__()"]
+    lines += ["        self.h, self.w = sl.State(3), nn.Linear(3, 3)"]
     lines += [f"        {line}" for line in init]
     lines += ["    def step(self, x):", "        z = self.w(x) + self.h.prev"]
     lines += [f"        {line}" for line in reads]

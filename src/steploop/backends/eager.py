@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, fx
 
-from ..compiler.graph import LoopProgram, Rows, rows_of, symbols_of
+from ..compiler.graph import LoopProgram, Rows, rows_of, shape_at, symbols_of
 from ..compiler.printing import Source, call_text, fuse_addmm, last_uses, print_size
 from ..compiler.schedule import Span
 
@@ -147,7 +147,8 @@ class Runner:
                 made.back = [_take(r, Rows(0), rows, size) for r in reset_to]
             part = self._steps(made, sizes, kept)
             full = [_put(f, p, rows, size) if loop.batch is not None else p for f, p in zip(full, part)]
-        return full, [self.join(k, node, down) for k, node in zip(kept, loop.kept)]
+        known = {**sizes, str(loop.batch): span.schedule.batch}
+        return full, [self.join(k, node, down, known) for k, node in zip(kept, loop.kept)]
 
     def _steps(self, run: Run, sizes: dict[str, int], kept: list[list[Tensor | Joined]]) -> list[Tensor]:
         """Runs steps on the same rows; appends their kept values and gives the states after them."""
@@ -173,13 +174,15 @@ class Runner:
         members = span.schedule.members
         return None if members is None else members[k]
 
-    def join(self, values: Sequence[Tensor | Joined], node: fx.Node, down: bool) -> Tensor:
-        """The values of a node at all steps, given in running order, as one tensor, upwards."""
+    def join(
+        self, values: Sequence[Tensor | Joined], node: fx.Node, down: bool, sizes: dict[str, int] | None = None
+    ) -> Tensor:
+        """The values of a node at all steps, given in running order, as one tensor, upwards. sizes: where none ran."""
         rows = rows_of(node)
         if down:
             values = values[::-1]
         if not values:
-            return _empty(node)
+            return _empty(node, sizes or {})
         if any(isinstance(v, Joined) for v in values):
             single = (lambda v: v.unsqueeze(0)) if rows is None else (lambda v: v)
             values = [v.values if isinstance(v, Joined) else single(v) for v in values]
@@ -209,9 +212,9 @@ def _between(value: Tensor, place: Rows | None, span: Span, begin: int, end: int
     return _steps_of(value, place, offsets[begin] - span.first, offsets[end] - offsets[begin], 1)
 
 
-def _empty(node: fx.Node) -> Tensor:
+def _empty(node: fx.Node, sizes: dict[str, int]) -> Tensor:
     value, rows = node.meta["val"], rows_of(node)
-    shape = [int(s) if not isinstance(s, torch.SymInt) else 1 for s in value.shape]
+    shape = shape_at(value, sizes)
     if rows is None:
         shape = [0, *shape]
     else:
@@ -223,6 +226,8 @@ def _take(value: Tensor, rows: Rows, members: Tensor | None, size: int | tuple) 
     """The rows of a step out of all B rows."""
     if members is None and value.shape[rows.dim] == size * rows.inner * rows.outer:
         return value
+    if rows.inner == 0:
+        return value  # no numbers at all
     if not rows.plain:
         wide = value.unflatten(rows.dim, (rows.outer, -1, rows.inner))
         narrow = _take(wide, Rows(rows.dim + 1), members, size)

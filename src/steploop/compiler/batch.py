@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from .graph import Rows, expression, size_at, symbols_of
+from .graph import Rows, shape_at, symbols_of
 from .history_products import PRODUCTS
 from .partition import State, is_cheap_constant
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument, print_size
@@ -86,14 +86,14 @@ class Rowwise:
         """(N * inner, ...) -> (B * inner, ...), summed over the steps of each row."""
         if self.span.schedule.full:
             return value.reshape(self.steps, self.batch * inner, *value.shape[1:]).sum(0)
-        wide = value.reshape(-1, inner, *value.shape[1:])
+        wide = value.reshape(self.span.total, inner, *value.shape[1:])
         total = wide.new_zeros(self.batch, *wide.shape[1:]).index_add_(0, self.span.row, wide)
         return total.reshape(self.batch * inner, *value.shape[1:])
 
     def fold(self, value: Tensor, inner: int) -> Tensor:
         """(N * inner, m, k) -> (B * inner, P, m, k), zero where a row has ended."""
         if not self.span.schedule.full:
-            wide = value.reshape(-1, inner, *value.shape[1:])
+            wide = value.reshape(self.span.total, inner, *value.shape[1:])
             dense = wide.new_zeros(self.steps * self.batch, *wide.shape[1:])
             value = dense.index_copy_(0, self.span.dense, wide)
         return value.reshape(self.steps, self.batch * inner, *value.shape[-2:]).transpose(0, 1)
@@ -103,7 +103,7 @@ class Rowwise:
         flat = value.transpose(0, 1).reshape(self.steps * self.batch, inner, *value.shape[2:])
         if not self.span.schedule.full:
             flat = flat.index_select(0, self.span.dense)
-        return flat.reshape(-1, *value.shape[2:])
+        return flat.reshape(flat.shape[0] * inner, *value.shape[2:])
 
     def product_with_constant(self, a: Tensor, b: Tensor, inner: int) -> Tensor:
         """bmm of packed (N * inner, m, k) and constant (B * inner, k, n)."""
@@ -149,8 +149,7 @@ class Piece:
         known = {**sizes, str(self.batch): rows}
 
         def empty(value: Tensor) -> Tensor:
-            shape = [size_at(expression(n), known) for n in value.shape]
-            return torch.zeros(shape, dtype=value.dtype, device=value.device)
+            return torch.zeros(shape_at(value, known), dtype=value.dtype, device=value.device)
 
         return tree_map_only(Tensor, empty, node.meta["val"])
 
@@ -402,7 +401,7 @@ class StackedPiece:
                 rowwise.spread(known[n], n) if n in drawn_from and not n.meta["varies"] else known[n] for n in reads
             ]
             if rowwise.steps == 0:
-                outputs = [_empty_stack(n) for n in made]
+                outputs = [_empty_stack(n, sizes) for n in made]
             elif any(d == 0 for d in in_dims):
                 mapped = torch.func.vmap(lambda *a: function(sizes, a), in_dims, randomness="different")
                 outputs = mapped(*arguments)
@@ -419,9 +418,9 @@ def _parts(node: fx.Node) -> Sequence[Any]:
     return value if isinstance(value, (tuple, list)) else (value,)
 
 
-def _empty_stack(node: fx.Node) -> Any:
+def _empty_stack(node: fx.Node, sizes: dict[str, int]) -> Any:
     def empty(value: Tensor) -> Tensor:
-        return torch.empty((0, *map(int, value.shape)), dtype=value.dtype, device=value.device)
+        return torch.empty((0, *shape_at(value, sizes)), dtype=value.dtype, device=value.device)
 
     return tree_map_only(Tensor, empty, node.meta["val"])
 

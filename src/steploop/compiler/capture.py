@@ -418,7 +418,7 @@ def _condition(
     if not texts:
         return lambda sizes, values: True
     code = compile(" and ".join(f"({t})" for t in texts), "<conditions>", "eval")
-    functions = {"__builtins__": {"min": min, "max": max, "int": int, "abs": abs, "float": float}, "math": math}
+    functions = {"__builtins__": {f.__name__: f for f in (min, max, int, abs, float)}, "math": math, "torch": torch}
     names = {str(s): path for s, path in floats.items()}
     return lambda sizes, values: bool(eval(code, functions, {**sizes, **{n: values[p] for n, p in names.items()}}))
 
@@ -519,6 +519,8 @@ def captured_value(captured: _Captured, node: fx.Node, value: Any) -> Any:
 
 def _size(env: ShapeEnv, value: Any) -> Any:
     expr = env.simplify(expression(value)) if isinstance(value, torch.SymInt) else value
+    if any(map(is_float, getattr(expr, "free_symbols", ()))):
+        return int(value)  # a size made of a float is fixed here, by a condition on that
     return int(expr) if isinstance(expr, int) or expr.is_number else Size(expr)
 
 
@@ -533,13 +535,6 @@ def _user_line() -> str:
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
-
-
-class _Traceable(TorchFunctionMode):
-    """Runs what no tracer can follow as something that means the same."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _TRACED_AS.get(function, function)(*args, **(kwargs or {}))
 
 
 class _Lines(TorchFunctionMode):

@@ -15,6 +15,7 @@ from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import making
 from .capture import Leaf, Signature
@@ -38,7 +39,7 @@ def walk_of(program: Program, reads: Reads) -> Dependencies:
     walks = program.kept.setdefault("walks", {})
     walk = walks.get(reads)
     if walk is None or not walk.unchanged():
-        with lock:  # while a step is traced, symbols stand in the places of floats
+        with lock, _disable_current_modes():  # (while a step is traced, symbols stand in the places of floats)
             walk = walks[reads] = Dependencies(making.roots_of(program), reads)
             walk.program = program
     return walk

@@ -114,13 +114,12 @@ class Dependencies:
         self._alive: list[Any] = []
         self._patches = patches_of(reads.library)
         self.key: Hashable = (*(self._walk(*root) for root in roots), *self._beside())
-        self._patched = self._patches.number
-        self._guards.settle(self.tensors)
+        self._guards.settle(self.tensors, self._patches)
         self._seen.clear()
 
     def unchanged(self) -> bool:
         """Whether a new walk would give the same key, the same floats and the same tensors."""
-        return self._patches.look() == self._patched and self._guards.unchanged()
+        return self._guards.unchanged()
 
     def float_values(self) -> dict[str, float]:
         """The floats by their paths."""
@@ -239,7 +238,7 @@ class Dependencies:
 
     def _mapping(self, value: dict, path: str) -> Hashable:
         self._guards.watch(value, None, frozenset())
-        if isinstance(value, collections.OrderedDict):  # it may change its order, which no dictionary counts
+        if isinstance(value, collections.OrderedDict) and len(value) > 1:  # no dictionary counts changes of its order
             self._guards.sequences.append((value, tuple(value)))
         found: list[Hashable] = [type(value)]
         for key, item in list(value.items()):
@@ -363,7 +362,7 @@ class Dependencies:
 
     def _library_class(self, base: type) -> Hashable:
         """A class of torch's or of Python's own: somebody may have put a method of theirs there."""
-        number = self._patches.class_number(base)
+        number = self._guards.classes[base] = self._patches.class_number(base)
         users = self._patches.users_of(base)
         return (base, number, *(self._walk(f, f"{base.__name__}.{f.__name__}") for f in users))
 

@@ -24,7 +24,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from .dependencies import Number
 
 aten = torch.ops.aten
-_FUNCTIONS = {"__builtins__": {"min": min, "max": max, "abs": abs, "int": int, "float": float}, "math": math}
+_FUNCTIONS = {"__builtins__": {f.__name__: f for f in (min, max, int, abs, float)}, "math": math, "torch": torch}
 
 
 class NotFree(Exception):

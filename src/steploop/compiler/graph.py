@@ -59,6 +59,11 @@ def size_at(size: sympy.Expr | int, sizes: Mapping[str, int]) -> int:
     return int(size.xreplace({s: sympy.Integer(sizes[str(s)]) for s in size.free_symbols}))
 
 
+def shape_at(value: Tensor, sizes: Mapping[str, int]) -> list[int]:
+    """The shape of a node's value in a call with these sizes."""
+    return [size_at(expression(n), sizes) for n in value.shape]
+
+
 def symbols_of(node: fx.Node) -> set[sympy.Symbol]:
     """The symbols of sizes in what a node gives and in what it is given."""
     found: set[sympy.Symbol] = set()

@@ -11,11 +11,14 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .patches import Patches
 
 try:
     from torch._C._dynamo.guards import TensorGuards, dict_version
@@ -53,6 +56,10 @@ class Watched:
         for name in names:
             self._entries[name] = self.where.get(name, MISSING)
 
+    def is_empty(self) -> bool:
+        """Whether it is watched whole and holds nothing."""
+        return self.whole and not self.where and not self._entries
+
     def _now(self) -> list[tuple[Any, Any]]:
         names, ignored = self.subset, self._ignored
         if self.whole:
@@ -86,6 +93,7 @@ class Guards:
         self.caches: list[tuple[Any, tuple]] = []
         self.variables: list[tuple[Any, Any]] = []
         self.contents: list[tuple[Tensor, Tensor]] = []
+        self.classes: dict[type, int] = {}  # of torch's and of Python's own, with their numbers in `Patches`
         self._watched: dict[int, Watched] = {}
 
     def _watch(self, where: Any) -> Watched:
@@ -110,18 +118,22 @@ class Guards:
         if where is not None:
             self.watch(where, names, ignored)
 
-    def settle(self, tensors: Sequence[Tensor]) -> None:
+    def settle(self, tensors: Sequence[Tensor], patches: Patches) -> None:
         """Takes what was collected as the state to compare with."""
+        self._patches, self._patched = patches, patches.number
         watched = list(self._watched.values())
-        self._list = watched
-        self._dicts = [w.where for w in watched]
+        # Hooks are most of them, and empty most of the time: that they still are is asked of all at once.
+        self._empty = [w.where for w in watched if w.is_empty()]
+        self._empty += [value for value, copy in self.sequences if not copy]
+        self._list = [w for w in watched if not w.is_empty()]
+        self._dicts = [*(w.where for w in self._list), *patches.dicts, *patches.class_dicts(self.classes)]
         self._versions = [*map(dict_version, self._dicts)] if dict_version is not None else None
         self._objects, self._types = [o for o, _ in self.objects], [t for _, t in self.objects]
         self._cells = [cell for cell, _ in self.cells]
         self._contents = [id(value) for _, value in self.cells]
         self._code = [*chain.from_iterable(map(_code_of, self.functions))]  # keeps the ids taken
         self._code_ids = [*map(id, self._code)]
-        self._sequences = [(value, [*map(id, copy)]) for value, copy in self.sequences]
+        self._sequences = [(value, [*map(id, copy)]) for value, copy in self.sequences if copy]
         self._tensors = list(tensors)
         self._metadata = [metadata(t) for t in tensors]
         self._check = _tensor_check(self._tensors)
@@ -129,9 +141,12 @@ class Guards:
         self._rare = any(rare)
 
     def unchanged(self) -> bool:
+        """Whether everything is as it was."""
+        if any(self._empty):
+            return False
         versions = self._versions
         if versions is None:
-            if not all(w.unchanged() for w in self._list):
+            if self._is_patched() or not all(w.unchanged() for w in self._list):
                 return False
         else:
             now = [*map(dict_version, self._dicts)]
@@ -139,6 +154,8 @@ class Guards:
                 for watched, new, old in zip(self._list, now, versions):
                     if new != old and not watched.unchanged():
                         return False
+                if self._is_patched():
+                    return False
                 self._versions = now
         if [*map(type, self._objects)] != self._types:
             return False
@@ -160,6 +177,11 @@ class Guards:
         elif not all(metadata(t) == known for t, known in zip(self._tensors, self._metadata)):
             return False
         return not self._rare or self._rare_unchanged()
+
+    def _is_patched(self) -> bool:
+        return self._patches.look() != self._patched or any(
+            self._patches.class_number(cls) != number for cls, number in self.classes.items()
+        )
 
     def _rare_unchanged(self) -> bool:
         return (

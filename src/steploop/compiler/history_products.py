@@ -81,7 +81,7 @@ def _slots(
     After a reset slot 0 holds a later frame than the first; without one every slot is in its place (None).
     """
     room = value.shape[2]
-    wide = value.reshape(-1, inner, *value.shape[1:])
+    wide = value.reshape(rowwise.span.total, inner, *value.shape[1:])
     slots = torch.arange(room, device=value.device)
     used = slots < lengths.view(-1, 1, 1, 1)
     if rowwise.span.resets is None:

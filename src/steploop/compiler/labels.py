@@ -73,7 +73,7 @@ def regrouped(axes: list[list[Label]], shape: list[Any]) -> list[list[Label]] | 
 
 def _divides(part: Any, size: Any) -> bool:
     if isinstance(part, int) and isinstance(size, int):
-        return size % part == 0
+        return size % part == 0 if part else size == 0
     ratio = size / part
     return bool(getattr(ratio, "is_Integer", False)) and ratio >= 1
 

@@ -48,7 +48,8 @@ def roots_of(program: Program) -> list[tuple[Any, str, Any, Any]]:
 
 
 def _snapshot(program: Program) -> Snapshot:
-    return Snapshot([root for root, *_ in roots_of(program)])
+    with _disable_current_modes():
+        return Snapshot([root for root, *_ in roots_of(program)])
 
 
 def make(
@@ -237,7 +238,8 @@ def read_by(program: Program, recorder: Recorder, known: Sequence[Reads]) -> Dep
     """The walk over what a traced step can have read."""
     reads = recorder.reads()
     while True:
-        dependencies = Dependencies(roots_of(program), reads)
+        with _disable_current_modes():
+            dependencies = Dependencies(roots_of(program), reads)
         functions, loose = recorder.unmet(dependencies.codes)
         paths = _contents_read(recorder, dependencies)
         more = recorder.reads(dependencies.codes, functions=functions | reads.functions, loose=loose, contents=paths)
@@ -321,9 +323,10 @@ def _with_more_reads(
     """With a gradient the step may have read more than without: the capture is described anew by all of it."""
     old = capture.reads
     walk = read_by(dependencies.program, recorder, [old])
-    if not (walk.reads is old or old.names is not None and walk.reads.names is not None and _within(walk.reads, old)):
-        reads = _joined(walk.reads, old)
-        walk = Dependencies(roots_of(dependencies.program), reads)
+    if not walk.reads.within(old):
+        reads = walk.reads.joined(old)
+        with _disable_current_modes():
+            walk = Dependencies(roots_of(dependencies.program), reads)
         walk.program = dependencies.program
         free = capture.free(dependencies)
         capture.slots = _renumbered(capture.slots, dependencies, walk)
@@ -337,17 +340,6 @@ def _with_more_reads(
     capture.joint = joint
     capture.joint_slots = _settle(joint, walk)
     return walk
-
-
-def _within(a: Reads, b: Reads) -> bool:
-    sets = ("modules", "functions", "loose", "library", "variables", "contents")
-    return a.names <= b.names and all(getattr(a, n) <= getattr(b, n) for n in sets)
-
-
-def _joined(a: Reads, b: Reads) -> Reads:
-    sets = ("modules", "functions", "loose", "library", "variables", "contents")
-    names = None if a.names is None or b.names is None else a.names | b.names
-    return Reads(names, **{n: getattr(a, n) | getattr(b, n) for n in sets})
 
 
 def _renumbered(slots: Sequence[Any], old: Dependencies, new: Dependencies) -> list[Any]:

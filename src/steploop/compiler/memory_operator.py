@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graph import LoopProgram, Rows
+from .graph import LoopProgram, Rows, shape_at
 from .schedule import Span
 
 _CALLS: weakref.WeakValueDictionary[int, MemoryCall] = weakref.WeakValueDictionary()
@@ -263,17 +263,18 @@ class SequenceRunner:
         known.update(zip((i.node for i in self.loop.inputs), inputs))
         resets = dict(zip(self.loop.prevs, reset_to)) if reset_to is not None else {}
         if span.total == 0:
-            return self._nothing(known, span)
+            return self._nothing(known, span, sizes)
         dense = Dense(span)
         run = self._gradient if self.backward else self._values
         return run(known, resets, dense)
 
-    def _nothing(self, known: dict, span: Span) -> tuple[list[Tensor], list[Tensor]]:
+    def _nothing(self, known: dict, span: Span, sizes: dict[str, int]) -> tuple[list[Tensor], list[Tensor]]:
         """No steps: the states as they are, and nothing per step."""
         kept = []
         for node in self.loop.kept:
             value, summed = node.meta["val"], node.meta["rows"] is None
-            feature = [int(s) for s in value.shape[0 if summed else 1 :]]
+            shape = shape_at(value, {**sizes, str(self.loop.batch): 0})
+            feature = shape if summed else shape[1:]
             rows = 1 if summed else span.schedule.batch if is_whole(node) else 0
             kept.append(torch.zeros([rows, *feature], dtype=value.dtype, device=value.device))
         return [known[p] for p in self.loop.prevs], kept

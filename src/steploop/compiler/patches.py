@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,10 @@ from .reads import kind_of_file, trusted
 
 
 class Patches:
-    """What stands under the names that some functions use, as one number that is another where anything is."""
+    """What stands under the names that some functions use, as one number that is another where anything is.
+
+    dicts: the dictionaries where they stand.
+    """
 
     def __init__(self, library: frozenset[tuple[types.CodeType, str]]):
         places: dict[int, tuple[dict, set[str]]] = {}
@@ -26,47 +30,42 @@ class Patches:
             if module in sys.modules:
                 _collect(places, vars(sys.modules[module]), code.co_names)
         self._places = [(where, sorted(names)) for where, names in places.values()]
-        self._classes: dict[type, dict] = {}
-        self._class_numbers: dict[type, tuple[int, int]] = {}
-        self._dicts = [where for where, _ in self._places]
+        self._classes: dict[type, tuple[dict, list[int]]] = {}
         self._numbers: dict[tuple, int] = {}
         self._pinned: list[Any] = []
         self.users: list[types.FunctionType] = []
-        for cls in Tensor.__mro__:
-            self._add(cls)
+        self._places += [(where, sorted(where)) for where in map(class_dictionary, Tensor.__mro__) if where is not None]
+        self.dicts = [where for where, _ in self._places]
         self._renew()
 
     def look(self) -> int:
         """The number, as it is now."""
-        if self._versions is None or [*map(dict_version, self._dicts)] != self._versions:
+        if self._versions is None or [*map(dict_version, self.dicts)] != self._versions:
             self._renew()
         return self.number
 
     def class_number(self, cls: type) -> int:
-        """Like `number`, for the methods of one class. From now on `number` counts them too."""
-        if cls not in self._classes:
-            self._add(cls)
-            self._renew()
-        where = self._classes[cls]
+        """Like `number`, for the methods of one class."""
+        known = self._classes.get(cls)
+        if known is None:
+            known = self._classes[cls] = class_dictionary(cls) or {}, []
+        where, found = known
         version = dict_version(where) if dict_version is not None else None
-        known = self._class_numbers.get(cls)
-        if known is None or version is None or known[0] != version:
-            known = self._class_numbers[cls] = version, self._numbered((_code_in(where, where),))
-        return known[1]
+        if version is None or found[:1] != [version]:
+            found[:] = [version, self._numbered((_code_in(where, where),))]
+        return found[1]
+
+    def class_dicts(self, classes: Iterable[type]) -> list[dict]:
+        """The dictionaries behind classes whose number was asked for."""
+        return [self._classes[cls][0] for cls in classes]
 
     def users_of(self, cls: type) -> list[types.FunctionType]:
         """Functions that a user has put among the methods of a class."""
-        return [f for f in self._classes[cls].values() if _is_users(f)]
-
-    def _add(self, cls: type) -> None:
-        self._classes[cls] = class_dictionary(cls) or {}
-        self._dicts.append(self._classes[cls])
+        return [f for f in self._classes[cls][0].values() if _is_users(f)]
 
     def _renew(self) -> None:
-        self._versions = [*map(dict_version, self._dicts)] if dict_version is not None else None
-        parts = [_code_in(where, names) for where, names in self._places]
-        parts += [_code_in(where, where) for where in self._classes.values()]
-        self.number = self._numbered(tuple(parts))
+        self._versions = [*map(dict_version, self.dicts)] if dict_version is not None else None
+        self.number = self._numbered(tuple(_code_in(where, names) for where, names in self._places))
         found = [where.get(name) for where, names in self._places for name in names]
         self.users = [f for f in found if _is_users(f)]
 

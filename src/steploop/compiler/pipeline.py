@@ -39,6 +39,7 @@ from .memory_operator import SequenceRunner, is_memory
 from .patterns import recognise
 from .plan import Plan, describe
 from .program import Call, Program, Result
+from .recorder import working
 from .whole_histories import use_whole_histories
 
 BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
@@ -55,6 +56,8 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     if training:
         dependencies = with_joint(capture, dependencies)
         tensors = _tensors(call, capture, dependencies, joint=True)
+    if (recorder := working()) is not None:
+        recorder.inner.append(capture.reads)  # the outer step's capture must know when this one no longer holds
     nested = traced(tensors)
     invocation = _invocation(capture, call, backend, save, training, nested, tensors)
     if nested:

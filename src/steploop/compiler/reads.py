@@ -203,7 +203,6 @@ class Reads:
     library: code of torch's and of Python's own that ran, with the name of its module: somebody may patch it.
     variables: context variables that were read.
     contents: paths of tensors whose content was read as Python numbers.
-    free: paths of Python floats that are inputs of the graph.
     """
 
     names: frozenset[str] | None = None
@@ -213,7 +212,17 @@ class Reads:
     library: frozenset[tuple[types.CodeType, str]] = frozenset()
     variables: frozenset[contextvars.ContextVar] = frozenset()
     contents: frozenset[str] = frozenset()
-    free: frozenset[str] = frozenset()
+
+    def joined(self, other: Reads) -> Reads:
+        """What both have read."""
+        names = None if self.names is None or other.names is None else self.names | other.names
+        return Reads(names, **{n: getattr(self, n) | getattr(other, n) for n in _SETS})
+
+    def within(self, other: Reads) -> bool:
+        """Whether the other has read all this too."""
+        names = other.names is None or self.names is not None and self.names <= other.names
+        return names and all(getattr(self, n) <= getattr(other, n) for n in _SETS)
 
 
+_SETS = ("modules", "functions", "loose", "library", "variables", "contents")
 EVERYTHING = Reads()

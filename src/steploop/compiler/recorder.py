@@ -10,6 +10,7 @@ import inspect
 import os
 import random
 import sys
+import threading
 import time
 import types
 import weakref
@@ -43,6 +44,16 @@ _ON_BEHALF = {"random", "secrets", "uuid", "pathlib", "datetime", "_pydatetime",
 _BY_NAME = {"copy", "copyreg", "dataclasses", "operator", "types", "pprint", "pickle", "json"}
 
 
+# The recorders at work in each thread, the innermost last.
+_working = threading.local()
+
+
+def working() -> Recorder | None:
+    """The innermost recorder at work in this thread."""
+    stack = getattr(_working, "stack", None)
+    return stack[-1] if stack else None
+
+
 class Recorder:
     """What ran between `with recorder:` and its end, in this thread, but for what torch's own operations did."""
 
@@ -52,6 +63,7 @@ class Recorder:
         self.variables: set[contextvars.ContextVar] = set()
         self.modules: set[str] = set()
         self.tensors: list[Tensor] = []
+        self.inner: list[Reads] = []  # what the steps of inner loops have read
         self.refused: StepError | None = None
         self._outer: Any = None
         self._depth = 0
@@ -59,12 +71,15 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._depth == 0:
             self._outer = sys.getprofile()
+            _working.stack = [*getattr(_working, "stack", ()), self]
         self._depth += 1
         sys.setprofile(self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._depth -= 1
+        if self._depth == 0:
+            _working.stack.pop()
         if self._depth == 0:
             sys.setprofile(None)
             _profile_again(self._outer)
@@ -125,7 +140,8 @@ class Recorder:
             on_behalf = frame.f_code is inspect.currentframe.__code__
         while on_behalf and frame.f_back is not None and kind_of_file(frame.f_code.co_filename) == STDLIB:
             frame = frame.f_back
-        if self.refused is None and kind_of_file(frame.f_code.co_filename) in (USER, PACKAGE):
+        own = kind_of_file(frame.f_code.co_filename) in (USER, PACKAGE)
+        if self.refused is None and own and not _in_between(frame):
             self.refused = reads_what_changes(why, frame.f_code.co_filename, frame.f_lineno)
 
     # -- afterwards ----------------------------------------------------------------------------------------
@@ -141,7 +157,10 @@ class Recorder:
         if not computed:
             names = frozenset().union(*map(names_of, {*own, *library, *met}))
         torchs = frozenset((c, m) for c, m in library.items() if kind_of_file(c.co_filename) == TORCH)
-        return Reads(names, frozenset(self.modules), library=torchs, variables=frozenset(self.variables), **more)
+        reads = Reads(names, frozenset(self.modules), library=torchs, variables=frozenset(self.variables), **more)
+        for inner in self.inner:
+            reads = reads.joined(inner)
+        return reads
 
     def unmet(self, met: Iterable[types.CodeType]) -> tuple[frozenset[weakref.ref], frozenset[Any]]:
         """Functions that ran and are none of those that a walk met, and code that ran and has no function."""
@@ -158,6 +177,16 @@ class Recorder:
         loose = {(c, m) for c, m in missing.items() if all(f.__code__ is not c for f in functions)}
         loose |= {(c, m) for c, m in self.codes.items() if m == "os" and "environ" in c.co_names}
         return frozenset(map(weakref.ref, functions)), frozenset(loose)
+
+
+def _in_between(frame: types.FrameType | None) -> bool:
+    """Whether a call comes from what Python runs whenever it collects garbage: none of the step's code."""
+    callbacks = {getattr(c, "__code__", None) for c in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -77,6 +77,8 @@ def reshape(target: Shape) -> View:
 
 def reshaped_strides(shape: Shape, strides: Shape, target: Shape) -> Shape:
     """Strides of a reshaped array; NotAffine where axes must merge that are not one after the other."""
+    if any(same(n, 0) for n in (*shape, *target)):
+        return (0,) * len(target)  # there is nothing to find
     old = [(n, s) for n, s in zip(shape, strides) if not same(n, 1)]
     new = [n for n in target if not same(n, 1)]
     found: list[Dim] = []

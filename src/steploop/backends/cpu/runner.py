@@ -216,6 +216,8 @@ def _arrangement(rows: Rows | None, buffer: Buffer) -> Callable[[Tensor], Tensor
         return Tensor.contiguous
 
     def move(value: Tensor) -> Tensor:
+        if rows.inner == 0:
+            return value  # no numbers at all
         wide = value.unflatten(rows.dim, (rows.outer, -1, rows.inner))
         return wide.movedim(rows.dim + 1, 0).contiguous()
 
