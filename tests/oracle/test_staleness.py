@@ -407,7 +407,8 @@ def test_calls_leave_nothing_behind():
         return len(gc.get_objects())
 
     calls(3)
-    assert calls(20) - calls(1) < 50
+    # Whatever else the process does makes objects too, and not every time: what leaks shows in every try.
+    assert min(calls(20) - calls(1) for _ in range(3)) < 50
 
 
 def test_several_threads_make_one_capture():

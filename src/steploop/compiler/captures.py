@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import types
-import warnings
 import weakref
 from collections.abc import Hashable
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..errors import warn
 from . import making
 from .capture import Leaf, Signature
 from .captured import Capture, hint, is_batch, lock, same_float, sizes_of
@@ -134,11 +134,10 @@ def _warn(program: Program, before: Capture, now: Capture) -> None:
     changed = [f"{path} ({old[path]!r}, then {new[path]!r})" for path in paths]
     name = getattr(program.root, "__name__", None) or type(program.root).__name__
     what = ", ".join(changed[:3]) or "an object that it reads"
-    warnings.warn(
+    warn(
         f"{name} was captured again because something that it reads has changed: {what}. Each capture takes about as "
         "long as the first call did. Give the step what changes as a tensor (a sequence, a constant or a buffer), or "
-        "do what depends on it outside the step.",
-        stacklevel=2,
+        "do what depends on it outside the step."
     )
 
 

@@ -67,11 +67,14 @@ class Recorder:
         self.refused: StepError | None = None
         self._outer: Any = None
         self._depth = 0
+        self._in_between: set[types.CodeType] = set()
+        self._aside: types.FrameType | None = None
 
     def __enter__(self) -> Recorder:
         if self._depth == 0:
             self._outer = sys.getprofile()
             _working.stack = [*getattr(_working, "stack", ()), self]
+            self._in_between = {c.__code__ for c in gc.callbacks if isinstance(c, types.FunctionType)}
         self._depth += 1
         sys.setprofile(self._note)
         return self
@@ -106,8 +109,15 @@ class Recorder:
         self.tensors.append(tensor)
 
     def _note(self, frame: types.FrameType, event: str, argument: Any) -> None:
-        if event == "call":
+        if self._aside is not None:
+            if event == "return" and frame is self._aside:
+                self._aside = None
+        elif event == "call":
             code = frame.f_code
+            if code in self._in_between or code.co_name == "__del__":
+                # Python runs it whenever it collects garbage: what it does is none of the step's.
+                self._aside = frame
+                return
             if code not in self.codes:
                 self.codes[code] = frame.f_globals.get("__name__", "")
             if code.co_flags & inspect.CO_GENERATOR:
@@ -141,7 +151,7 @@ class Recorder:
         while on_behalf and frame.f_back is not None and kind_of_file(frame.f_code.co_filename) == STDLIB:
             frame = frame.f_back
         own = kind_of_file(frame.f_code.co_filename) in (USER, PACKAGE)
-        if self.refused is None and own and not _in_between(frame):
+        if self.refused is None and own:
             self.refused = reads_what_changes(why, frame.f_code.co_filename, frame.f_lineno)
 
     # -- afterwards ----------------------------------------------------------------------------------------
@@ -177,16 +187,6 @@ class Recorder:
         loose = {(c, m) for c, m in missing.items() if all(f.__code__ is not c for f in functions)}
         loose |= {(c, m) for c, m in self.codes.items() if m == "os" and "environ" in c.co_names}
         return frozenset(map(weakref.ref, functions)), frozenset(loose)
-
-
-def _in_between(frame: types.FrameType | None) -> bool:
-    """Whether a call comes from what Python runs whenever it collects garbage: none of the step's code."""
-    callbacks = {getattr(c, "__code__", None) for c in gc.callbacks}
-    while frame is not None:
-        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
