@@ -335,8 +335,8 @@ def _pad(low: Lowering, node: fx.Node) -> Expr:
 
 
 def join(low: Lowering, parts: list[Expr], dim: int) -> Expr:
-    """Parts of any shapes one after the other; empty ones vanish."""
-    parts = [p for p in parts if p.shape[dim] != 0]
+    """Parts of any shapes one after the other; empty ones vanish, as long as something is left."""
+    parts = [p for p in parts if p.shape[dim] != 0] or parts[:1]
     if len(parts) == 1:
         return parts[0]
     total: Dim = 0
