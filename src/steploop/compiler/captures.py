@@ -293,7 +293,9 @@ def _make(
     global captured
     captured += 1
     if known:
-        signature.dynamic = known[-1].signature.dynamic | frozenset(_differences(known[-1].signature, signature))
+        dynamic = frozenset(_differences(known[-1].signature, signature)).union(*(k.signature.dynamic for k in known))
+        leaves = {(kind, i): leaf for kind, i, leaf in _groups(signature)}
+        signature.dynamic = frozenset(d for d in dynamic if leaves[d[:2]].shape[d[2]] > 1)
     inline: set[int] = set()
     trace, symbolic = _first_trace(program, signature, dependencies, inline)
     while more := _memories_in_loops(trace, program) - inline:
