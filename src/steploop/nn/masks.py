@@ -46,7 +46,7 @@ def masked_softmax(x: Tensor, mask: Tensor | None, dim: int = -1) -> Tensor:
     """
     if mask is None:
         return torch.softmax(x, dim)
-    mask = _fitted("masked_softmax", x, mask, (dim,))
+    mask = _fitted("masked_softmax", x, mask, dim)
     # 0 where no entry counts: the softmax of nothing but -inf is NaN.
     left_out = torch.where(mask.any(dim, keepdim=True), float("-inf"), 0.0).to(x.dtype)
     return torch.where(mask, torch.softmax(torch.where(mask, x, left_out), dim), 0.0)
