@@ -1,6 +1,6 @@
 """steploop: write one time step in plain PyTorch; run the whole sequence at once."""
 
-from . import memory, nn
+from . import memory, nn, search, view
 from .errors import (
     BuildError,
     CarryError,
@@ -14,6 +14,7 @@ from .errors import (
     UnsupportedError,
 )
 from .loop import Loop
+from .nn import length_mask
 from .scan import plan, scan
 from .share import share
 from .state import State
@@ -41,11 +42,14 @@ __all__ = [
     "SteploopError",
     "Stream",
     "UnsupportedError",
+    "length_mask",
     "memory",
     "nn",
     "plan",
     "scan",
+    "search",
     "share",
     "unbatched",
     "verify",
+    "view",
 ]

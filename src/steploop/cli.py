@@ -342,7 +342,8 @@ def explain(
 ) -> None:
     """Print what runs before, in and after the loops of a step, and why.
 
-    Without --input, the file's `example()` is called: it returns a step (or a loop) and its inputs.
+    Without --input, the file's `example()` is called: it returns a step (or a loop), its inputs, and a dict of
+    constants where it takes some.
     """
     plan = _plan(target, init, input or [], backend.value)
     print(plan)
@@ -361,11 +362,11 @@ def _plan(target: str, init: str, shapes: list[str], backend: str) -> Any:
         raise InputError(f"Expected FILE.py:Class, got {target!r}")
     module = _load(Path(file))
     if shapes:
-        step, inputs = _make(module, file, name, init), [_tensor(shape) for shape in shapes]
+        step, inputs, constants = _make(module, file, name, init), [_tensor(shape) for shape in shapes], {}
     else:
-        step, inputs = _example(module, file, name)
+        step, inputs, constants = _example(module, file, name)
     loop = step if isinstance(step, sl.Loop) else sl.Loop(step, backend=backend)
-    return loop.plan(*inputs)
+    return loop.plan(*inputs, **constants)
 
 
 def _load(file: Path) -> Any:
@@ -435,8 +436,8 @@ def _tensor(shape: str) -> Any:
     return torch.zeros(numbers, dtype=torch.int64) if kind == "int" else torch.randn(numbers)
 
 
-def _example(module: Any, file: str, name: str) -> tuple[Any, tuple]:
-    """(step or loop, inputs) from the module's `example()`, or from the function that was named."""
+def _example(module: Any, file: str, name: str) -> tuple[Any, tuple, dict[str, Any]]:
+    """(step or loop, inputs, constants) from the module's `example()`, or from the function that was named."""
     function = getattr(module, name or "example", None)
     if not callable(function) or isinstance(function, type):
         function = getattr(module, "example", None)
@@ -446,10 +447,10 @@ def _example(module: Any, file: str, name: str) -> tuple[Any, tuple]:
             f'  fix:      steploop explain {file}:{name or "Class"} --init "..." --input "T,B,I"'
         )
     made = function()
-    if not (isinstance(made, tuple) and len(made) == 2):
-        raise InputError(f"{file}: example() returns (step_or_loop, inputs), got {type(made).__name__}")
-    step, inputs = made
-    return step, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if not (isinstance(made, tuple) and len(made) in (2, 3)):
+        raise InputError(f"{file}: example() returns (step_or_loop, inputs[, constants]), got {type(made).__name__}")
+    step, inputs, constants = (*made, {}) if len(made) == 2 else made
+    return step, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), constants
 
 
 def _as_json(value: Any) -> str:

@@ -7,13 +7,13 @@ one step is run on fake tensors, from which only shapes are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .arguments import Arguments
@@ -23,9 +23,9 @@ from .frame import Frame, run_in
 from .initial import dtype_and_device, own_values
 from .state import State
 from .step import Step, Survey, survey
-from .tree import Structure, unflatten
+from .tree import unflatten
 
-_KEPT_SIZES = 32  # per Step
+_KEPT_SIZES = 64  # per Step, and of each for so many sizes of axes
 
 Sizes = dict[State, tuple[tuple[Any, ...], torch.dtype]]  # shape of one row's value, without a history's room
 
@@ -64,46 +64,119 @@ def start(state: State, sizes: Sizes, batch: Any, room: Any, device: torch.devic
     return state.start(batch, dtype, device, shape)
 
 
+Place = tuple[str, int, int]  # "x" or "constant", which one, which axis of what one step sees
+
+
+@dataclass(frozen=True)
+class General:
+    """Sizes as expressions of the sizes of some axes, found by a step in which those were symbols.
+
+    symbols: by axis.  fixed: the other axes, as they were.  guards: what the step's own decisions asked of the symbols.
+    """
+
+    sizes: Sizes
+    symbols: dict[Place, Any]
+    fixed: dict[Place, int]
+    guards: list[Any]
+
+    def at(self, axes: dict[Place, int]) -> Sizes | None:
+        """The sizes where the axes are these; None where they may be others."""
+        values = {symbol: axes[place] for place, symbol in self.symbols.items()}
+        if any(axes[place] != size for place, size in self.fixed.items()) or min(values.values()) < 2:
+            return None  # (torch takes other ways for sizes of 0 and 1)
+        if any(guard.xreplace(values) != True for guard in self.guards):  # noqa: E712  (sympy's)
+            return None
+        return {s: (tuple(_number(n, values) for n in shape), dtype) for s, (shape, dtype) in self.sizes.items()}
+
+
+def _number(size: Any, values: dict[Any, int]) -> int:
+    return size if isinstance(size, int) else int(size.xreplace(values))
+
+
+def axes_of(arguments: Arguments) -> dict[Place, int]:
+    """The size of every axis that one step sees, but for the batch."""
+    places: dict[Place, int] = {}
+    for i, x in enumerate(arguments.xs):
+        places.update((("x", i, dim - 1), int(x.shape[dim])) for dim in range(2, x.dim()))
+    for i, (c, batched) in enumerate(zip(arguments.constants, arguments.constant_batched, strict=True)):
+        places.update((("constant", i, dim), int(c.shape[dim])) for dim in range(int(batched), c.dim()))
+    return places
+
+
 def find_sizes(
     step: Step,
     tree: Survey,
-    xs: Sequence[Tensor],
-    x_structure: Structure,
-    constants: Sequence[Tensor],
-    constant_structure: Structure,
+    arguments: Arguments,
     before: Sequence[Tensor | None],
     batch: Any,
     dtype: torch.dtype,
     device: torch.device,
-) -> Sizes:
-    """One step on fake slices of `xs` (T, B, ...). before: States' values as far as they are known."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # slow to import
+    free: frozenset[Place] = frozenset(),
+) -> tuple[Sizes, General | None]:
+    """One step on fake slices of the sequences (T, B, ...).
+
+    before: States' values as far as they are known.  free: axes that are symbols in it; then General says what
+    the sizes are for other sizes of these.
+    """
+    from torch._dispatch.python import enable_python_dispatcher  # slow to import
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from .compiler.graph import expression
 
     sizing = Sizing(batch, 2, dtype, device)
-    tensors = [list(xs), list(constants), list(before)]
-    flat, _ = pytree.tree_flatten(tensors)
+    xs, constants = arguments.xs, arguments.constants
 
     def run(convert: Any) -> None:
-        slices, fixed, values = pytree.tree_map_only(Tensor, convert, tensors)
+        slices = [convert(x, ("x", i)) for i, x in enumerate(xs)]
         slices = [x.new_zeros(x.shape[1:]) for x in slices]
+        fixed = [convert(c, ("constant", i)) for i, c in enumerate(constants)]
+        values = [None if v is None else convert(v, None) for v in before]
         states, known = tree.states, dict(zip(tree.states, values, strict=True))
         frame = Frame(dict(zip(states, tree.names, strict=True)), known, "step")
         frame.batch = batch
         frame.sizing = sizing
         sizing.found.clear()
         with torch.no_grad(), run_in(frame):
-            step(*unflatten(slices, x_structure), **unflatten(fixed, constant_structure))
+            step(*unflatten(slices, arguments.x_structure), **unflatten(fixed, arguments.constant_structure))
 
-    if _get_current_dispatch_mode_stack() or any(isinstance(t, FakeTensor) for t in flat):
-        run(lambda t: t)  # a tracer is at work: what it sees of this is dead code
-        return sizing.found
+    tensors = [*xs, *constants, *(v for v in before if v is not None)]
+    if _get_current_dispatch_mode_stack() or any(isinstance(t, FakeTensor) for t in tensors):
+        run(lambda t, _: t)  # a tracer is at work: what it sees of this is dead code
+        return sizing.found, None
     try:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            run(lambda t: mode.from_tensor(t.detach()))
+        env = ShapeEnv(duck_shape=False) if free else None
+        mode, symbols = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env), {}
+        with mode, enable_python_dispatcher() if free else nullcontext():  # torch's kernels would fix symbols
+            run(lambda t, place: _fake(mode, t, place, free, symbols))
     except Exception:  # Python that looks at values; the plain loop may still run it
+        if free:
+            return find_sizes(step, tree, arguments, before, batch, dtype, device)
         _run_really(step, run, device)
-    return sizing.found
+        return sizing.found, None
+    if not symbols:
+        return sizing.found, None
+    axes = axes_of(arguments)
+    fixed = {place: size for place, size in axes.items() if place not in symbols}
+    sizes = {state: (tuple(map(expression, shape)), kind) for state, (shape, kind) in sizing.found.items()}
+    general = General(sizes, symbols, fixed, [guard.expr for guard in env.guards])
+    return general.at(axes), general
+
+
+def _fake(mode: Any, tensor: Tensor, place: Any, free: frozenset[Place], symbols: dict[Place, Any]) -> Tensor:
+    """`tensor` as the tracer's, those of its axes that are free as symbols."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    first = -1 if place is not None and place[0] == "x" else 0  # a sequence has T in front
+    places = [(*(place or ("state", 0)), first + dim) for dim in range(tensor.dim())]
+    opened = [p in free and size > 1 for p, size in zip(places, tensor.shape, strict=True)]
+    if not any(opened):
+        return mode.from_tensor(tensor, static_shapes=True)
+    kinds = [DimDynamic.DYNAMIC if is_open else DimDynamic.STATIC for is_open in opened]
+    fake = mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+    found = zip(places, fake.shape, opened, strict=True)
+    symbols.update((p, size.node.expr) for p, size, is_open in found if is_open)
+    return fake
 
 
 def _run_really(step: Step, run: Any, device: torch.device) -> None:
@@ -111,7 +184,7 @@ def _run_really(step: Step, run: Any, device: torch.device) -> None:
     kept = [(buffer, buffer.detach().clone()) for buffer in step.buffers()]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            run(lambda t: t.detach().clone())
+            run(lambda t, _: t.detach().clone())
     finally:
         with torch.no_grad():
             for buffer, value in kept:
@@ -195,13 +268,7 @@ def begin(
     dtype, device = dtype_and_device(tree, arguments.xs, arguments.constants)
     values = _given_values(tree, given)
     known = [mine if mine is not None else value for mine, value in zip(own, values, strict=True)]
-    sizes = _kept_sizes(program, arguments, batch)
-    if sizes is None:
-        sizes = find_sizes(
-            step, tree, arguments.xs, arguments.x_structure, arguments.constants,
-            arguments.constant_structure, known, batch, dtype, device,
-        )  # fmt: skip
-        _keep_sizes(program, arguments, batch, sizes)
+    sizes = _sizes(program, tree, arguments, known, batch, dtype, device)
     found = survey(step)
     if found.names != tree.names:  # a Step made States for what its child returned
         tree = found
@@ -235,7 +302,7 @@ def _used(states: Sequence[State], values: Sequence[Tensor | None], at_most: int
 
 
 def _size_key(program: Program, arguments: Arguments) -> Any:
-    """What the sizes that were found depend on; None where that cannot be told."""
+    """What the sizes that were found depend on, but for the sizes of axes; None where that cannot be told."""
     from .compiler.captures import everything_of  # torch's tracing machinery: only when it is needed
     from .compiler.dependencies import ambient
 
@@ -244,26 +311,50 @@ def _size_key(program: Program, arguments: Arguments) -> Any:
         hash(depends)
     except Exception:
         return None
-    xs = tuple((x.shape[2:], x.dtype, x.device) for x in arguments.xs)
-    rows = zip(arguments.constants, arguments.constant_batched, strict=True)
-    constants = tuple((c.shape[1:] if batched else c.shape, c.dtype) for c, batched in rows)
+    xs = tuple((x.dim(), x.dtype, x.device) for x in arguments.xs)
+    constants = tuple((c.dim(), c.dtype) for c in arguments.constants)
     return program.key, depends, ambient(), xs, constants
 
 
-def _kept_sizes(program: Program, arguments: Arguments, batch: Any) -> Sizes | None:
-    if _symbolic(arguments, batch):
-        return None
-    kept = program.root._kept.get("sizes")
-    return None if kept is None else kept.get(_size_key(program, arguments))
+@dataclass
+class _Known:
+    """What was found for one key: sizes by the sizes of all axes, and in general.
+
+    axes: those of the latest first step, and free: those that were seen to differ.
+    """
+
+    exact: dict[tuple[int, ...], Sizes] = field(default_factory=dict)
+    general: list[General] = field(default_factory=list)
+    axes: dict[Place, int] | None = None
+    free: frozenset[Place] = frozenset()
 
 
-def _keep_sizes(program: Program, arguments: Arguments, batch: Any, sizes: Sizes) -> None:
-    if _symbolic(arguments, batch) or (key := _size_key(program, arguments)) is None:
-        return
+def _sizes(
+    program: Program, tree: Survey, arguments: Arguments, before: list[Tensor | None], batch: Any,
+    dtype: torch.dtype, device: torch.device,
+) -> Sizes:  # fmt: skip
+    """The sizes of States(...), from earlier calls where they are known."""
+    find = (program.root, tree, arguments, before, batch, dtype, device)
+    key = None if _symbolic(arguments, batch) else _size_key(program, arguments)
+    if key is None:
+        return find_sizes(*find)[0]
     kept = program.root._kept.setdefault("sizes", {})
-    if len(kept) >= _KEPT_SIZES:
+    if key not in kept and len(kept) >= _KEPT_SIZES:
         kept.pop(next(iter(kept)))
-    kept[key] = sizes
+    known = kept.setdefault(key, _Known())
+    axes = axes_of(arguments)
+    place = tuple(axes.values())
+    sizes = known.exact.get(place) or next((s for g in known.general if (s := g.at(axes)) is not None), None)
+    if sizes is None:
+        if known.axes is not None:
+            known.free |= {p for p, size in axes.items() if known.axes[p] != size}
+        sizes, general = find_sizes(*find, known.free)
+        known.axes = axes
+        known.general = [*known.general, *([] if general is None else [general])][-_KEPT_SIZES:]
+    if len(known.exact) >= _KEPT_SIZES:
+        known.exact.pop(next(iter(known.exact)))
+    known.exact[place] = sizes
+    return sizes
 
 
 def _symbolic(arguments: Arguments, batch: Any) -> bool:

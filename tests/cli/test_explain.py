@@ -71,6 +71,15 @@ def test_a_file_with_an_example(steploop, file, name):
     assert "my_steps.py:" in ran.out
 
 
+def test_an_example_with_constants(steploop, file):
+    more = EXAMPLE.replace("torch.randn(5, 4, 2)", "torch.randn(5, 4, 2), {'scale': torch.rand(4, 1)}")
+    takes_scale = MODULE.replace("def step(self, x):\n        h = 0.9", "def step(self, x, *, scale):\n        h = scale")
+    file.write_text(takes_scale + more)
+    ran = steploop("explain", file)
+    assert ran.code == 0, ran.err
+    assert "my_steps.py:" in ran.out
+
+
 def test_as_json_and_as_a_page(steploop, file, tmp_path):
     ran = steploop(
         *("explain", f"{file}:Leaky", "--init", "8, 16", "--input", "20,4,8"),

@@ -16,6 +16,7 @@ import torch
 
 import steploop as sl
 from steploop import memory
+from steploop.nn.dropout import hashed_keep
 
 ARPA = """\\data\\
 ngram 1=6
@@ -47,6 +48,10 @@ ngram 3=2
 
 def floats(*shape: int) -> Callable[[int, int], torch.Tensor]:
     return lambda steps, batch: torch.randn(steps, batch, *shape, dtype=torch.float64, requires_grad=True)
+
+
+def seeds(steps: int, batch: int) -> torch.Tensor:
+    return torch.randint(1, 2**62, (steps, batch, 1))
 
 
 def labels(low: int, high: int) -> Callable[[int, int], torch.Tensor]:
@@ -119,7 +124,7 @@ def conv(op, seen, constants, room):
 
 def attention(op, seen, constants, room):
     if op.qkv is None:
-        rows = seen
+        rows = [frame[:3] for frame in seen]
     else:
         rows = [op.qkv(x).split([op.key_size, op.key_size, op.value_size]) for (x,) in seen]
     q = rows[-1][0].unflatten(0, (op.heads, -1))
@@ -138,7 +143,11 @@ def attention(op, seen, constants, room):
                 score = score + q[head] @ op.relative_keys[max(s - last, -op.relative) + op.relative]
             scores.append(scale * score)
             values.append(v.unflatten(0, (op.heads, -1))[head])
-        results.append(torch.softmax(torch.stack(scores), 0) @ torch.stack(values))
+        weights = torch.softmax(torch.stack(scores), 0)
+        if op.dropout:
+            seed, places = seen[-1][3], torch.arange(len(rows)) * op.heads + head
+            weights = weights * hashed_keep(seed, places, 1 - op.dropout) / (1 - op.dropout)
+        results.append(weights @ torch.stack(values))
     y = torch.cat(results)
     return y if op.out is None else op.out(y)
 
@@ -323,6 +332,11 @@ def choice_given(op, seen, constants, room):
     return seen[-1][1]
 
 
+def choice_imposed(op, seen, constants, room):
+    scores, target, where = seen[-1]
+    return target if where else scores.argmax()
+
+
 def choice_own(op, seen, constants, room):
     return seen[-1][0].argmax()
 
@@ -432,6 +446,20 @@ CASES = [
         attention,
         name="CausalSelfAttention-qkv",
     ),
+    Case(
+        memory.CausalSelfAttention,
+        lambda: memory.CausalSelfAttention(2, dropout=0.4),
+        (floats(4), floats(4), floats(6), seeds),
+        attention,
+        name="CausalSelfAttention-dropout",
+    ),
+    Case(
+        memory.CausalSelfAttention,
+        lambda: memory.CausalSelfAttention(2, relative=1, key_size=4, dropout=0.4),
+        (floats(4), floats(4), floats(2), seeds),
+        attention,
+        name="CausalSelfAttention-relative-dropout",
+    ),
     Case(memory.History, memory.History, (floats(2),), history),
     Case(memory.RelativePositions, lambda: memory.RelativePositions(2), (floats(),), relative_positions),
     Case(
@@ -516,6 +544,7 @@ CASES = [
     ),
     Case(memory.Choice, memory.Choice, (floats(5), labels(0, 5)), choice_given),
     Case(memory.Choice, memory.Choice, (floats(5),), choice_own, name="Choice-own"),
+    Case(memory.Choice, memory.Choice, (floats(5), labels(0, 5), flags), choice_imposed, name="Choice-where"),
 ]
 for case in CASES:
     case.name = case.name or case.op.__name__

@@ -8,8 +8,10 @@ from agree import agree, situations
 from torch import nn
 
 import steploop as sl
+from steploop import sizing
 
 T = 6
+SIZES = ((3, 2, 4), (1, 4, 4), (5, 3, 4), (7, 5, 5), (1, 1, 4), (4, 1, 3))  # of the memory, the vectors, and B
 
 
 class Attends(sl.Step):
@@ -37,7 +39,7 @@ def arguments(memory, vectors, batch):
 @pytest.mark.parametrize("how", ["plain", "lengths", "holes", "resets", "all"])
 def test_other_sizes_agree(backend, how):
     step = Attends()
-    for memory, vectors, batch in ((3, 2, 4), (5, 4, 4), (7, 5, 5), (1, 6, 4), (4, 1, 3)):
+    for memory, vectors, batch in SIZES:
         kinds = situations(torch.randint(0, T + 1, (batch,)), torch.rand(T, batch) < 0.7, torch.rand(T, batch) < 0.2)
         *xs, frames = arguments(memory, vectors, batch)
         agree(step, *xs, memory=frames, backend=backend, **kinds[how])
@@ -52,3 +54,51 @@ def test_other_sizes_leave_the_plan_as_it_is():
     for plan in plans:
         assert len(plan.loops) == len(plan.backward.loops) == 1
     assert "(B, n, 4)" in str(plans[-1]) and "(B, 3, 4)" in str(plans[0])
+
+
+class Remembers(sl.Step):
+    """States of which only the memory tells how large they are, one of them in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.pairs, self.mix = sl.State(..., init=0.5), sl.State(...), nn.Linear(5, 6)
+
+    def step(self, x, *, memory):
+        size = memory.shape[1]
+        seen = self.seen.sized(size, like=x)
+        pairs = self.pairs.sized(size // 2 + 1 if size > 4 else 3, 2, like=x)
+        weights = ((memory @ self.mix(x).unsqueeze(-1)).squeeze(-1) + seen).softmax(-1)
+        self.seen.next = seen * 0.5 + weights
+        self.pairs.next = torch.tanh(pairs + weights[:, :1, None])
+        return pairs.sum((1, 2)), seen
+
+
+def test_states_as_large_as_a_constant(monkeypatch):
+    """The shapes are found once for a size, once for another, and then known; a decision on the size is found out."""
+    step, runs, find = Remembers(), [], sizing.find_sizes
+
+    def counted(*arguments):
+        runs.append(arguments[2].constants[0].shape[1])
+        return find(*arguments)
+
+    monkeypatch.setattr(sizing, "find_sizes", counted)
+    for memory in (7, 9, 6, 12, 30, 9, 1, 3, 2, 4, 1, 7, 5):
+        xs = torch.randn(T, 3, 5, requires_grad=True)
+        frames = torch.randn(3, memory, 6, requires_grad=True)
+        (_, seen), state = sl.Loop(step, backend="reference")(xs, memory=frames)
+        assert state["seen"].shape == (3, memory) and seen.shape == (T, 3, memory)
+        assert state["pairs"].shape == (3, memory // 2 + 1 if memory > 4 else 3, 2)
+        if memory in (7, 9, 12, 1, 4):
+            agree(step, xs, memory=frames, backend="cpu", save="states")
+    assert runs == [7, 9, 1, 3]
+
+
+def test_the_state_of_an_earlier_call_may_be_given_when_sizes_change():
+    loop = sl.Loop(Remembers())
+    for memory in (7, 9, 5, 11):
+        xs, frames = torch.randn(T, 3, 5), torch.randn(3, memory, 6)
+        (whole, _), last = loop(xs, memory=frames)
+        (first, _), state = loop(xs[:2], memory=frames)
+        (rest, _), after = loop(xs[2:], memory=frames, state=state)
+        torch.testing.assert_close(torch.cat([first, rest]), whole)
+        torch.testing.assert_close(after["pairs"], last["pairs"])

@@ -475,6 +475,137 @@ def test_choice_is_given_or_the_models_own():
     assert len(a.unique()) > 2
 
 
+class Corrected(sl.Step):
+    """A speller that is told the right label at some steps, by an argument or from outside."""
+
+    def __init__(self, speller, imposes):
+        super().__init__()
+        self.speller, self.imposes = speller, imposes
+
+    def step(self, target, where):
+        if self.imposes:
+            scores, own = self.speller()
+            label = torch.where(where, target, own)
+            self.speller.choice.impose(label)
+            return scores, label
+        choice = self.speller.choice
+        scores = self.speller.out(self.speller.cell(self.speller.embedding(choice.previous())))
+        return scores, choice(scores, target, where=where)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_label_may_be_imposed_row_by_row(backend):
+    speller, target, where = Speller(), torch.randint(0, 5, (7, 3)), torch.rand(7, 3) < 0.5
+    (scores, labels), state = sl.Loop(Corrected(speller, False), backend=backend)(target, where)
+    own = scores.argmax(-1)
+    assert torch.equal(labels, torch.where(where, target, own))
+    (again, _), _ = speller(labels)  # the same labels, all of them given
+    torch.testing.assert_close(again, scores)
+    (imposed, told), after = sl.Loop(Corrected(speller, True), backend=backend)(target, where)
+    torch.testing.assert_close(imposed, scores)
+    assert torch.equal(told, labels)
+    assert torch.equal(after["speller.choice.last"], state["speller.choice.last"])
+
+
+def test_choice_takes_where_by_name_over_a_whole_sequence():
+    scores, target, where = torch.randn(4, 2, 5), torch.randint(0, 5, (4, 2)), torch.rand(4, 2) < 0.5
+    labels, _ = memory.Choice()(scores, target, where=where)
+    assert torch.equal(labels, torch.where(where, target, scores.argmax(-1)))
+
+
+# -- attention dropout ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_attention_drops_that_share_of_the_weights_and_none_in_eval_mode(inside):
+    attention = memory.CausalSelfAttention(4, dropout=0.25)
+    step = attention
+    if inside:
+
+        class Holds(sl.Step):
+            def __init__(self):
+                super().__init__()
+                self.attention = attention
+
+            def step(self, q, k, v):
+                return self.attention(q, k, v)
+
+        step = Holds()
+    steps = 12
+    q, k, v = torch.zeros(steps, 500, 4), torch.zeros(steps, 500, 4), torch.ones(steps, 500, 4)
+    y, _ = step(q, k, v)  # equal weights of ones: what is kept, over 0.75
+    kept = y[-1] * 0.75
+    assert abs(kept.mean() - 0.75) < 4 * (0.75 * 0.25 / kept.numel() / steps) ** 0.5
+    assert (kept * steps - (kept * steps).round()).abs().max() < 1e-4
+    assert not torch.equal(step(q, k, v)[0], y)
+    torch.manual_seed(5)
+    first, _ = step(q, k, v)
+    torch.manual_seed(5)
+    assert torch.equal(step(q, k, v)[0], first)
+    torch.testing.assert_close(step.eval()(q, k, v)[0], v)
+
+
+def test_the_gradient_of_attention_is_that_of_the_same_dropped_weights():
+    """Inside a step a whole sequence's gradient computes the outputs again: from the same seeds."""
+
+    class Holds(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.attention = memory.CausalSelfAttention(2, dropout=0.5)
+
+        def step(self, v):
+            return self.attention(torch.zeros_like(v), torch.zeros_like(v), v)
+
+    v = torch.ones(6, 3, 4, requires_grad=True)
+    y, _ = Holds()(v)
+    (gradient,) = torch.autograd.grad(y.sum(), v)
+    torch.testing.assert_close((gradient * v).sum(), y.sum())  # linear in v
+
+
+# -- moving steps together -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([6, 3, 0])])
+def test_compact_is_the_inverse_of_unmask(lengths):
+    x = torch.randn(6, 3, 2, requires_grad=True)
+    where = torch.rand(6, 3) < 0.5
+    kept = where if lengths is None else where & (torch.arange(6)[:, None] < lengths)
+    moved = memory.compact({"x": x, "n": torch.arange(18).view(6, 3)}, where, lengths)
+    count = kept.sum(0)
+    assert moved["x"].shape == (int(count.max()), 3, 2)
+    for b in range(3):
+        assert torch.equal(moved["x"][: count[b], b], x[kept[:, b], b])
+        assert (moved["x"][count[b] :, b] == 0).all()
+        assert moved["n"][: count[b], b].tolist() == (kept[:, b].nonzero()[:, 0] * 3 + b).tolist()
+    spread = memory.unmask(moved["x"], where, lengths=lengths)
+    assert torch.equal(spread[kept], x[kept])
+    (gradient,) = torch.autograd.grad(spread[kept].square().sum(), x)
+    torch.testing.assert_close(gradient, 2 * x.detach() * kept.unsqueeze(-1))
+
+
+def test_compact_never_reads_what_is_left_out():
+    x = torch.randn(4, 2)
+    where = torch.tensor([[1, 0], [0, 0], [1, 0], [0, 0]]).bool()
+    x[~where] = float("nan")
+    x.requires_grad_()
+    moved = memory.compact(x, where)
+    assert moved.shape == (2, 2) and moved.isfinite().all()
+    moved.sum().backward()
+    assert torch.equal(x.grad, where.float())
+
+
+def test_compact_of_nothing():
+    assert memory.compact(torch.randn(4, 2, 3), torch.zeros(4, 2).bool()).shape == (0, 2, 3)
+    assert memory.compact(torch.randn(0, 2, 3), torch.zeros(0, 2).bool()).shape == (0, 2, 3)
+    assert memory.compact(torch.randn(4, 0, 3), torch.zeros(4, 0).bool()).shape == (0, 0, 3)
+
+
+def test_masked_from_of_compact_is_masked():
+    cell, x, where = sl.nn.GRUCell(3, 4), torch.randn(7, 2, 3), torch.rand(7, 2) < 0.5
+    y = memory.masked_from(cell, memory.compact(x, where), where)
+    torch.testing.assert_close(y, memory.Masked(cell)(x, where=where)[0])
+
+
 # -- errors --------------------------------------------------------------------------------------------------
 
 X = torch.randn(3, 2, 4)
@@ -513,6 +644,11 @@ BAD = [
     (lambda: memory.Choice(method="best"), sl.InputError, "method"),
     (lambda: memory.Choice(temperature=0), sl.InputError, "temperature"),
     (lambda: memory.Choice()(X, X), sl.InputError, "target"),
+    (lambda: memory.Choice()(X, X[..., 0].long(), where=X[..., 0]), sl.InputError, "where"),
+    (lambda: memory.Choice()(X, None, X[..., 0] > 0), sl.InputError, "target"),
+    (lambda: memory.CausalSelfAttention(2, 4, dropout=1.5), sl.InputError, "dropout"),
+    (lambda: memory.compact(X, X[..., 0]), sl.InputError, "where"),
+    (lambda: memory.compact(X, X[:2, :, 0] > 0), sl.InputError, "same T and B"),
 ]
 
 

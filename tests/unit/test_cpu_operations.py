@@ -75,6 +75,7 @@ UNARY = {
     "hardswish": F.hardswish,
     "mish": F.mish,
     "logsigmoid": F.logsigmoid,
+    "log_sigmoid_forward": lambda x: sum(torch.ops.aten.log_sigmoid_forward(x)),  # of two results
     "tanhshrink": F.tanhshrink,
     "softsign": F.softsign,
     "softshrink": F.softshrink,
@@ -194,6 +195,7 @@ FEATURES = {
     "flip": lambda x: x.flip(-1) * 2,
     "roll": lambda x: x.roll(3, -1),
     "pad": lambda x: F.pad(x, (2, 3), value=1.5),
+    "pad that leaves nothing": lambda x: F.pad(x[:, :2], (-1, -1)).sum(1),
     "unbind": lambda x: x[:, :18].view(-1, 3, 6).unbind(1)[2] + 1,
     "select": lambda x: x[:, 4] * 2,
     "outer": lambda x: x[:, :5, None] * x[:, None, 5:12],
@@ -209,6 +211,13 @@ FEATURES = {
     "scatter": lambda x: torch.zeros_like(x).scatter(1, (x[:, :4].abs() * 3).long().clamp(max=18), x[:, 2:6]),
     "gather": lambda x: x.gather(1, (x[:, :5].abs() * 3).long().clamp(max=18)),
     "unfold": lambda x: x.unfold(1, 4, 2).sum(-1),
+    "unfold_backward": lambda x: torch.ops.aten.unfold_backward(x[:, :18].view(-1, 6, 3), [x.shape[0], 8], 1, 3, 1),
+    "unfold_backward in the middle": lambda x: torch.ops.aten.unfold_backward(
+        x[:, :16].view(-1, 4, 2, 2), [x.shape[0], 5, 2], 1, 2, 1
+    ),
+    "unfold_backward of one frame": lambda x: torch.ops.aten.unfold_backward(
+        x[:, :8].view(-1, 2, 1, 4), [x.shape[0], 2, 4], 2, 4, 1
+    ),
     "glu": lambda x: F.glu(x[:, :18], -1),
     "triangle": lambda x: x[:, :16].view(-1, 4, 4).diagonal(dim1=1, dim2=2) * 2,
     "scatter_add": lambda x: torch.zeros_like(x).scatter_add(

@@ -162,6 +162,7 @@ class _Printer:
         self.names = {n: n.name for n in piece.nodes}
         self.constants: dict[fx.Node, str] = {}
         self.gathered: dict[fx.Node, str] = {}
+        self.summed_up: dict[fx.Node, str] = {}
         self.reads: list[fx.Node] = []
         self._find_row_sums(summed)
         self._find_reads()
@@ -186,33 +187,48 @@ class _Printer:
         }
         passing = set(demanded)
         for node in reversed(self.piece.nodes):
-            if node in passing and self._passes_sums(node):
-                passing.update(node.all_input_nodes)
+            if node in passing:
+                passing.update(i for i in self._linear_inputs(node) if i in self.inside)
+
+        def only_as_sum(node: fx.Node) -> bool:
+            users = [u for u in node.users if u in self.inside]
+            return node in self.inside and node not in results and all(u in passing for u in users)
+
         changed = True
         while changed:
             changed = False
             for node in list(passing):
                 kept = node in demanded or all(u in passing for u in node.users if u in self.inside)
-                clear = all(
-                    i in self.inside and i not in results and all(u in passing for u in i.users if u in self.inside)
-                    for i in node.all_input_nodes
-                )
-                if not (kept and clear and self._passes_sums(node)):
+                inputs = self._linear_inputs(node)
+                # A product is worth a sum of its own, a view is not.
+                clear = node.target not in _ROW_LINEAR or all(map(only_as_sum, inputs))
+                if not (kept and clear and inputs):
                     passing.discard(node)
                     changed = True
         self.passing = passing
-        self.piece.row_sums = demanded | {i for n in passing for i in n.all_input_nodes}
+        inputs = {i for n in passing for i in self._linear_inputs(n)}
+        self.piece.row_sums = demanded | {i for i in inputs if only_as_sum(i)}
 
-    def _passes_sums(self, node: fx.Node) -> bool:
-        """Whether a call on row sums gives the row sum: linear, with every input varying and rows in front."""
-        if node.target not in _ROW_LINEAR or node in self.delayed:
-            return False
-        rows = node.meta["rows"]
+    def _linear_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs whose row sums give the row sum of a call, the others being the same at every step; [] where
+        they do not. Rows are in front in all of them."""
+        if node in self.delayed or not _in_front(node) or not node.args:
+            return []
         inputs = node.all_input_nodes
-        return rows is not None and rows.dim == 0 and rows.outer == 1 and all(
-            i.meta["varies"] and i.meta["rows"] is not None and i.meta["rows"].dim == 0
-            and i.meta["rows"].outer == 1 and i in self.inside for i in inputs
-        )
+        if node.target in _ROW_LINEAR:
+            return inputs if all(i in self.inside and i.meta["varies"] and _in_front(i) for i in inputs) else []
+        if node.target in (aten.mul.Tensor, aten.mm.default, aten.bmm.default) and node.args[0] is not node.args[1]:
+            linear = [i for i in inputs if i.meta["varies"]]
+            if node.target is aten.mm.default and (linear != [node.args[0]] or node.args[1].meta["rows"] is not None):
+                return []
+        elif node.target is aten.where.self and _is_zero(node.args[2]):
+            linear = [node.args[1]]
+        else:
+            return []
+        fixed = [i for i in inputs if i not in linear]
+        fits = len(linear) == 1 and linear[0].meta["varies"] and linear[0].meta["rows"] == node.meta["rows"]
+        fits = fits and not any(i.meta["varies"] for i in fixed)
+        return linear if fits and all(i.meta["rows"] in (None, node.meta["rows"]) for i in fixed) else []
 
     # -- printing ------------------------------------------------------------------------------------------
 
@@ -270,7 +286,7 @@ class _Printer:
         if _is_long(node) and all(map(self._direct, node.args)):
             a, b = (self.names[i] for i in node.args)
             return f"rowwise.product({a}, {b})"
-        special = self._product_text(node)
+        special = self._product_text(node) or self._contracted_text(node)
         return special or call_text(self.source, node, self._rows_name)
 
     def _rows_name(self, node: fx.Node) -> str:
@@ -302,10 +318,41 @@ class _Printer:
             return f"rowwise.constant_with_product({self.names[a]}, {self.names[b]}, {print_size(rows.inner)})"
         return None
 
+    def _contracted_text(self, node: fx.Node) -> str | None:
+        """A product over the rows of all steps, with something that is the same at every step: of their sum."""
+        if node.target is not aten.mm.default:
+            return None
+        a, b = node.args
+        if a.meta["rows"] is None or b.meta["rows"] is None or a.meta["varies"] == b.meta["varies"]:
+            return None
+        left, right = a.meta["rows"], b.meta["rows"]
+        if (left.dim, left.outer, right.dim, right.outer) != (1, 1, 0, 1) or left.inner != right.inner:
+            return None
+        if b.meta["varies"]:
+            return f"torch.mm({self.names[a]}, {self._sum_of(b, self.names[b])})"
+        source = a.args[0] if a.target is aten.t.default else a
+        return f"torch.mm({self._sum_of(source, f'{self.names[a]}.t()', left)}.t(), {self.names[b]})"
+
+    def _sum_name(self, node: fx.Node) -> str:
+        """The name of the row sum of a value that varies, or of one that is the same at every step."""
+        if node in self.piece.row_sums or not node.meta["varies"]:
+            return self.names[node]
+        return self._sum_of(node, self.names[node])
+
+    def _sum_of(self, node: fx.Node, text: str, rows: Rows | None = None) -> str:
+        """The name of the row sum of a value that is there with N rows as well: `text` in front."""
+        if node in self.piece.row_sums:
+            return self.names[node]
+        if node not in self.summed_up:
+            self.summed_up[node] = f"{node.name}_sum"
+            inner = print_size((rows or node.meta["rows"]).inner)
+            self.source.add(f"{self.summed_up[node]} = rowwise.sum_rows({text}, {inner})")
+        return self.summed_up[node]
+
     def _sum_text(self, node: fx.Node) -> str:
         rows = node.meta["rows"]
         if node in self.passing:
-            text = call_text(self.source, node, self.names.__getitem__)
+            text = call_text(self.source, node, self._sum_name)
             # On sums the batch is B again, not N.
             self.source.add(f"{self.batch} = rowwise.batch")
             self.source.add(f"{self.names[node]} = {text}")
@@ -335,6 +382,16 @@ def _is_long(node: fx.Node) -> bool:
         return False
     a, b = node.args
     return a.meta["rows"] is not None and a.meta["rows"].dim == 0 and a.meta["varies"] and b.meta["rows"] is None
+
+
+def _in_front(node: fx.Node) -> bool:
+    rows = node.meta["rows"]
+    return rows is not None and not isinstance(rows, tuple) and (rows.dim, rows.outer) == (0, 1)
+
+
+def _is_zero(value: Any) -> bool:
+    made = isinstance(value, fx.Node) and value.target is aten.scalar_tensor.default
+    return made and isinstance(value.args[0], (int, float)) and value.args[0] == 0
 
 
 _ROW_LINEAR = {

@@ -172,7 +172,7 @@ _LINEAR = {
     aten.div.Scalar, aten.constant_pad_nd.default, aten.embedding_dense_backward.default,
     aten.split_with_sizes.default, aten.split.Tensor, aten.clone.default, aten.view_as_real.default,
     aten.view_as_complex.default, aten._conj.default, aten.diagonal.default, aten.tril.default,
-    aten.triu.default,
+    aten.triu.default, aten.flip.default, aten.unfold.default, aten.unfold_backward.default,
 }  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def _computes_with(node: fx.Node, batch: sympy.Symbol) -> bool:
 # Which arguments of an operation are the sizes of its result.
 _SIZES_AT = {
     **dict.fromkeys(["view", "reshape", "expand", "_unsafe_view", "new_zeros", "new_ones", "new_empty", "new_full",
-                     "select_backward", "slice_backward"], (1,)),
+                     "select_backward", "slice_backward", "unfold_backward"], (1,)),
     **dict.fromkeys(["zeros", "ones", "empty", "full", "rand", "randn"], (0,)),
     "arange": (0, 1, 2), "randint": (1, 2), "empty_strided": (0, 1), "new_empty_strided": (1, 2),
     "native_group_norm": (3,), "native_group_norm_backward": (5,), "loop": (3,), "loop_backward": (5,),
@@ -704,6 +704,13 @@ def _unfold(node: fx.Node, batch: sympy.Symbol) -> Axis:
     return rows
 
 
+def _unfold_backward(node: fx.Node, batch: sympy.Symbol) -> Axis:
+    rows, rank = node.args[0].meta["rows"], len(_shape(node))
+    if rows.dim in (node.args[2] % rank, rank):
+        raise Mixed("unfolds the batch")
+    return rows
+
+
 def _linalg(node: fx.Node, batch: sympy.Symbol) -> Axis | tuple[Axis, ...]:
     """Operations on the last two axes."""
     operands = [n for n in _tensor_inputs(node) if n.meta["rows"] is not None]
@@ -818,7 +825,7 @@ PACKET_RULES: dict[str, Callable] = {
     "constant_pad_nd": _pad, "repeat": _repeat,
     "select_backward": _grown, "slice_backward": _grown,
     "select_scatter": _select_scatter, "slice_scatter": _slice_scatter,
-    "diagonal": _diagonal, "unfold": _unfold,
+    "diagonal": _diagonal, "unfold": _unfold, "unfold_backward": _unfold_backward,
     **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros",
                      "new_ones", "new_full", "new_empty", "bernoulli", "randint_like", "normal_functional",
                      "bernoulli_p", "exponential", "uniform", "geometric", "cauchy", "log_normal",

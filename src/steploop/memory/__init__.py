@@ -12,7 +12,7 @@ from .cumulative import CumLogSumExp, CumMax, CumProd, CumSum
 from .delay import Delay
 from .edit_distance import EditDistance
 from .history import History, Past, RelativePositions
-from .masked import Masked, MaskedFrom, Unmask, masked_from, unmask
+from .masked import Masked, MaskedFrom, Unmask, compact, masked_from, unmask
 from .ngram_scorer import NGramScorer
 from .positional_encoding import PositionalEncoding
 from .sequence_rnn import SequenceRNN
@@ -44,6 +44,7 @@ __all__ = [
     "Unmask",
     "Window",
     "cleaned",
+    "compact",
     "final",
     "is_valid",
     "masked_from",

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError, describe, message
+from ..frame import Frame
+from ..nn.dropout import hashed_keep
 from ..state import State
 from .base import Memory, check_step_input, cleaned, latest_reset, whole_number
 from .history import Slots, appended
@@ -35,6 +37,10 @@ class CausalSelfAttention(Memory):
     relative: clip c: adds scale q_t . r_{clip(s - t, -c, c) + c} to the scores, r the parameter
         "relative_keys" (2c + 1, key_size / heads), the same for all heads (Shaw et al. 2018,
         arXiv:1803.02155, keys only).
+    dropout: in training each weight is zero with this probability, else divided by 1 - dropout (Vaswani et al.'s
+        code). Each step draws one seed per row; which weights are dropped is a hash of seed, head and place, so that
+        a whole sequence and single steps drop the same for the same seeds. attention(q, k, v, seed) gives them:
+        (B, 1) int64.
     Positions count the row's valid steps since the start or the latest reset.
 
     Raises InputError for sizes that do not fit.
@@ -52,6 +58,7 @@ class CausalSelfAttention(Memory):
         scale: float | None = None,
         rope: bool | float = False,
         relative: int | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         owner = "CausalSelfAttention"
@@ -61,6 +68,11 @@ class CausalSelfAttention(Memory):
         self.value_size = self._divided("value_size", size if value_size is None else value_size)
         self.scale = scale
         self.rope = 10000.0 if rope is True else float(rope)
+        if not 0.0 <= dropout <= 1.0:
+            raise InputError(
+                message(f"{owner}: dropout is a probability.", expected="0 <= dropout <= 1", found=repr(dropout))
+            )
+        self.dropout = dropout
         self.relative = relative if relative is None else whole_number(owner, "relative", relative, 0)
         self.qkv = nn.Linear(size, 2 * self.key_size + self.value_size, bias) if size is not None else None
         self.out = None
@@ -99,10 +111,22 @@ class CausalSelfAttention(Memory):
 
     # one step
 
-    def check(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:
+    def check(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None, seed: Tensor | None = None) -> None:
         check_step_input("CausalSelfAttention", "x" if self.qkv is not None else "q", x, features=self.size)
 
-    def step(self, x: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+    def _step_inside(self, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+        # A seed is an input: the gradient of a whole sequence computes the outputs once more, from the same ones.
+        if self._drops() and len(xs) < 4:
+            xs = (*xs, *[None] * (3 - len(xs)), _seeds(xs[0].shape[:1], xs[0].device))
+        return super()._step_inside(frame, xs, arguments)
+
+    def step(
+        self,
+        x: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
         self.check(x, k, v)
         q, k, v = self._heads(x, k, v)
         count = self.count.prev
@@ -118,6 +142,9 @@ class CausalSelfAttention(Memory):
             scores = scores + torch.matmul(q, self.relative_keys.t()).gather(2, index) * scale
         scores = torch.where((distance <= 0).unsqueeze(1), scores, float("-inf"))
         weights = torch.softmax(scores, -1)
+        if seed is not None and self._drops():
+            slots = torch.arange(keys.shape[1], device=x.device)
+            weights = self._dropped(weights, seed.unsqueeze(-1), slots * self.heads + self._head_numbers(slots, 1))
         y = torch.matmul(weights.unsqueeze(2), values.transpose(1, 2)).squeeze(2)
         return self._output(y)
 
@@ -159,6 +186,19 @@ class CausalSelfAttention(Memory):
     def _scale(self, q: Tensor) -> float:
         return q.shape[-1] ** -0.5 if self.scale is None else self.scale
 
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def _head_numbers(self, like: Tensor, axes: int) -> Tensor:
+        """(heads, 1, ...), with so many axes behind."""
+        return torch.arange(self.heads, device=like.device).reshape(-1, *[1] * axes)
+
+    def _dropped(self, weights: Tensor, seed: Tensor, place: Tensor) -> Tensor:
+        """The weights with some of them zero. place: slot * heads + head, the number of a weight in its step."""
+        keep = hashed_keep(seed, place, 1.0 - self.dropout)
+        scale = 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
+        return torch.where(keep, weights * scale, 0.0)
+
     def _output(self, y: Tensor) -> Tensor:
         y = y.flatten(-2)
         return y if self.out is None else self.out(y)
@@ -166,9 +206,9 @@ class CausalSelfAttention(Memory):
     # whole sequence
 
     def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
-        xs = [cleaned(x, lengths) for x in xs if x is not None]
-        q, k, v = self._heads(xs[0], *(xs[1:] or (None, None)))  # (T, B, heads, n)
-        count, steps = state["count"], len(q)
+        x, k, v, seed = (*xs, *[None] * (4 - len(xs)))
+        q, k, v = self._heads(*(None if part is None else cleaned(part, lengths) for part in (x, k, v)))
+        count, steps = state["count"], len(q)  # q (T, B, heads, n)
         position, after = counting(count, reset_to["count"], steps, lengths, resets)
         q, k = self._rotated(q, position), self._rotated(k, position)
         before = _used(count, state["keys"].shape[1])
@@ -177,16 +217,32 @@ class CausalSelfAttention(Memory):
         mask = None
         if before or resets is not None or self.relative is not None:
             mask = self._mask(q, position, count, before, lengths, resets)
-        y = F.scaled_dot_product_attention(
-            q.permute(1, 2, 0, 3), keys.transpose(1, 2), values.transpose(1, 2),
-            attn_mask=mask, is_causal=mask is None, scale=self._scale(q),
-        )  # fmt: skip
+        if self._drops():
+            mask = self._mask(q, position, count, before, lengths, resets) if mask is None else mask
+            seed = _seeds(q.shape[:2], q.device) if seed is None else seed
+            slots = torch.cat([torch.arange(before, device=q.device).expand(len(count), -1), position.t()], 1)
+            y = self._with_dropout(q, keys, values, mask, seed, slots)
+        else:
+            y = F.scaled_dot_product_attention(
+                q.permute(1, 2, 0, 3), keys.transpose(1, 2), values.transpose(1, 2),
+                attn_mask=mask, is_causal=mask is None, scale=self._scale(q),
+            )  # fmt: skip
         slots = Slots(count, state["keys"].shape[1], steps, lengths, resets)
         ends = {
             name: slots.at_end(slots.join(state[name], new, reset_to[name]))
             for name, new in (("keys", k), ("values", v))
         }
         return self._output(y.permute(2, 0, 1, 3)), {"count": after, **ends}
+
+    def _with_dropout(
+        self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, seed: Tensor, slots: Tensor
+    ) -> Tensor:
+        """(B, heads, T, n). keys, values (B, S, heads, n); mask as `_mask`; seed (T, B, 1); slots (B, S)."""
+        scores = torch.matmul(q.permute(1, 2, 0, 3), keys.permute(0, 2, 3, 1)) * self._scale(q)
+        scores = torch.where(mask, scores, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        place = slots[:, None, None] * self.heads + self._head_numbers(slots, 2)
+        weights = self._dropped(torch.softmax(scores, -1), seed.permute(1, 2, 0).unsqueeze(-1), place)
+        return torch.matmul(weights, values.transpose(1, 2))
 
     def _mask(
         self,
@@ -219,12 +275,18 @@ class CausalSelfAttention(Memory):
     def extra_repr(self) -> str:
         shown = f"heads={self.heads}" + (f", size={self.size}" if self.size is not None else "")
         shown += f", rope={self.rope:g}" if self.rope else ""
+        shown += f", dropout={self.dropout:g}" if self.dropout else ""
         return shown + (f", relative={self.relative}" if self.relative is not None else "")
 
 
 def _used(count: Tensor, room: int) -> int:
     """How many slots any row uses; all where that cannot be looked at."""
     return int(count.max()) if type(count) is Tensor and count.numel() else 0 if not count.numel() else room
+
+
+def _seeds(shape: Any, device: torch.device) -> Tensor:
+    """(*shape, 1) int64, drawn."""
+    return torch.randint(1, 2**62, (*shape, 1), device=device)
 
 
 def _not_three(heads: int, expected: str) -> str:

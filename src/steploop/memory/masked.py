@@ -1,4 +1,4 @@
-"""Masked: a Step that runs at some steps only; and `unmask`, `masked_from` around sequences it has run on."""
+"""Masked: a Step that runs at some steps only; and `compact`, `unmask`, `masked_from` for sequences of some steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import StepError, describe, message
+from ..errors import InputError, StepError, describe, message
 from ..frame import running
 from ..state import State
 from ..step import Step, signature_of, states_below, survey
@@ -230,6 +230,44 @@ def unmask(y: Any, mask: Tensor, init: Any = 0.0, lengths: Tensor | None = None)
         return torch.where(wide(rank >= 0, placed), placed, before)
 
     return pytree.tree_map_only(Tensor, spread, y)
+
+
+def compact(xs: Any, where: Tensor, lengths: Tensor | None = None) -> Any:
+    """The steps of a sequence where `where` is True, moved together: the inverse of `unmask`.
+
+    xs:      (T, B, ...), or a pytree of such tensors.
+    where:   (T, B) bool.  lengths: (B,) the rows' lengths in T: what `where` says beyond them counts not.
+    Returns (T', B, ...), T' the most True steps of any row, which are `where.sum(0)`; zeros after each row's last.
+    Raises InputError for a mask that is not (T, B) bool.
+    """
+    if not isinstance(where, Tensor) or where.dtype != torch.bool or where.dim() != 2:
+        raise InputError(
+            message(
+                "compact: `where` says for every step and row whether it is kept.",
+                expected="(T, B) bool",
+                found=describe(where),
+                fix="where=where.bool()" if isinstance(where, Tensor) else "where=mask",
+            )
+        )
+    kept = where & is_valid(lengths, *where.shape, where.device)
+    count = kept.sum(0)
+    longest = int(count.max()) if count.numel() else 0
+    order = _to_front(kept, False, longest)[:longest]
+    there = torch.arange(longest, device=where.device)[:, None] < count
+
+    def moved(x: Tensor) -> Tensor:
+        if x.shape[:2] != where.shape:
+            raise InputError(
+                message(
+                    "compact: xs and `where` have the same T and B.",
+                    expected=f"({where.shape[0]}, {where.shape[1]}, ...)",
+                    found=describe(x),
+                )
+            )
+        placed = rows_at(x, order)
+        return torch.where(wide(there, placed), placed, torch.zeros_like(placed))
+
+    return pytree.tree_map_only(Tensor, moved, xs)
 
 
 def masked_from(

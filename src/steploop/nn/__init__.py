@@ -1,14 +1,17 @@
 """Cells and layers. Each is an ordinary Step (or is run by one): nothing here has a fast path of its own.
 
 Cells, one file each: RNNCell, LSTMCell, GRUCell, LayerNormLSTMCell.  Around cells: Stack, Residual, Dropout,
-Zoneout, Bidirectional.  Drop-ins for torch.nn's layers: RNN, LSTM, GRU.
+Zoneout, Bidirectional.  Drop-ins for torch.nn's layers: RNN, LSTM, GRU.  Over a memory: `attention`, a package of
+its own; masked_softmax and the like look at the valid entries of an inner axis.
 """
 
+from . import attention
 from .bidirectional import Bidirectional
 from .dropout import Dropout
 from .gru import GRUCell
 from .layer_norm_lstm import LayerNormLSTMCell
 from .lstm import LSTMCell
+from .masks import length_mask, masked_max, masked_mean, masked_softmax, masked_sum
 from .residual import Residual
 from .rnn import RNNCell
 from .stack import Stack
@@ -28,4 +31,10 @@ __all__ = [
     "Residual",
     "Stack",
     "Zoneout",
+    "attention",
+    "length_mask",
+    "masked_max",
+    "masked_mean",
+    "masked_softmax",
+    "masked_sum",
 ]

@@ -13,7 +13,10 @@ from ..step import Step, signature_of
 
 
 def constants_for(cell: nn.Module, constants: dict[str, Any]) -> dict[str, Any]:
-    """Those constants that the cell's step (or forward, for an ordinary module) takes."""
+    """Those constants that the cell's step (or forward, for an ordinary module) takes.
+
+    A Step that takes any constants only to hand them on says to whom, by a method `_hands_constants_to`.
+    """
     return {name: value for name, value in constants.items() if _takes(cell, name)}
 
 
@@ -35,7 +38,8 @@ def check_constants_used(wrapper: Step, cells: Iterable[nn.Module], constants: d
 
 def _takes(cell: nn.Module, name: str) -> bool:
     if isinstance(cell, Step):
-        return signature_of(cell).takes(name)
+        inside = getattr(cell, "_hands_constants_to", None)
+        return signature_of(cell).takes(name) if inside is None else any(_takes(part, name) for part in inside())
     parameters = inspect.signature(cell.forward).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 

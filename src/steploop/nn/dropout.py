@@ -65,6 +65,15 @@ def hashed_mask(seed: Tensor, shape: tuple[int, ...], keep: float) -> Tensor:
     return kept.unflatten(-1, shape) if shape else kept.squeeze(-1)
 
 
+def hashed_keep(seed: Tensor, position: Tensor, keep: float) -> Tensor:
+    """bool, True with probability `keep` (to 2**-32): a hash of seed and position, int64, broadcast together.
+
+    The same seed and position give the same bit, wherever in a tensor they stand.
+    """
+    key = _hash32(_hash32(seed & 0x7FFFFFFF) ^ (seed >> 31))
+    return _hash32(_hash32(position) ^ key) < round(keep * 2**32)
+
+
 def _hash32(n: Tensor) -> Tensor:
     """A 32-bit integer hash in int64 (Wellons, hash-prospector, constants of its issue 19: bias 0.107).
 

@@ -24,6 +24,9 @@ class Residual(Step):
             raise StepError(message("Residual wraps a Step or an nn.Module.", found=describe(cell)))
         self.cell = cell
 
+    def _hands_constants_to(self) -> list[Step]:
+        return [self.cell]
+
     def step(self, x: Tensor, **constants: Any) -> Tensor:
         check_constants_used(self, [self.cell], constants)
         y = self.cell(x, **constants_for(self.cell, constants))

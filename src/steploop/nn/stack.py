@@ -50,6 +50,9 @@ class Stack(Step):
     def __getitem__(self, k: int) -> nn.Module:
         return list(self)[k]
 
+    def _hands_constants_to(self) -> list[nn.Module]:
+        return list(self)
+
     def step(self, *xs: Any, **constants: Any) -> Any:
         check_constants_used(self, self, constants)
         for cell in self:

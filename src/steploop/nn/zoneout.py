@@ -61,6 +61,9 @@ class Zoneout(Step):
                     )
                 )
 
+    def _hands_constants_to(self) -> list[Step]:
+        return [self.cell]
+
     def step(self, *xs: Any, **constants: Any) -> Any:
         check_constants_used(self, [self.cell], constants)
         y = self.cell(*xs, **constants_for(self.cell, constants))

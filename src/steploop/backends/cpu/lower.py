@@ -407,7 +407,9 @@ def lower(loop: LoopProgram) -> tuple[Program | None, list[tuple[str, str]]]:
     if loop.mixes_rows:
         return None, [("the step mixes rows of the batch", "")]
     for node in (*(i.node for i in loop.inputs), *loop.kept):
-        if node.meta["rows"] is not None and not isinstance(node.meta["rows"].inner, int):
+        rows = node.meta["rows"]
+        # (in front, the numbers of a row stand together, and how many they are its shape says)
+        if rows is not None and not isinstance(rows.inner, int) and (rows.dim, rows.outer) != (0, 1):
             return None, [("the batch is one axis with another whose size only a call knows", line_of(node))]
     program = lowering.run()
     return (None, lowering.reasons) if lowering.reasons else (program, [])

@@ -476,8 +476,9 @@ def _hardsigmoid_backward(low: Lowering, node: fx.Node) -> Expr:
 def _log_sigmoid_forward(low: Lowering, node: fx.Node) -> list[Expr]:
     val = node.meta["val"][0]
     point, x = Point(low, node, low.sizes(val.shape), val.dtype), node_arg(low, node, 0)
-    tail = point.op("log1p", point.op("exp", point.op("neg", point.op("abs", x))))
-    return [point.sub(point.op("minimum", x, 0), tail), low.make.const(0, (0,), val.dtype)]
+    small = point.op("exp", point.op("neg", point.op("abs", x)))
+    # torch's backward reads the second result, and may run where this forward did not
+    return [point.sub(point.op("minimum", x, 0), point.op("log1p", small)), small]
 
 
 @lowers("log_sigmoid_backward")

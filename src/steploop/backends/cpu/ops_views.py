@@ -147,6 +147,23 @@ def _unfold(low: Lowering, node: fx.Node) -> Expr:
     return low.view(value, change)
 
 
+@lowers("unfold_backward")
+def _unfold_backward(low: Lowering, node: fx.Node) -> Expr:
+    grad, _, dim, size, step = low.args(node)
+    dim = low.inner(node, dim)
+    shape = low.shape(node)
+    if step != 1:
+        raise Unsupported("the gradient of an unfold with a step")
+    # What stands at p comes from frame p - i, place i: with size - 1 frames of zeros at both ends, a slanted view.
+    side = low.const(0, grad.dtype, (*grad.shape[:dim], size - 1, *grad.shape[dim + 1 :]))
+    frames = join(low, [side, grad, side], dim)
+
+    def slanted(_: Any, strides: Any) -> Any:
+        return (*shape, size), (*strides[:-1], strides[-1] - strides[dim]), (size - 1) * strides[dim]
+
+    return low.reduce("sum", low.view(frames, slanted), 1, grad.dtype)
+
+
 @lowers("as_strided")
 def _as_strided(low: Lowering, node: fx.Node) -> Expr:
     raise Unsupported("as_strided depends on the layout of its input")
@@ -318,8 +335,8 @@ def _pad(low: Lowering, node: fx.Node) -> Expr:
 
 
 def join(low: Lowering, parts: list[Expr], dim: int) -> Expr:
-    """Parts of any shapes one after the other; empty ones vanish."""
-    parts = [p for p in parts if p.shape[dim] != 0]
+    """Parts of any shapes one after the other; empty ones vanish, as long as something is left."""
+    parts = [p for p in parts if p.shape[dim] != 0] or parts[:1]
     if len(parts) == 1:
         return parts[0]
     total: Dim = 0
