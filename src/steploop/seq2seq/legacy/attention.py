@@ -27,7 +27,8 @@ class AttentionStep(Step):
     q = all of the cell's States side by side (LSTM: c before h; all layers);
     per head: s = sum(v tanh(H K + Linear(q)));  a = sum(softmax(s) H);  output = Linear([out, a]).
 
-    Constants: attention_states H (B, L, A); attention_mask (B, L) bool or None: all of H.
+    Constants, made by `constants`: attention_states H (B, L, A); attention_keys H K (B, L, heads A), which no
+    step changes; attention_mask (B, L) bool or None: all of H.
     States: the cell's, below `cell`, and `attention` (B, heads A).
     The parameters of all heads stand side by side, so that one product serves all of them.
     """
@@ -55,27 +56,46 @@ class AttentionStep(Step):
             for head in range(self.num_heads):
                 nn.init.xavier_uniform_(parameter.data[:, self._columns(head)])
 
-    def step(self, x: Tensor, *, attention_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def constants(self, states: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """What is the same at every step, of states (B, L, A) and mask (B, L) or None."""
+        if mask is not None:  # what stands beyond the lengths is never read, a NaN neither
+            states = torch.where(mask.unsqueeze(-1), states, 0.0)
+        made = {"attention_states": states, "attention_keys": states @ self.attention_kernel}
+        return made if mask is None else made | {"attention_mask": mask}
+
+    def step(
+        self,
+        x: Tensor,
+        *,
+        attention_states: Tensor,
+        attention_keys: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         out = self.cell(self.input_projection(x, self.attention.prev))
-        attended = self.attend(self._query(), attention_states, attention_mask)
+        attended = self.attend(self._query(), attention_states, attention_keys, attention_mask)
         self.attention.next = attended
         return self.output_projection(out, attended)
 
     def _query(self) -> Tensor:
         return torch.cat([state.latest for _, state in states_below(self.cell)], -1)
 
-    def attend(self, query: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
-        """query (B, Q), states (B, L, A), mask (B, L) or None -> (B, heads A), head by head."""
-        heads = self.num_heads, self.attention_size
-        keys = (states @ self.attention_kernel).unflatten(-1, heads)
+    def attend(
+        self,
+        query: Tensor,
+        attention_states: Tensor,
+        attention_keys: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """query (B, Q) and the constants -> (B, heads A), head by head."""
+        heads, mask = (self.num_heads, self.attention_size), attention_mask
         y = self.query(query).unflatten(-1, heads).unsqueeze(1)
-        scores = (self.attention_v * torch.tanh(keys + y)).sum(-1)
+        scores = (self.attention_v * torch.tanh(attention_keys.unflatten(-1, heads) + y)).sum(-1)
         if mask is not None:
             scores = scores.masked_fill(~mask.unsqueeze(-1), torch.finfo(scores.dtype).min)
         weights = scores.softmax(1)
         if mask is not None:  # a row without anything to attend to gets zeros
             weights = weights * mask.unsqueeze(-1)
-        return torch.einsum("blh,bla->bha", weights, states).flatten(1)
+        return torch.einsum("blh,bla->bha", weights, attention_states).flatten(1)
 
     def _columns(self, head: int) -> slice:
         return slice(head * self.attention_size, (head + 1) * self.attention_size)
@@ -155,15 +175,12 @@ class _Attends(Decoder):
             )
         states = self._checked(states, inputs.shape[1])
         values = tf_state.unpack(self.cell, initial_state)
-        mask = attention_mask(lengths, states)
-        if mask is not None:  # what stands beyond the lengths is never read, a NaN neither
-            states = torch.where(mask.unsqueeze(-1), states, 0.0)
         step = self.attention_step
+        constants = step.constants(states, attention_mask(lengths, states))
         if self.initial_state_attention:
-            attended = step.attend(torch.cat(values, -1), states, mask)
+            attended = step.attend(torch.cat(values, -1), **constants)
         else:
             attended = states.new_zeros(states.shape[0], step.num_heads * step.attention_size)
-        constants = {"attention_states": states} | ({} if mask is None else {"attention_mask": mask})
         return [*values, attended], constants
 
     def _checked(self, states: Any, batch: int) -> Tensor:
