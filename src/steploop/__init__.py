@@ -1,6 +1,6 @@
 """steploop: write one time step in plain PyTorch; run the whole sequence at once."""
 
-from . import memory, nn
+from . import memory, nn, seq2seq
 from .errors import (
     BuildError,
     CarryError,
@@ -45,6 +45,7 @@ __all__ = [
     "nn",
     "plan",
     "scan",
+    "seq2seq",
     "share",
     "unbatched",
     "verify",

@@ -189,14 +189,10 @@ def embedding_rnn_seq2seq(golden, options):
 
 @runs("embedding_tied_rnn_seq2seq")
 def embedding_tied_rnn_seq2seq(golden, options):
-    cell = seq2seq_cell(
-        golden, "embedding_tied_rnn_seq2seq/combined_tied_rnn_seq2seq/tied_rnn_seq2seq"
-    )
+    cell = seq2seq_cell(golden, "embedding_tied_rnn_seq2seq/combined_tied_rnn_seq2seq/tied_rnn_seq2seq")
     symbols = golden.shapes["embedding_tied_rnn_seq2seq/embedding"][0]
     labels = golden.meta.get("num_decoder_symbols")
-    model = legacy.EmbeddingTiedRNNSeq2Seq(
-        cell, symbols, 3, labels, golden.projection, golden.feed_previous, **options
-    )
+    model = legacy.EmbeddingTiedRNNSeq2Seq(cell, symbols, 3, labels, golden.projection, golden.feed_previous, **options)
     return model, lambda: results(*model(golden.inputs["encoder_inputs"], golden.inputs["decoder_inputs"]))
 
 
@@ -263,8 +259,7 @@ def embedding_attention_seq2seq(golden, options):
 def one2many_rnn_seq2seq(golden, options):
     scope, symbols = "one2many_rnn_seq2seq", golden.meta["num_decoder_symbols"]
     cells = {
-        name: golden.cell(f"{scope}/one2many_decoder_{name}/embedding_rnn_decoder/rnn_decoder").cell
-        for name in symbols
+        name: golden.cell(f"{scope}/one2many_decoder_{name}/embedding_rnn_decoder/rnn_decoder").cell for name in symbols
     }
     encoder = golden.cell(f"{scope}/rnn/embedding_wrapper")
     model = legacy.One2ManyRNNSeq2Seq(encoder, cells, 7, symbols, 3, golden.feed_previous, **options)
@@ -284,9 +279,7 @@ def one2many_rnn_seq2seq(golden, options):
 def model_with_buckets(golden, options):
     assert golden.meta["seq2seq"] == "embedding_attention_seq2seq(gru,NE,ND,E)"
     model = attention_seq2seq(golden, options, False)
-    buckets = legacy.ModelWithBuckets(
-        golden.meta["buckets"], model, per_example_loss=golden.meta["per_example_loss"]
-    )
+    buckets = legacy.ModelWithBuckets(golden.meta["buckets"], model, per_example_loss=golden.meta["per_example_loss"])
 
     def run():
         names = ("encoder_inputs", "decoder_inputs", "targets", "weights")
@@ -340,9 +333,7 @@ def close(found, expected, what):
     """To 1e-5, of the largest entry where that is larger than 1."""
     scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
     expected = torch.from_numpy(np.array(expected))
-    torch.testing.assert_close(
-        found.detach(), expected, rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{what}: {m}"
-    )
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{what}: {m}")
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -4,7 +4,7 @@ import steploop as sl
 
 NAMES = """
 BuildError CarryError DataError InputError Loop MismatchError OutsideError Report State StateError States Step StepError
-SteploopError Stream UnsupportedError memory nn plan scan share unbatched verify
+SteploopError Stream UnsupportedError memory nn plan scan seq2seq share unbatched verify
 """.split()
 
 

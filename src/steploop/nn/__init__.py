@@ -1,9 +1,10 @@
 """Cells and layers. Each is an ordinary Step (or is run by one): nothing here has a fast path of its own.
 
 Cells, one file each: RNNCell, LSTMCell, GRUCell, LayerNormLSTMCell.  Around cells: Stack, Residual, Dropout,
-Zoneout, Bidirectional.  Drop-ins for torch.nn's layers: RNN, LSTM, GRU.
+Zoneout, Bidirectional.  Drop-ins for torch.nn's layers: RNN, LSTM, GRU.  convert: weights of other frameworks.
 """
 
+from . import convert
 from .bidirectional import Bidirectional
 from .dropout import Dropout
 from .gru import GRUCell
@@ -28,4 +29,5 @@ __all__ = [
     "Residual",
     "Stack",
     "Zoneout",
+    "convert",
 ]

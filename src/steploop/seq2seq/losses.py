@@ -54,9 +54,7 @@ def sequence_loss(
     A mean of the examples' means: a short example counts as much as a long one, an example of weight 0 too.
     average_across_batch: False: the sum, undivided. The other arguments as for `sequence_loss_by_example`.
     """
-    losses = sequence_loss_by_example(
-        logits, targets, weights, average_across_timesteps, softmax_loss_function
-    )
+    losses = sequence_loss_by_example(logits, targets, weights, average_across_timesteps, softmax_loss_function)
     return losses.mean() if average_across_batch else losses.sum()
 
 

@@ -258,9 +258,7 @@ class MultiRNNCell(TFCell):
 
     tf_name = "multi_rnn_cell"
 
-    def __init__(
-        self, cells: Sequence[Step], *, state_is_tuple: bool = True, input_size: int | None = None
-    ) -> None:
+    def __init__(self, cells: Sequence[Step], *, state_is_tuple: bool = True, input_size: int | None = None) -> None:
         super().__init__()
         cells = list(cells)
         if not cells or not all(isinstance(cell, Step) for cell in cells):

@@ -96,8 +96,7 @@ def unpack(cell: Step, state: Any) -> list[Tensor]:
         return [state[name] for name in names]
     sizes, leaves = pytree.tree_leaves(state_size(cell)), pytree.tree_leaves(state)
     fits = len(sizes) == len(leaves) and all(
-        isinstance(leaf, Tensor) and leaf.dim() == 2 and leaf.shape[1] == size
-        for leaf, size in zip(leaves, sizes)
+        isinstance(leaf, Tensor) and leaf.dim() == 2 and leaf.shape[1] == size for leaf, size in zip(leaves, sizes)
     )
     if not fits:
         raise StateError(_does_not_fit(cell, [describe(leaf) for leaf in leaves]))

@@ -122,9 +122,7 @@ def _check(owner: str, wanted: Mapping[str, Variable], given: Mapping[str, Any])
     problems += [f"missing: {name} {v.shape}" for name, v in wanted.items() if name not in given]
     for name, variable in wanted.items():
         if name in given and _shape(given[name]) != variable.shape:
-            problems.append(
-                f"wrong shape: {name} is {_shape(given[name])}, the model has {variable.shape}"
-            )
+            problems.append(f"wrong shape: {name} is {_shape(given[name])}, the model has {variable.shape}")
     if not problems:
         return
     raise InputError(

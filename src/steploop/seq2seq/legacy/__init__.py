@@ -29,9 +29,9 @@ from .models import (
     EmbeddingAttentionSeq2Seq,
     EmbeddingRNNSeq2Seq,
     EmbeddingTiedRNNSeq2Seq,
-    One2ManyRNNSeq2Seq,
     TiedRNNSeq2Seq,
 )
+from .one2many import One2ManyRNNSeq2Seq
 
 __all__ = [
     "AttentionDecoder",

@@ -33,9 +33,7 @@ class AttentionStep(Step):
     The parameters of all heads stand side by side, so that one product serves all of them.
     """
 
-    def __init__(
-        self, cell: Step, input_size: int, attention_size: int, output_size: int, num_heads: int
-    ) -> None:
+    def __init__(self, cell: Step, input_size: int, attention_size: int, output_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads, self.attention_size, self.output_size = num_heads, attention_size, output_size
         attended = num_heads * attention_size
@@ -103,9 +101,7 @@ class AttentionStep(Step):
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         for head in range(self.num_heads):
             part = self._columns(head)
-            yield Variable(
-                joined(scope, f"AttnW_{head}"), self.attention_kernel, lambda t, p=part: t[None, None, :, p]
-            )
+            yield Variable(joined(scope, f"AttnW_{head}"), self.attention_kernel, lambda t, p=part: t[None, None, :, p])
             yield Variable(joined(scope, f"AttnV_{head}"), self.attention_v, lambda t, h=head: t[h])
             name = joined(scope, f"Attention_{head}")
             yield Variable(joined(name, "kernel"), self.query.kernel, lambda t, p=part: t[:, p])
@@ -296,9 +292,7 @@ class EmbeddingAttentionDecoder(LabelDecoder, _Attends):
     ) -> None:
         super().__init__(scope or "embedding_attention_decoder", backend, save)
         output_size = tf_state.output_size(cell) if output_size is None else output_size
-        core = self._core(
-            cell, embedding_size, attention_size, output_size, num_heads, initial_state_attention
-        )
+        core = self._core(cell, embedding_size, attention_size, output_size, num_heads, initial_state_attention)
         projection = checked_projection(output_projection, output_size, num_symbols)
         self._embed(core, num_symbols, embedding_size, projection)
         self.feed_previous = feed_previous
@@ -329,6 +323,3 @@ class EmbeddingAttentionDecoder(LabelDecoder, _Attends):
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         yield Variable(joined(scope, "embedding"), self.one_step.embedding)
         yield from variables_of(self.attention_step, joined(scope, "attention_decoder"))
-
-
-

@@ -138,9 +138,7 @@ class RNNDecoder(Decoder):
         self._feeding = (FeedPrevious(cell, self.input_size, loop_function),)
         self.cast(dtype)
 
-    def forward(
-        self, decoder_inputs: Any, initial_state: Any, *, decoder_lengths: Any = None
-    ) -> tuple[Any, Any]:
+    def forward(self, decoder_inputs: Any, initial_state: Any, *, decoder_lengths: Any = None) -> tuple[Any, Any]:
         inputs = sequences.vectors(decoder_inputs, "decoder_inputs", self.input_size)
         values = tf_state.unpack(self.cell, initial_state)
         self._feeding[0].loop_function = self.loop_function
@@ -164,9 +162,7 @@ class LabelDecoder(Decoder):
 
     one_step: EmbeddingWrapper
 
-    def _embed(
-        self, core: Step, num_symbols: int, embedding_size: int, projection: Projection | None
-    ) -> None:
+    def _embed(self, core: Step, num_symbols: int, embedding_size: int, projection: Projection | None) -> None:
         """Make one_step of the step that takes vectors."""
         self.one_step = EmbeddingWrapper(core, num_symbols, embedding_size)
         nn.init.xavier_uniform_(self.one_step.embedding)

@@ -117,8 +117,7 @@ def checked_projection(projection: Any, inputs: int | None, labels: int) -> Proj
         raise InputError(
             message(
                 "output_projection has the wrong shape.",
-                expected=f"(W, B) with W ({'output_size' if inputs is None else inputs}, {labels}) "
-                f"and B ({labels},)",
+                expected=f"(W, B) with W ({'output_size' if inputs is None else inputs}, {labels}) and B ({labels},)",
                 found=", ".join(describe(t) for t in pair),
                 fix="W is (inputs, labels), TF's layout: linear.weight.t()",
             )

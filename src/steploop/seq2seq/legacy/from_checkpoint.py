@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...errors import InputError, message
 from ...step import Step
 from ..tf_cells import BasicLSTMCell, BasicRNNCell, GRUCell, MultiRNNCell, OutputProjectionWrapper
+from ..tf_state import output_size
 from ..tf_variables import plain_name
 from .attention import AttentionDecoder, EmbeddingAttentionDecoder
 from .decoders import EmbeddingRNNDecoder, Model, RNNDecoder
@@ -19,9 +21,9 @@ from .models import (
     EmbeddingAttentionSeq2Seq,
     EmbeddingRNNSeq2Seq,
     EmbeddingTiedRNNSeq2Seq,
-    One2ManyRNNSeq2Seq,
     TiedRNNSeq2Seq,
 )
+from .one2many import One2ManyRNNSeq2Seq
 
 
 def from_tf_variables(
@@ -45,6 +47,9 @@ def from_tf_variables(
     model.scope = scope
     model.load_tf_variables(variables)
     return model
+
+
+ANY_PROJECTION = "any"  # output_projection=: zeros where one is needed, for who wants nothing but the weights
 
 
 class _Scope:
@@ -79,13 +84,9 @@ class _Scope:
         return {name.split("/")[0] for name in self.shapes}
 
 
-def _function_and_scope(
-    shapes: Mapping[str, Any], function: str | None, scope: str | None
-) -> tuple[str, str]:
+def _function_and_scope(shapes: Mapping[str, Any], function: str | None, scope: str | None) -> tuple[str, str]:
     if function is not None and function not in FUNCTIONS:
-        raise InputError(
-            message("No such function.", expected=", ".join(FUNCTIONS), found=repr(function))
-        )
+        raise InputError(message("No such function.", expected=", ".join(FUNCTIONS), found=repr(function)))
     if scope is not None and function is not None:
         return function, scope
     found = {}
@@ -96,7 +97,7 @@ def _function_and_scope(
         if at is not None:
             found["/".join(parts[: at + 1])] = SCOPES[parts[at]]
     if scope is not None:
-        found = {scope: made for name, made in found.items() if name == scope}
+        found = {name: made for name, made in found.items() if name == scope}
     if len(found) != 1:
         raise InputError(
             message(
@@ -150,39 +151,53 @@ def _input_size(scope: _Scope) -> int:
     return rows - columns // {"gates": 2, "basic_lstm_cell": 4, "basic_rnn_cell": 1}[name.split("/")[-2]]
 
 
-def _without_projection(scope: _Scope, options: dict[str, Any], labels: int) -> Step:
-    """The cell that a function was given: it projects it itself unless it has an output_projection."""
-    cell = cell_of(scope)
-    if options.get("output_projection") is None:
+def _given(scope: _Scope, options: dict[str, Any], labels: int) -> tuple[Step, dict[str, Any]]:
+    """The cell that a function was given, and its options: without an output_projection it projects the cell."""
+    cell, options = cell_of(scope), dict(options)
+    projection = options.pop("output_projection", None)
+    if projection is None or projection is ANY_PROJECTION:
         if isinstance(cell, OutputProjectionWrapper):
-            return cell.cell
-        raise InputError(
-            message(
-                f"The cell below {scope.scope} is not projected: these weights go with an output_projection.",
-                expected=f"output_projection=(W, B), ({cell.output_size}, {labels}) and ({labels},)",
-                found="none",
-                fix="from_tf_variables(variables, output_projection=(torch.as_tensor(W), torch.as_tensor(B)))",
-            )
-        )
-    return cell
+            return cell.cell, options
+        if projection is None:
+            raise InputError(_needs_projection(scope, cell, labels))
+        projection = torch.zeros(output_size(cell), labels), torch.zeros(labels)
+    return cell, {**options, "output_projection": projection}
+
+
+def _needs_projection(scope: _Scope, cell: Step, labels: int) -> str:
+    return message(
+        f"The cell below {scope.scope} is not projected: these weights go with an output_projection.",
+        expected=f"output_projection=(W, B), ({output_size(cell)}, {labels}) and ({labels},)",
+        found="none",
+        fix="from_tf_variables(variables, output_projection=(torch.as_tensor(W), torch.as_tensor(B)))",
+    )
+
+
+def _no_placeholder(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a function that needs no projection to hold its weights."""
+    return {name: value for name, value in options.items() if value is not ANY_PROJECTION}
 
 
 def _rnn_decoder(scope: _Scope, options: dict[str, Any]) -> Model:
+    options = _no_placeholder(options)
     return RNNDecoder(cell_of(scope), input_size=_input_size(scope), **options)
 
 
 def _basic(scope: _Scope, options: dict[str, Any]) -> Model:
+    options = _no_placeholder(options)
     encoder, decoder = scope("rnn"), scope("rnn_decoder")
     sizes = {"input_size": _input_size(decoder), "encoder_input_size": _input_size(encoder)}
     return BasicRNNSeq2Seq(cell_of(decoder), **sizes, **options)
 
 
 def _tied(scope: _Scope, options: dict[str, Any]) -> Model:
+    options = _no_placeholder(options)
     inside = scope("tied_rnn_seq2seq")
     return TiedRNNSeq2Seq(cell_of(inside), input_size=_input_size(inside), **options)
 
 
 def _embedding_rnn_decoder(scope: _Scope, options: dict[str, Any]) -> Model:
+    options = _no_placeholder(options)
     return EmbeddingRNNDecoder(cell_of(scope("rnn_decoder")), *scope.shape("embedding", 2), **options)
 
 
@@ -190,16 +205,16 @@ def _embedding_rnn(scope: _Scope, options: dict[str, Any]) -> Model:
     inputs, size = scope("rnn/embedding_wrapper").shape("embedding", 2)
     decoder = scope("embedding_rnn_decoder")
     labels = decoder.shape("embedding", 2)[0]
-    cell = _without_projection(decoder("rnn_decoder"), options, labels)
+    cell, options = _given(decoder("rnn_decoder"), options, labels)
     return EmbeddingRNNSeq2Seq(cell, inputs, labels, size, **options)
 
 
 def _embedding_tied(scope: _Scope, options: dict[str, Any]) -> Model:
     labels, size = scope.shape("embedding", 2)
     inside = scope("combined_tied_rnn_seq2seq/tied_rnn_seq2seq")
-    cell = _without_projection(inside, options, labels)
-    if options.get("output_projection") is None:
-        options = {"num_decoder_symbols": cell_of(inside).output_size, **options}
+    cell, options = _given(inside, options, labels)
+    if "output_projection" not in options:
+        options = {"num_decoder_symbols": output_size(cell_of(inside)), **options}
     return EmbeddingTiedRNNSeq2Seq(cell, labels, size, **options)
 
 
@@ -211,12 +226,13 @@ def _attention_sizes(scope: _Scope) -> dict[str, int]:
 
 
 def _attention_decoder(scope: _Scope, options: dict[str, Any]) -> Model:
+    options = _no_placeholder(options)
     sizes = _attention_sizes(scope) | {"input_size": scope.shape("kernel", 2)[1]}
     return AttentionDecoder(cell_of(scope), **sizes, **options)
 
 
 def _embedding_attention_decoder(scope: _Scope, options: dict[str, Any]) -> Model:
-    inside, embedding = scope("attention_decoder"), scope.shape("embedding", 2)
+    inside, embedding, options = scope("attention_decoder"), scope.shape("embedding", 2), _no_placeholder(options)
     return EmbeddingAttentionDecoder(cell_of(inside), *embedding, **_attention_sizes(inside), **options)
 
 
@@ -224,18 +240,19 @@ def _embedding_attention(scope: _Scope, options: dict[str, Any]) -> Model:
     inputs, size = scope("rnn/embedding_wrapper").shape("embedding", 2)
     decoder = scope("embedding_attention_decoder")
     labels, inside = decoder.shape("embedding", 2)[0], decoder("attention_decoder")
-    cell = _without_projection(inside, options, labels)
+    cell, options = _given(inside, options, labels)
     heads = _attention_sizes(inside)["num_heads"]
     return EmbeddingAttentionSeq2Seq(cell, inputs, labels, size, num_heads=heads, **options)
 
 
 def _one2many(scope: _Scope, options: dict[str, Any]) -> Model:
+    options = _no_placeholder(options)
     encoder = scope("rnn/embedding_wrapper")
     cells, labels = {}, {}
     for name in sorted(scope.first() - {"rnn"}):
         decoder, short = scope(f"{name}/embedding_rnn_decoder"), name.removeprefix("one2many_decoder_")
         labels[short] = decoder.shape("embedding", 2)[0]
-        cells[short] = _without_projection(decoder("rnn_decoder"), {}, labels[short])
+        cells[short], _ = _given(decoder("rnn_decoder"), {}, labels[short])
     inputs, size = encoder.shape("embedding", 2)
     return One2ManyRNNSeq2Seq(cell_of(encoder), cells, inputs, labels, size, **options)
 
@@ -254,5 +271,3 @@ FUNCTIONS: dict[str, Callable[[_Scope, dict[str, Any]], Model]] = {
 }
 SCOPES = {name: name for name in FUNCTIONS if name != "tied_rnn_seq2seq"}
 SCOPES["combined_tied_rnn_seq2seq"] = "tied_rnn_seq2seq"
-
-
