@@ -232,6 +232,12 @@ def _differences(a: Signature, b: Signature) -> set[tuple[str, int, int]]:
     return found
 
 
+def _size(signature: Signature, axis: tuple[str, int, int]) -> int:
+    kind, index, dim = axis
+    leaves = {"x": signature.xs, "constant": signature.constants, "state": signature.states}[kind]
+    return leaves[index].shape[dim]
+
+
 def _fits(capture: Capture, signature: Signature, call: Call, program: Program) -> bool:
     if capture.batch is not None and capture.batch != signature.batch:
         return False
@@ -293,7 +299,9 @@ def _make(
     global captured
     captured += 1
     if known:
-        signature.dynamic = known[-1].signature.dynamic | frozenset(_differences(known[-1].signature, signature))
+        seen = known[-1].signature.dynamic | _differences(known[-1].signature, signature)
+        # An axis of size 1 is no symbol: this capture holds for that size alone.
+        signature.dynamic = frozenset(axis for axis in seen if _size(signature, axis) > 1)
     inline: set[int] = set()
     trace, symbolic = _first_trace(program, signature, dependencies, inline)
     while more := _memories_in_loops(trace, program) - inline:

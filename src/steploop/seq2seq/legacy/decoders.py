@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from .feeding import (
     is_fed,
     numbers_of_next_steps,
 )
+
+
+_plans: ContextVar[list[Any] | None] = ContextVar("plans", default=None)
 
 
 class Model(HasTFVariables):
@@ -51,7 +55,20 @@ class Model(HasTFVariables):
         """A Step over a whole sequence, under this model's backend."""
         loop = step.whole_sequence()
         loop.backend, loop.save = self.backend, self.save
+        plans = _plans.get()
+        if plans is not None:
+            plans.append(loop.plan(*xs, **arguments))
         return loop(*xs, **arguments)
+
+    def plans(self, *inputs: Any, **arguments: Any) -> list[Any]:
+        """The Plans by which a call with these arguments runs, one for each Loop: the encoder's, the decoders'."""
+        found: list[Any] = []
+        token = _plans.set(found)
+        try:
+            self(*inputs, **arguments)
+        finally:
+            _plans.reset(token)
+        return found
 
     def encode(self, step: Step, inputs: Tensor, lengths: Any) -> tuple[Tensor, list[Tensor]]:
         """The outputs (T, B, ...), and the values of the States after the last step of each row."""
