@@ -162,9 +162,7 @@ def embedding_rnn_seq2seq(encoder, decoder, cell, labels, weights, projection=No
     return embedding_rnn_decoder(decoder, state, cell, inside, projection, feed, update)
 
 
-def embedding_tied_rnn_seq2seq(
-    encoder, decoder, cell, labels, weights, projection=None, feed=False, update=True
-):
+def embedding_tied_rnn_seq2seq(encoder, decoder, cell, labels, weights, projection=None, feed=False, update=True):
     embedding = weights["embedding"]
     cell = cell if projection is not None else ("project", cell, labels)
     function = argmax_and_embed(embedding, projection, update) if feed else None

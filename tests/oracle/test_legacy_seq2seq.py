@@ -203,15 +203,13 @@ def test_embedding_rnn_decoder(cell, feed, projected, update):
         check(
             model,
             lambda: split(model(inputs, packed), CELLS[cell]),
-            lambda w: tf.embedding_rnn_decoder(
-                inputs, state, CELLS[cell], w, projection, bool(feed), update
-            ),
+            lambda w: tf.embedding_rnn_decoder(inputs, state, CELLS[cell], w, projection, bool(feed), update),
             state,
         )
 
 
 @pytest.mark.parametrize("cell", ["gru", "3 lstms"])
-@pytest.mark.parametrize("feed, projected", itertools.product(FEEDS, (False, True)), ids=str)
+@pytest.mark.parametrize("feed, projected", list(itertools.product(FEEDS, (False, True))), ids=str)
 @pytest.mark.parametrize("update", [None, False, True])
 def test_embedding_rnn_seq2seq(cell, feed, projected, update):
     projection = projection_of(CELLS[cell]) if projected else None
@@ -224,9 +222,7 @@ def test_embedding_rnn_seq2seq(cell, feed, projected, update):
         check(
             model,
             lambda: split(model(*inputs), CELLS[cell]),
-            lambda w: tf.embedding_rnn_seq2seq(
-                *inputs, CELLS[cell], ND, w, projection, *fed_and_update(feed, update)
-            ),
+            lambda w: tf.embedding_rnn_seq2seq(*inputs, CELLS[cell], ND, w, projection, *fed_and_update(feed, update)),
         )
 
 
@@ -235,9 +231,7 @@ def test_embedding_rnn_seq2seq(cell, feed, projected, update):
 @pytest.mark.parametrize("projected, symbols", [(True, None), (False, None), (False, 4)], ids=str)
 def test_embedding_tied_rnn_seq2seq(cell, feed, projected, symbols):
     projection = projection_of(CELLS[cell], NE) if projected else None
-    model = legacy.EmbeddingTiedRNNSeq2Seq(
-        cell_of(cell), NE, E, symbols, projection, feed, backend="reference"
-    )
+    model = legacy.EmbeddingTiedRNNSeq2Seq(cell_of(cell), NE, E, symbols, projection, feed, backend="reference")
     randomised(model)
     for source, target, batch in SIZES:
         inputs = labels(source, batch, NE), labels(target, batch, NE)
@@ -272,9 +266,7 @@ def test_attention_decoder(cell, heads, from_state, size, fed):
         check(
             model,
             lambda: split(model(inputs, packed, memory), CELLS[cell]),
-            lambda w: tf.attention_decoder(
-                inputs, state, memory, CELLS[cell], w, heads, function, from_state
-            ),
+            lambda w: tf.attention_decoder(inputs, state, memory, CELLS[cell], w, heads, function, from_state),
             [*inputs, *state, memory],
         )
 
@@ -314,7 +306,7 @@ def test_embedding_attention_decoder(feed, projected, update):
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm", "3 lstms"])
-@pytest.mark.parametrize("feed, projected", itertools.product(FEEDS, (False, True)), ids=str)
+@pytest.mark.parametrize("feed, projected", list(itertools.product(FEEDS, (False, True))), ids=str)
 @pytest.mark.parametrize("heads, from_state", [(1, True), (2, False)], ids=str)
 def test_embedding_attention_seq2seq(cell, feed, projected, heads, from_state):
     projection = projection_of(CELLS[cell]) if projected else None
@@ -375,9 +367,7 @@ LONG = {"values": 1e-4, "gradients": 1e-4}
 def test_compiled_for_sizes_one_after_the_other(feed):
     """The largest model, one instance for all sizes: a length never seen, one step, one row."""
     cell = CELLS["3 lstms"]
-    model = legacy.EmbeddingAttentionSeq2Seq(
-        make_cell(cell), NE, ND, E, 2, None, feed, initial_state_attention=True
-    )
+    model = legacy.EmbeddingAttentionSeq2Seq(make_cell(cell), NE, ND, E, 2, None, feed, initial_state_attention=True)
     randomised(model, 0.4)
     for source, target, batch in [*SIZES, (100, 100, 2), (5, 4, 3)]:
         inputs = labels(source, batch, NE), labels(target, batch, ND)
@@ -385,9 +375,7 @@ def test_compiled_for_sizes_one_after_the_other(feed):
         check(
             model,
             lambda: split(model(*inputs), cell),
-            lambda w: tf.embedding_attention_seq2seq(
-                *inputs, cell, ND, w, 2, None, feed, True, from_state=True
-            ),
+            lambda w: tf.embedding_attention_seq2seq(*inputs, cell, ND, w, 2, None, feed, True, from_state=True),
             **tolerance,
         )
 

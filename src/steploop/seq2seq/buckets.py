@@ -57,7 +57,7 @@ def lengths_of(dataset: Sequence[Any]) -> Tensor:
                 found=str(sorted({len(row) for row in lengths})),
             )
         )
-    return torch.tensor(lengths, dtype=torch.int64).reshape(len(lengths), -1)
+    return torch.tensor(lengths, dtype=torch.int64).reshape(len(lengths), len(lengths[0]) if lengths else 1)
 
 
 def pad_to_longest(examples: Sequence[Any], pad: float = 0) -> Any:

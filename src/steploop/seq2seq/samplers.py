@@ -90,7 +90,7 @@ class LengthBatchSampler(_BatchSampler):
 
     def __init__(self, lengths: Any, batch_size: int, *, pool: int = 50, **options: Any) -> None:
         super().__init__(batch_size, **options)
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, dtype=torch.int64 if len(lengths) == 0 else None)
         if lengths.dim() not in (1, 2) or lengths.is_floating_point():
             raise InputError(
                 message(
@@ -100,7 +100,7 @@ class LengthBatchSampler(_BatchSampler):
                     fix="lengths_of(dataset)",
                 )
             )
-        self.lengths = lengths.reshape(len(lengths), -1)
+        self.lengths = lengths if lengths.dim() == 2 else lengths.unsqueeze(1)
         self.pool = pool
 
     def _make(self, generator: torch.Generator) -> list[list[int]]:

@@ -22,9 +22,10 @@ def read(path: Path, ignore: Sequence[str] = ()) -> tuple[dict[str, np.ndarray],
     if not path.is_file():
         raise DataError(f"No such file: {path}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise ValueError("one array without a name")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("one array without a name")
+        with archive:
             found = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(

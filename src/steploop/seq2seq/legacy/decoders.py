@@ -26,7 +26,6 @@ from .feeding import (
     numbers_of_next_steps,
 )
 
-
 _plans: ContextVar[list[Any] | None] = ContextVar("plans", default=None)
 
 
