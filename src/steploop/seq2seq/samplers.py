@@ -79,7 +79,8 @@ class LengthBatchSampler(_BatchSampler):
     """Batches of examples of nearly the same length, to be padded to the longest of each (`pad_to_longest`).
 
     The examples, in random order, are cut into pools; each pool is sorted by length and cut into batches; the
-    batches are given out in random order.
+    batches are given out in random order. Of several sequences a pool is sorted by the first one's length, cut into
+    slabs of some batches, and each of those is sorted by the next one's.
 
     lengths: (N,) or (N, sequences): of every example (`lengths_of(dataset)`); a list will do.
     pool:    batches in a pool. The larger, the less padding, and the less random a batch is.
@@ -104,12 +105,10 @@ class LengthBatchSampler(_BatchSampler):
         self.pool = pool
 
     def _make(self, generator: torch.Generator) -> list[list[int]]:
-        order, total = self._order(len(self.lengths), generator), self.lengths.sum(1).tolist()
-        size = self.pool * self.batch_size
+        order, columns = self._order(len(self.lengths), generator), self.lengths.t().tolist()
         batches = []
-        for start in range(0, len(order), size):
-            pool = sorted(order[start : start + size], key=total.__getitem__)
-            batches += _cut(pool, self.batch_size)
+        for pool in _cut(order, self.pool * self.batch_size):
+            batches += _cut(_sorted(pool, columns, self.batch_size), self.batch_size)
         return batches
 
     @property
@@ -141,6 +140,17 @@ class BucketBatchSampler(_BatchSampler):
         for bucket in self.indices:
             batches += _cut([bucket[k] for k in self._order(len(bucket), generator)], self.batch_size)
         return batches
+
+
+def _sorted(pool: list[int], columns: list[list[int]], batch_size: int) -> list[int]:
+    """A pool in an order in which neighbours are of like lengths in every column."""
+    pool = sorted(pool, key=columns[0].__getitem__)
+    if len(columns) == 1:
+        return pool
+    batches = -(-len(pool) // batch_size)
+    slabs = max(1, round(batches ** (1 / len(columns))))
+    parts = _cut(pool, -(-batches // slabs) * batch_size or 1)
+    return [index for part in parts for index in _sorted(part, columns[1:], batch_size)]
 
 
 def _cut(indices: list[int], size: int) -> list[list[int]]:
