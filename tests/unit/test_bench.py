@@ -22,7 +22,8 @@ from benchmarks.models import MODELS  # noqa: E402
 TINY = SCALES["tiny"]
 LONG = pytest.mark.long
 FAST = ["steploop-eager", "torch.nn", "eager", "gemm"]  # compile nothing
-NEED_OURS = ("ragged", "grid", "stream", "memory", "first", "seq2seq_two_projections")  # cases where only "steploop" stands for us
+# Cases where only "steploop" stands for us.
+NEED_OURS = ("ragged", "grid", "stream", "memory", "first", "seq2seq_two_projections")
 SMALL = {
     "lstm": Workload("lstm", 4, 2, 3, 5),
     "gru": Workload("gru", 4, 2, 3, 5),

@@ -136,8 +136,8 @@ def test_batches_of_a_bucket_are_padded_to_it():
 def test_sorting_saves_padding_and_the_waste_is_that_of_the_batches():
     data = Pairs(400, 60)
     lengths = lengths_of(data)
-    for given, share in ((lengths[:, 0], 0.2), (lengths, 0.5)):
-        sorted_, random = (LengthBatchSampler(given, 8, pool=pool) for pool in (50, 1))
+    for known, share in ((lengths[:, 0], 0.2), (lengths, 0.5)):
+        sorted_, random = (LengthBatchSampler(known, 8, pool=pool) for pool in (50, 1))
         assert sorted_.waste < share * random.waste
     filled = total = 0
     for batch in sorted_:
