@@ -123,13 +123,13 @@ def decoder(scale: Scale) -> list[Job]:
 
 def seq2seq(scale: Scale) -> list[Job]:
     """TF1's embedding_attention_seq2seq with an output_projection, an LSTM, and the loss over all words."""
-    return by_mode("seq2seq", scale, SEQ2SEQ, (*OURS, "eager", "jax"))[:2]
+    return by_mode("seq2seq", scale, SEQ2SEQ, (*OURS, "eager", "eager-hoisted", "jax"))[:2]
 
 
 def seq2seq_two_projections(scale: Scale) -> list[Job]:
     """The same without an output_projection: V logits within the decoder, and a second projection of them."""
     jobs = by_mode("seq2seq_two_projections", scale, replace(SEQ2SEQ, kind="seq2seq_two_projections"),
-                   ("steploop", "eager", "jax"))  # fmt: skip
+                   ("steploop", "eager", "eager-hoisted", "jax"))  # fmt: skip
     return [{**job, "least": 1} for job in jobs[1:2] or jobs]
 
 

@@ -70,10 +70,10 @@ def make_runner(peer: Peer, work: Workload, data: Data, mode: str) -> Runner:
     if isinstance(peer, Steploop) and not peer.padded:
         model, tensors = make_model(work, backend=peer.backend, save=peer.save), tensors_of(data)
         return _torch_runner(lambda: model(tensors["source"], tensors["x"]), model, tensors, mode)
-    if type(peer) is EagerLoop and not peer.hoist:
+    if type(peer) is EagerLoop:
         model, tensors = make_model(work), tensors_of(data)
-        p = dict(model.named_parameters())
-        return _torch_runner(lambda: unrolled(p, tensors["source"], tensors["x"]), model, tensors, mode)
+        p, run = dict(model.named_parameters()), unrolled_hoisted if peer.hoist else unrolled
+        return _torch_runner(lambda: run(p, tensors["source"], tensors["x"]), model, tensors, mode)
     if isinstance(peer, Jax):
         peer.check_installed()
         return _jax_runner(work, data, mode)
@@ -110,28 +110,51 @@ def lstm(p: dict[str, Any], name: str, x: Tensor, c: Tensor, h: Tensor) -> tuple
     return c, torch.sigmoid(o) * torch.tanh(c)
 
 
-def unrolled(p: dict[str, Tensor], source: Tensor, labels: Tensor) -> Tensor:
-    """Step by step, as TF1 unrolls it; a careful hand has the keys, and the loss, once for all steps."""
-    name, projection = cell_names(p)
-    c = h = p[f"{name}.kernel"].new_zeros(source.shape[1], p[f"{name}.kernel"].shape[1] // 4)
+def encoded(p: dict[str, Tensor], xs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (B, S, H) and the last c and h, step by step over embedded labels."""
+    c = h = xs[0].new_zeros(xs[0].shape[0], p[f"{ENCODER}.cell.linear.kernel"].shape[1] // 4)
     memory = []
-    for step in source:
-        x = F.embedding(step, p[f"{ENCODER}.embedding"])
+    for x in xs:
         c, h = lstm(p, f"{ENCODER}.cell.linear", x, c, h)
         memory.append(h)
-    states = torch.stack(memory, 1)
-    keys, v = states @ p[f"{ATTENTION}.attention_kernel"], p[f"{ATTENTION}.attention_v"][0]
-    attended, outputs = torch.zeros_like(h), []
-    for step in shifted(labels):
-        x = F.embedding(step, p[f"{DECODER}.embedding"])
+    return torch.stack(memory, 1), c, h
+
+
+def attend(p: dict[str, Tensor], keys: Tensor, states: Tensor, c: Tensor, h: Tensor) -> Tensor:
+    query = linear(p, f"{ATTENTION}.query", c, h).unsqueeze(1)
+    weights = (p[f"{ATTENTION}.attention_v"][0] * torch.tanh(keys + query)).sum(-1).softmax(-1)
+    return torch.bmm(weights.unsqueeze(1), states).squeeze(1)
+
+
+def logits_of(p: dict[str, Tensor], projection: str | None, h: Tensor, attended: Tensor) -> Tensor:
+    out = h if projection is None else linear(p, projection, h)
+    y = linear(p, f"{ATTENTION}.output_projection", out, attended)
+    return linear(p, "softmax", y) if "softmax.kernel" in p else y
+
+
+def unrolled(p: dict[str, Tensor], source: Tensor, labels: Tensor) -> Tensor:
+    """Step by step, as TF1 unrolls it: all of a step, its logits and loss too, before the next."""
+    name, projection = cell_names(p)
+    states, c, h = encoded(p, [F.embedding(step, p[f"{ENCODER}.embedding"]) for step in source])
+    keys, attended, found = states @ p[f"{ATTENTION}.attention_kernel"], torch.zeros_like(h), []
+    for given, label in zip(shifted(labels), labels):
+        x = F.embedding(given, p[f"{DECODER}.embedding"])
         c, h = lstm(p, name, linear(p, f"{ATTENTION}.input_projection", x, attended), c, h)
-        query = linear(p, f"{ATTENTION}.query", c, h).unsqueeze(1)
-        weights = (v * torch.tanh(keys + query)).sum(-1).softmax(-1)
-        attended = torch.bmm(weights.unsqueeze(1), states).squeeze(1)
-        out = h if projection is None else linear(p, projection, h)
-        outputs.append(linear(p, f"{ATTENTION}.output_projection", out, attended))
-    stacked = torch.stack(outputs)
-    return losses(linear(p, "softmax", stacked) if "softmax.kernel" in p else stacked, labels)
+        attended = attend(p, keys, states, c, h)
+        found.append(F.cross_entropy(logits_of(p, projection, h, attended), label, reduction="none"))
+    return torch.stack(found)
+
+
+def unrolled_hoisted(p: dict[str, Tensor], source: Tensor, labels: Tensor) -> Tensor:
+    """The same by a careful hand: embeddings before the loops, logits and losses of all steps after them."""
+    name, projection = cell_names(p)
+    states, c, h = encoded(p, list(F.embedding(source, p[f"{ENCODER}.embedding"])))
+    keys, attended, read = states @ p[f"{ATTENTION}.attention_kernel"], torch.zeros_like(h), []
+    for x in F.embedding(shifted(labels), p[f"{DECODER}.embedding"]):
+        c, h = lstm(p, name, linear(p, f"{ATTENTION}.input_projection", x, attended), c, h)
+        attended = attend(p, keys, states, c, h)
+        read.append((h, attended))
+    return losses(logits_of(p, projection, *map(torch.stack, zip(*read))), labels)
 
 
 # ---- JAX ---------------------------------------------------------------------------------------------------

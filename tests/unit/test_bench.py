@@ -92,7 +92,7 @@ SEQ2SEQ = ["seq2seq", "seq2seq_two_projections"]
 def test_sequence_to_sequence_models_agree(kind, mode):
     work = Workload(kind, 4, 2, 3, 5, S=6, V=7)
     data = make_data(work)
-    names = ["eager", "steploop-eager", *(["jax"] if machine.version("jax") else [])]
+    names = ["eager", "eager-hoisted", "steploop-eager", *(["jax"] if machine.version("jax") else [])]
     arrays = [(runner := peers.make_runner(name, work, data, mode)).arrays(runner.run()) for name in names]
     for found in arrays[1:]:
         assert set(found) == set(arrays[0]) and found["y"].shape == (4, 2)
