@@ -80,9 +80,7 @@ def make_runner(peer: Peer, work: Workload, data: Data, mode: str) -> Runner:
     raise Blank("not written for this model")
 
 
-def _torch_runner(
-    forward: Callable[[], Tensor], model: Model, tensors: dict[str, Tensor], mode: str
-) -> Runner:
+def _torch_runner(forward: Callable[[], Tensor], model: Model, tensors: dict[str, Tensor], mode: str) -> Runner:
     kept = "forward" if mode == "forward" else "training"  # labels have no gradient
     return torch_runner(forward, dict(model.named_parameters()), tensors, kept)
 

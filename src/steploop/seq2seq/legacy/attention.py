@@ -173,10 +173,11 @@ class _Attends(Decoder):
         values = tf_state.unpack(self.cell, initial_state)
         step = self.attention_step
         constants = step.constants(states, attention_mask(lengths, states))
+        kernel = step.attention_kernel
         if self.initial_state_attention:
-            attended = step.attend(torch.cat(values, -1), **constants)
+            attended = step.attend(torch.cat(values, -1), **constants).to(kernel.dtype)
         else:
-            attended = states.new_zeros(states.shape[0], step.num_heads * step.attention_size)
+            attended = kernel.new_zeros(inputs.shape[1], kernel.shape[1])
         return [*values, attended], constants
 
     def _checked(self, states: Any, batch: int) -> Tensor:
@@ -250,9 +251,8 @@ class AttentionDecoder(_Attends):
     ) -> tuple[Any, Any]:
         inputs = sequences.vectors(decoder_inputs, "decoder_inputs", self.input_size)
         values, constants = self.start(inputs, initial_state, attention_states, attention_lengths)
-        self._feeding[0].loop_function = self.loop_function
-        feed = self.loop_function is not None
-        outputs, values = self.decode(inputs, values, feed, decoder_lengths, **constants)
+        step = self.fed_by(self.loop_function)
+        outputs, values = self.decode(inputs, values, step, decoder_lengths, **constants)
         return sequences.as_given(outputs, decoder_inputs), tf_state.pack(self.cell, values[:-1])
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
@@ -310,14 +310,14 @@ class EmbeddingAttentionDecoder(LabelDecoder, _Attends):
         attention_states: Tensor,
         *,
         feed_previous: bool | Tensor | None = None,
+        update_embedding_for_previous: bool | None = None,
         attention_lengths: Any = None,
         decoder_lengths: Any = None,
     ) -> tuple[Any, Any]:
         inputs = sequences.labels(decoder_inputs, "decoder_inputs")
         values, constants = self.start(inputs, initial_state, attention_states, attention_lengths)
-        feed = self.feed_previous if feed_previous is None else feed_previous
-        update = self.update_embedding_for_previous
-        outputs, values = self.decode_labels(inputs, values, feed, update, decoder_lengths, **constants)
+        step = self.fed_when(feed_previous, update_embedding_for_previous)
+        outputs, values = self.decode(inputs, values, step, decoder_lengths, **constants)
         return sequences.as_given(outputs, decoder_inputs), tf_state.pack(self.cell, values[:-1])
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:

@@ -42,8 +42,32 @@ class Model(HasTFVariables):
     def __init__(self, scope: str, backend: str, save: str) -> None:
         super().__init__()
         self.scope = scope
-        self.backend = dispatch.checked_backend(backend)
-        self.save = dispatch.checked_save(save)
+        self.backend, self.save = backend, save
+
+    @property
+    def backend(self) -> str:
+        """That of all of the model's Loops."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = dispatch.checked_backend(name)
+        for model in self._parts():
+            model.backend = name
+
+    @property
+    def save(self) -> str:
+        """What all of the model's Loops keep for the backward."""
+        return self._save
+
+    @save.setter
+    def save(self, policy: str) -> None:
+        self._save = dispatch.checked_save(policy)
+        for model in self._parts():
+            model.save = policy
+
+    def _parts(self) -> Iterator[Model]:
+        return (module for module in self.modules() if isinstance(module, Model) and module is not self)
 
     def cast(self, dtype: torch.dtype | None) -> None:
         """Parameters to `dtype`, unless it is None."""
@@ -86,15 +110,21 @@ class Decoder(Model):
     _feeding: tuple[FeedPrevious, ...] = ()
 
     def decode(
-        self, inputs: Tensor, values: list[Tensor], feed: bool, lengths: Any, **constants: Any
+        self,
+        inputs: Tensor,
+        values: list[Tensor],
+        step: FeedPrevious | None,
+        lengths: Any,
+        **constants: Any,
     ) -> tuple[Tensor, list[Tensor]]:
         """Outputs (T, B, ...), and the States' values after them.
 
-        values: of the States of one_step before the first step.  feed: only inputs[0] is read.
+        values: of the States of one_step before the first step.  step: one of `_feeding`; then only inputs[0] is
+        read. None: all inputs are.
         """
         names = tf_state.state_names(self.one_step)
-        if feed and len(inputs):
-            step, names = self._feeding[0], self._names_when_fed(names)
+        if step is not None and len(inputs):
+            names = self._names_when_fed(names)
             state = {**dict(zip(names, values)), "fed": self.first_input(inputs[0])}
             xs, steps = self._numbers(inputs)
             outputs, after = self.run(step, *xs, steps=steps, state=state, lengths=lengths, **constants)
@@ -102,6 +132,13 @@ class Decoder(Model):
             state = dict(zip(names, values))
             outputs, after = self.run(self.one_step, inputs, state=state, lengths=lengths, **constants)
         return outputs, [after[name] for name in names]
+
+    def fed_by(self, loop_function: LoopFunction | None) -> FeedPrevious | None:
+        """The Step that feeds outputs back through the function; None without one."""
+        if loop_function is None:
+            return None
+        self._feeding[0].loop_function = loop_function
+        return self._feeding[0]
 
     def first_input(self, given: Tensor) -> Tensor:
         """The vector that stands for the first given input."""
@@ -157,9 +194,7 @@ class RNNDecoder(Decoder):
     def forward(self, decoder_inputs: Any, initial_state: Any, *, decoder_lengths: Any = None) -> tuple[Any, Any]:
         inputs = sequences.vectors(decoder_inputs, "decoder_inputs", self.input_size)
         values = tf_state.unpack(self.cell, initial_state)
-        self._feeding[0].loop_function = self.loop_function
-        feed = self.loop_function is not None
-        outputs, values = self.decode(inputs, values, feed, decoder_lengths)
+        outputs, values = self.decode(inputs, values, self.fed_by(self.loop_function), decoder_lengths)
         return sequences.as_given(outputs, decoder_inputs), tf_state.pack(self.cell, values)
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
@@ -170,32 +205,32 @@ class LabelDecoder(Decoder):
     """A decoder whose inputs are labels: one_step takes the previous label (B,) and gives its output.
 
     feed_previous: True or a 0-d bool tensor that is True: only the first of the given labels is read, later
-        ones are the argmax of the output (of output W + B with an output_projection). May be changed at any
-        time, and for one call by `feed_previous=`.
-    update_embedding_for_previous: whether labels that are fed back train the embedding. TF1 itself trains it
-        for a Python True and does not for a tensor; this flag says it whichever is given.
+        ones are the argmax of the output (of output W + B with an output_projection).
+    update_embedding_for_previous: whether labels that are fed back train the embedding.
+    Both may be changed at any time, and for one call by its arguments of the same name.
     """
 
     one_step: EmbeddingWrapper
+    feed_previous: bool | Tensor
+    update_embedding_for_previous: bool
 
     def _embed(self, core: Step, num_symbols: int, embedding_size: int, projection: Projection | None) -> None:
         """Make one_step of the step that takes vectors."""
         self.one_step = EmbeddingWrapper(core, num_symbols, embedding_size)
         nn.init.xavier_uniform_(self.one_step.embedding)
         self.num_symbols, self.embedding_size = num_symbols, embedding_size
-        self._feeding = (FeedLabels(self.one_step, projection),)
+        self._feeding = tuple(FeedLabels(self.one_step, projection, update) for update in (False, True))
 
     @property
     def output_projection(self) -> Projection | None:
         """(W, B), or None. It is the caller's: no parameter of this module."""
         return self._feeding[0].projection
 
-    def decode_labels(
-        self, inputs: Tensor, values: list[Tensor], feed: Any, update: bool, lengths: Any, **constants: Any
-    ) -> tuple[Tensor, list[Tensor]]:
-        """`decode`, with feed_previous and update_embedding_for_previous as given by the caller."""
-        self._feeding[0].update_embedding = update
-        return self.decode(inputs, values, is_fed(feed), lengths, **constants)
+    def fed_when(self, feed: bool | Tensor | None, update: bool | None) -> FeedPrevious | None:
+        """The Step that feeds labels back, or None; arguments of a call, None where it leaves them to the module."""
+        feed = self.feed_previous if feed is None else feed
+        update = self.update_embedding_for_previous if update is None else update
+        return self._feeding[bool(update)] if is_fed(feed) else None
 
     def first_input(self, given: Tensor) -> Tensor:
         return nn.functional.embedding(given, self.one_step.embedding)
@@ -251,13 +286,13 @@ class EmbeddingRNNDecoder(LabelDecoder):
         initial_state: Any,
         *,
         feed_previous: bool | Tensor | None = None,
+        update_embedding_for_previous: bool | None = None,
         decoder_lengths: Any = None,
     ) -> tuple[Any, Any]:
         inputs = sequences.labels(decoder_inputs, "decoder_inputs")
         values = tf_state.unpack(self.cell, initial_state)
-        feed = self.feed_previous if feed_previous is None else feed_previous
-        update = self.update_embedding_for_previous
-        outputs, values = self.decode_labels(inputs, values, feed, update, decoder_lengths)
+        step = self.fed_when(feed_previous, update_embedding_for_previous)
+        outputs, values = self.decode(inputs, values, step, decoder_lengths)
         return sequences.as_given(outputs, decoder_inputs), tf_state.pack(self.cell, values)
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:

@@ -68,8 +68,8 @@ class FeedPrevious(Step):
 
     def _checked(self, fed: Any) -> Tensor:
         wanted = self.fed.prev
-        if isinstance(fed, Tensor) and fed.shape == wanted.shape and fed.dtype == wanted.dtype:
-            return fed
+        if isinstance(fed, Tensor) and fed.shape == wanted.shape:
+            return fed  # the State checks the dtype, which autocast may change
         raise InputError(
             message(
                 "loop_function returned something that is no input of this decoder.",
@@ -86,11 +86,11 @@ class FeedLabels(FeedPrevious):
     projection: (W, B) or None.  update_embedding: whether labels that are fed back train the embedding.
     """
 
-    def __init__(self, embedded: EmbeddingWrapper, projection: Projection | None) -> None:
+    def __init__(self, embedded: EmbeddingWrapper, projection: Projection | None, update_embedding: bool) -> None:
         super().__init__(embedded.cell, embedded.embedding.shape[1], None)
         self.embedded = embedded
         self.projection = projection
-        self.update_embedding = True
+        self.update_embedding = update_embedding
 
     def next_input(self, output: Tensor, i: Tensor | None) -> Tensor:
         choose = extract_argmax_and_embed(self.embedded.embedding, self.projection, self.update_embedding)

@@ -125,12 +125,13 @@ class _FromLabels(Model):
     feed_previous: bool | Tensor
     update_embedding_for_previous: bool | None
 
-    def feed(self, given: bool | Tensor | None) -> bool | Tensor:
-        """feed_previous of this call; the decoder is told what it means for the embedding."""
+    def feeding(self, given: bool | Tensor | None) -> dict[str, Any]:
+        """What a call hands its decoder: feed_previous, and what it means for the embedding."""
         feed = self.feed_previous if given is None else given
         update = self.update_embedding_for_previous
-        self.decoder.update_embedding_for_previous = not isinstance(feed, Tensor) if update is None else update
-        return feed
+        if update is None:
+            update = not isinstance(feed, Tensor)
+        return {"feed_previous": feed, "update_embedding_for_previous": update}
 
 
 class EmbeddingRNNSeq2Seq(_FromLabels):
@@ -184,8 +185,8 @@ class EmbeddingRNNSeq2Seq(_FromLabels):
     ) -> tuple[Any, Any]:
         _, values = self.encode(self.encoder, sequences.labels(encoder_inputs, "encoder_inputs"), encoder_lengths)
         state = tf_state.pack(self.encoder, values)
-        feed = self.feed(feed_previous)
-        return self.decoder(decoder_inputs, state, feed_previous=feed, decoder_lengths=decoder_lengths)
+        feeding = self.feeding(feed_previous)
+        return self.decoder(decoder_inputs, state, decoder_lengths=decoder_lengths, **feeding)
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         yield from self.encoder.tf_variables(joined(scope, "rnn"))
@@ -239,8 +240,8 @@ class EmbeddingTiedRNNSeq2Seq(_FromLabels):
         inputs = sequences.labels(encoder_inputs, "encoder_inputs")
         _, values = self.encode(self.decoder.one_step, inputs, encoder_lengths)
         state = tf_state.pack(self.decoder.cell, values)
-        feed = self.feed(feed_previous)
-        return self.decoder(decoder_inputs, state, feed_previous=feed, decoder_lengths=decoder_lengths)
+        feeding = self.feeding(feed_previous)
+        return self.decoder(decoder_inputs, state, decoder_lengths=decoder_lengths, **feeding)
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         yield Variable(joined(scope, "embedding"), self.decoder.one_step.embedding)
@@ -318,9 +319,9 @@ class EmbeddingAttentionSeq2Seq(_FromLabels):
             decoder_inputs,
             tf_state.pack(self.encoder, values),
             outputs.transpose(0, 1),
-            feed_previous=self.feed(feed_previous),
             attention_lengths=encoder_lengths if attention_lengths is None else attention_lengths,
             decoder_lengths=decoder_lengths,
+            **self.feeding(feed_previous),
         )
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:

@@ -76,9 +76,9 @@ class One2ManyRNNSeq2Seq(Model):
         state = tf_state.pack(self.encoder, values)
         feed = self.feed_previous if feed_previous is None else feed_previous
         outputs, states = {}, {}
+        feeding = {"feed_previous": feed, "update_embedding_for_previous": self.update_embedding_for_previous}
         for name, decoder in zip(self.names, self.decoders):
-            decoder.update_embedding_for_previous = self.update_embedding_for_previous
-            outputs[name], states[name] = decoder(decoder_inputs_dict[name], state, feed_previous=feed)
+            outputs[name], states[name] = decoder(decoder_inputs_dict[name], state, **feeding)
         return outputs, states
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:

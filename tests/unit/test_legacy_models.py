@@ -110,7 +110,7 @@ def test_a_strange_cell_compiled(feed):
     torch.manual_seed(2)
     model = attention_model(Leaky(), backend="auto")
     plain = copy.deepcopy(model)
-    plain.backend = plain.decoder.backend = "reference"
+    plain.backend = "reference"
     for source, target, batch in ((5, 4, 3), (1, 1, 1), (2, 7, 2)):
         inputs = ids(source, batch, NE), ids(target, batch)
         found, expected = (m(*inputs, feed_previous=feed) for m in (model, plain))
@@ -141,7 +141,7 @@ def test_replaced_parameters_are_seen_when_fed_back():
     model(source, target)
     model.decoder.one_step.embedding = nn.Parameter(torch.randn(ND, E))
     plain = copy.deepcopy(model)
-    plain.decoder.backend = plain.backend = "reference"
+    plain.backend = "reference"
     torch.testing.assert_close(model(source, target)[0], plain(source, target)[0])
 
 
@@ -149,6 +149,27 @@ def test_dtype_is_that_of_all_parameters():
     model = attention_model(dtype=torch.float64)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     assert model(ids(3, 2, NE), ids(2, 2))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("feed", [False, True])
+def test_autocast(feed):
+    """Products in half precision; states keep the parameters' dtype."""
+    model = attention_model(tf_cells.BasicLSTMCell(H), initial_state_attention=feed, backend="auto")
+    source, target = ids(5, 3, NE), ids(4, 3)
+    plain, _ = model(source, target, feed_previous=feed)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, state = model(source, target, feed_previous=feed)
+    assert {part.dtype for part in (outputs, *state)} == {torch.float32}
+    torch.testing.assert_close(outputs[0], plain[0], rtol=0.1, atol=0.1)
+    outputs.sum().backward()
+
+
+def test_the_backend_is_that_of_all_parts():
+    model = attention_model(backend="auto")
+    model.backend, model.save = "reference", "states"
+    assert model.decoder.backend == "reference" and model.decoder.save == "states"
+    with pytest.raises(sl.InputError, match="backend"):
+        model.backend = "quick"
 
 
 def test_no_steps():
@@ -402,7 +423,7 @@ def wrong(make, *words):
         make()
     for word in words:
         assert word in str(error.value), str(error.value)
-    assert "test_legacy_seq2seq.py" in str(error.value)
+    assert "test_legacy_models.py" in str(error.value)
     return error.value
 
 
