@@ -247,7 +247,6 @@ def test_tensors_are_copies():
         (lambda: convert.to_keras("lstm", {}), ["weight_ih_l0", "nothing"]),
         (lambda: convert.to_onnx("lstm", sl.nn.LSTMCell(I, H, proj_size=2).state_dict()), ["no projections"]),
     ],
-    ids=str,
 )
 def test_errors(call, words):
     with pytest.raises((sl.InputError, sl.UnsupportedError)) as error:
