@@ -41,7 +41,7 @@ class Scale:
         """A workload of the tables at this scale."""
         if self.T is None:
             return work
-        narrow = {} if self.width is None else {"I": self.width + 1, "H": self.width}
+        narrow = {} if self.width is None else {"I": self.width + 1, "H": self.width, "V": min(work.V, 11)}
         return replace(work, T=min(work.T, self.T), B=min(work.B, self.B), S=min(work.S, self.T), **narrow)
 
 
@@ -76,6 +76,7 @@ GRU = replace(LSTM, kind="gru")
 STRANGER = replace(LSTM, kind="stranger")
 LN_LSTM = replace(LSTM, kind="lnlstm", resets=True)
 DECODER = Workload("decoder", 50, 64, 256, 256, S=50)
+SEQ2SEQ = Workload("seq2seq", 50, 64, 256, 256, S=50, V=10_000)
 RAGGED = replace(LSTM, ragged=True)
 STREAM = Workload("lstm", 64, 1, 128, 128)
 FIRST_CALL = Workload("lstm", 64, 16, 128, 128)
@@ -118,6 +119,18 @@ def lnlstm(scale: Scale) -> list[Job]:
 def decoder(scale: Scale) -> list[Job]:
     """An attention decoder with input feeding; training_x includes the gradient of the memory."""
     return by_mode("decoder", scale, DECODER, (*OURS, *NO_LAYER))
+
+
+def seq2seq(scale: Scale) -> list[Job]:
+    """TF1's embedding_attention_seq2seq with an output_projection, an LSTM, and the loss over all words."""
+    return by_mode("seq2seq", scale, SEQ2SEQ, (*OURS, "eager", "eager-hoisted", "jax"))[:2]
+
+
+def seq2seq_two_projections(scale: Scale) -> list[Job]:
+    """The same without an output_projection: V logits within the decoder, and a second projection of them."""
+    jobs = by_mode("seq2seq_two_projections", scale, replace(SEQ2SEQ, kind="seq2seq_two_projections"),
+                   ("steploop", "eager", "eager-hoisted", "jax"))  # fmt: skip
+    return [{**job, "least": 1} for job in jobs[1:2] or jobs]
 
 
 def ragged(scale: Scale) -> list[Job]:
@@ -196,5 +209,8 @@ def memory(scale: Scale) -> list[Job]:
 
 CASES: dict[str, Callable[[Scale], list[Job]]] = {
     f.__name__: f
-    for f in (lstm, gru, stranger, lnlstm, decoder, ragged, stream, memory, first, unrolled, grid)
+    for f in (
+        lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, memory, first,
+        unrolled, grid,
+    )  # fmt: skip
 }

@@ -12,7 +12,7 @@ GATES = {"lstm": 4, "stranger": 4, "lnlstm": 4, "decoder": 4, "gru": 3}
 
 @dataclass(frozen=True)
 class Workload:
-    """One problem: which step, and its sizes (T time, B batch, I input, H hidden, S memory)."""
+    """One problem: which step, and its sizes (T time, B batch, I input, H hidden, S memory, V vocabulary)."""
 
     kind: str
     T: int
@@ -22,10 +22,12 @@ class Workload:
     S: int = 0
     resets: bool = False
     ragged: bool = False
+    V: int = 0
 
     def __str__(self) -> str:
         sizes = [f"B={self.B}", f"T={self.T}", f"I={self.I}", f"H={self.H}"]
         sizes += [f"S={self.S}"] if self.S else []
+        sizes += [f"V={self.V}"] if self.V else []
         return " ".join(sizes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -41,7 +43,10 @@ class Workload:
 
 @dataclass
 class Data:
-    """A workload's arrays: x (T, B, I), the outputs' cotangent (T, B, H), and what else its step takes."""
+    """A workload's arrays: x (T, B, I), the outputs' cotangent (T, B, H), and what else its step takes.
+
+    Of a sequence-to-sequence model x is labels (T, B), source labels (S, B), and the cotangent one of losses (T, B).
+    """
 
     x: np.ndarray
     cotangent: np.ndarray
@@ -49,12 +54,16 @@ class Data:
     lengths: np.ndarray | None = None
     memory: np.ndarray | None = None
     memory_mask: np.ndarray | None = None
+    source: np.ndarray | None = None
 
 
 def make_data(work: Workload, seed: int = 0) -> Data:
     """Random inputs. Resets: one step in 100. Lengths: uniform in 1..T, memory lengths in S/2..S."""
     random = np.random.default_rng(seed)
     normal = lambda *shape: random.standard_normal(shape, dtype=np.float32)
+    if work.V:
+        labels, source = (random.integers(work.V, size=(steps, work.B)) for steps in (work.T, work.S))
+        return Data(labels, np.full((work.T, work.B), 1 / work.B, np.float32), source=source)
     data = Data(normal(work.T, work.B, work.I), normal(work.T, work.B, work.H))
     if work.resets:
         data.resets = random.random((work.T, work.B)) < 0.01

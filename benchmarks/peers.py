@@ -463,6 +463,10 @@ def make_runner(name: str, work: Workload, data: Data, mode: str) -> Runner:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if work.V:
+                from . import seq2seq
+
+                return seq2seq.make_runner(PEERS[name], work, data, mode)
             return PEERS[name].make(work, data, mode)
     except Blank:
         raise

@@ -13,13 +13,15 @@ from .peers import PEERS
 
 Results = list[dict[str, Any]]
 Run = dict[str, Any]  # {"meta": ..., "results": [...]}
-TABLES = ("lstm", "gru", "stranger", "lnlstm", "decoder", "ragged")
+TABLES = ("lstm", "gru", "stranger", "lnlstm", "decoder", "seq2seq", "seq2seq_two_projections", "ragged")
 HEADINGS = {
     "lstm": "LSTM",
     "gru": "GRU",
     "stranger": "A step that nobody wrote as a layer",
     "lnlstm": "User-written layer-norm LSTM with resets",
     "decoder": "Attention decoder with input feeding",
+    "seq2seq": "EmbeddingAttentionSeq2Seq",
+    "seq2seq_two_projections": "EmbeddingAttentionSeq2Seq without an output_projection",
     "ragged": "Ragged batches",
 }
 

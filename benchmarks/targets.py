@@ -141,6 +141,9 @@ def _all() -> list[Target]:
         made.append(Target(text, limit, _ratio("lnlstm", mode, peer)))
     text = "attention decoder / eager loop: training"
     made.append(Target(text, 0.4, _ratio("decoder", "training", "eager")))
+    for peer, title, limit in (("eager", "eager loop", 0.5), ("jax", "JAX scan", 0.6)):
+        text = f"EmbeddingAttentionSeq2Seq / {title}: training"
+        made.append(Target(text, limit, _ratio("seq2seq", "training", peer)))
     made.append(Target("LSTM / torch.nn, worst point of the grid", 1.1, _worst_on_grid(0)))
     made.append(Target("LSTM / torch.nn, worst point of the grid with H >= 512", 1.0, _worst_on_grid(512)))
     for mode, limit in (("forward", 55.0), ("training", 50.0), ("training_x", 50.0)):

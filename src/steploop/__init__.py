@@ -1,6 +1,6 @@
 """steploop: write one time step in plain PyTorch; run the whole sequence at once."""
 
-from . import memory, nn, search, view
+from . import memory, nn, search, seq2seq, view
 from .errors import (
     BuildError,
     CarryError,
@@ -48,6 +48,7 @@ __all__ = [
     "plan",
     "scan",
     "search",
+    "seq2seq",
     "share",
     "unbatched",
     "verify",

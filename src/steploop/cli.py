@@ -1,4 +1,4 @@
-"""The command line: `steploop train`, `sample`, `compare`, `explain`, `doctor`.
+"""The command line: `steploop train`, `sample`, `compare`, `convert`, `explain`, `doctor`.
 
 What a command needs is imported inside it: `steploop --help` answers at once, and works without the extras
 that only another command uses.
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SteploopError as error:
         sys.exit(_complain(str(error)))
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("lightning", "matplotlib", "tensorboard", "rich"):
+        if (error.name or "").split(".")[0] not in ("lightning", "matplotlib", "tensorboard", "rich", "safetensors"):
             raise
         sys.exit(_complain(f"This command needs the package {error.name}.\n  fix:      {EXTRAS}"))
 
@@ -81,6 +81,10 @@ def _application() -> typer.Typer:
     recipes.callback()(lambda: None)  # keeps `charlm` a command of its own while it is the only one
     recipes.command("charlm")(train_charlm)
     app.add_typer(recipes, name="train")
+    conversions = typer.Typer(help="Convert checkpoints of other frameworks.", no_args_is_help=True)
+    conversions.callback()(lambda: None)
+    conversions.command("tf1")(convert_tf1)
+    app.add_typer(conversions, name="convert")
     for command in (sample, compare, explain, doctor):
         app.command()(command)
     return app
@@ -324,6 +328,42 @@ def _print_as_it_comes(prompt: str, characters: Any) -> None:
     for character in characters:
         print(character, end="", flush=True)
     print(flush=True)
+
+
+# --- convert ----------------------------------------------------------------------------------------------
+
+
+def convert_tf1(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT.npz", help="Arrays by TF1 name.")],
+    to: Annotated[Path, typer.Option(help="The safetensors file to write: a model's state_dict.")],
+    function: Annotated[
+        str | None, typer.Option(help="TF's function, where its scope is not among the names.")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="The scope of the variables, if not the function's.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help='Names to leave out, "*/Adam*". Repeatable.')
+    ] = None,
+) -> None:
+    """A checkpoint of a tf.contrib.legacy_seq2seq model as the state_dict of a model of steploop.seq2seq.legacy.
+
+    The file holds every variable under its name: numpy.savez(FILE, **{name: reader.get_tensor(name)}).
+    """
+    from .seq2seq.tf_checkpoint import read, rows_of, save
+
+    kept, left_out = read(checkpoint, ignore or [])
+    model = save(kept, to, function, scope)
+    from rich.table import Table
+
+    table = Table(title=f"TF1 variables below {model.scope}")
+    for heading in ("variable", "shape", "parameter"):
+        table.add_column(heading, overflow="fold")
+    for name, shape, parameter in rows_of(model):
+        table.add_row(name.removeprefix(f"{model.scope}/"), shape, parameter)
+    for name in left_out:
+        table.add_row(name, "", "(left out)")
+    console = Console()
+    console.print(table)
+    console.print(f"{type(model).__name__}, {len(kept)} variables: {to}", highlight=False, soft_wrap=True)
 
 
 # --- explain ----------------------------------------------------------------------------------------------

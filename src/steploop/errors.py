@@ -96,11 +96,16 @@ _NOT_THE_USERS = (
 )
 
 
+_COMMAND_LINE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cli.py")
+
+
 def user_line() -> str:
     """'file.py:14' of the innermost running frame that is neither steploop's nor torch's, or ''."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
+        if name == _COMMAND_LINE:  # what called the command line's program is no line of the user's
+            return ""
         if not name.startswith(_NOT_THE_USERS):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back

@@ -2,9 +2,11 @@
 
 import collections
 import re
+import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,10 +19,46 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda p: p.name
 )
-def test_python_of_a_page_runs_from_top_to_bottom(page):
+def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if page.name == "legacy.md":
+        write_tf1_checkpoint(Path("translate.npz"))
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     # One file name for the whole page: steploop reports lines of the page as the user's.
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "page"})
+
+
+def write_tf1_checkpoint(path):
+    """What the TF1 script of docs/legacy.md saves: two layers of 32 units, 40 and 30 labels, embeddings of 16."""
+    scope = "embedding_attention_seq2seq"
+    decoder = f"{scope}/embedding_attention_decoder/attention_decoder"
+    shapes = {
+        f"{scope}/rnn/embedding_wrapper/embedding": (40, 16),
+        f"{scope}/embedding_attention_decoder/embedding": (30, 16),
+        f"{decoder}/kernel": (16 + 32, 16), f"{decoder}/bias": (16,),
+        f"{decoder}/AttnW_0": (1, 1, 32, 32), f"{decoder}/AttnV_0": (32,),
+        f"{decoder}/Attention_0/kernel": (2 * 32, 32), f"{decoder}/Attention_0/bias": (32,),
+        f"{decoder}/output_projection_wrapper/kernel": (32, 30), f"{decoder}/output_projection_wrapper/bias": (30,),
+        f"{decoder}/AttnOutputProjection/kernel": (30 + 32, 30), f"{decoder}/AttnOutputProjection/bias": (30,),
+    }  # fmt: skip
+    for cells in (f"{scope}/rnn/embedding_wrapper", f"{decoder}/output_projection_wrapper"):
+        for layer, inputs in enumerate((16, 32)):
+            gru = f"{cells}/multi_rnn_cell/cell_{layer}/gru_cell"
+            shapes |= {f"{gru}/gates/kernel": (inputs + 32, 64), f"{gru}/gates/bias": (64,)}
+            shapes |= {f"{gru}/candidate/kernel": (inputs + 32, 32), f"{gru}/candidate/bias": (32,)}
+    random = np.random.default_rng(0)
+    arrays = {name: random.standard_normal(shape, dtype=np.float32) * 0.1 for name, shape in shapes.items()}
+    slots = {f"{name}/{slot}": array for name, array in arrays.items() for slot in ("Adam", "Adam_1")}
+    np.savez(path, **arrays, **slots, beta1_power=0.9, beta2_power=0.99, global_step=7)
+
+
+def test_the_conversion_in_the_docs_works(steploop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tf1_checkpoint(Path("translate.npz"))
+    (line,) = re.findall(r"^steploop (convert tf1 .*)$", (ROOT / "docs" / "legacy.md").read_text(), re.MULTILINE)
+    ran = steploop(*shlex.split(line))
+    assert ran.code == 0, ran.err
+    assert Path("translate.safetensors").exists() and "EmbeddingAttentionSeq2Seq" in ran.out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -40,7 +78,7 @@ def test_options_exist(steploop):
     """Each option that a page shows for a command is one of that command's."""
     for page in PAGES:
         for line in re.findall(r"steploop (\w+[^\n`]*?--[^\n`#]*)", page.read_text()):
-            command = line.split()[:2] if line.startswith("train") else line.split()[:1]
+            command = line.split()[: 2 if line.startswith(("train", "convert")) else 1]
             offered = steploop(*command, "--help").out
             for option in re.findall(r"--[a-z-]+", line):
                 assert option in offered, f"{page.name}: steploop {line}"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import steploop as sl
+from steploop.seq2seq.lnlstm import LNLSTM
 
 FILES = sorted((Path(__file__).parent / "lnlstm").glob("*.npz"))
 
@@ -100,7 +101,49 @@ def test_values_and_gradients(path, backend):
     torch.testing.assert_close(given.grad, torch.from_numpy(golden["gin:state"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", ["done", "keep"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_layer_with_masks(path, backend, mask):
+    """Baselines' own arguments and names, as lists; the mask as it is there, and its complement."""
+    golden = load(path)
+    inputs, hidden = golden["in:x"].shape[-1], golden["out:h"].shape[-1]
+    layer = LNLSTM(inputs, hidden, layer_norm=path.stem.startswith("ln"), mask=mask, backend=backend)
+    weights = {name.removeprefix("var:"): value for name, value in golden.items() if name.startswith("var:")}
+    layer.load_tf_variables(weights)
+    assert set(layer.to_tf_variables()) == set(weights)
+    xs = [torch.from_numpy(x).requires_grad_() for x in golden["in:x"]]
+    done = torch.from_numpy(golden["in:mask"])
+    ms = done if mask == "done" else [1 - m for m in done.unsqueeze(-1)]
+    given = torch.from_numpy(golden["in:state"]).requires_grad_()
+    hs, final = layer(xs, ms, given)
+    outputs = torch.stack(hs)
+    torch.testing.assert_close(outputs, torch.from_numpy(golden["out:h"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(final, torch.from_numpy(golden["out:state"]), rtol=1e-5, atol=1e-6)
+    cotangents = [torch.from_numpy(golden[f"cot:{name}"]) for name in ("h", "state")]
+    torch.autograd.backward([outputs, final], cotangents)
+    for variable in layer.tf_variables(layer.scope):
+        expected = torch.from_numpy(golden[f"grad:{variable.name}:0"])
+        torch.testing.assert_close(variable.parameter.grad, expected, rtol=1e-4, atol=1e-5)
+    of_x = torch.stack([x.grad for x in xs])
+    torch.testing.assert_close(of_x, torch.from_numpy(golden["gin:x"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given.grad, torch.from_numpy(golden["gin:state"]), rtol=1e-4, atol=1e-5)
+
+
+def test_masks_and_states_that_are_none():
+    layer, x, s = LNLSTM(3, 4, backend="reference"), torch.randn(5, 2, 3), torch.zeros(2, 8)
+    for ms in (torch.full((5, 2), 0.5), torch.zeros(2, 5), [0, 1], [torch.zeros(3)] * 5, []):
+        with pytest.raises(sl.InputError, match="1 where a new episode starts"):
+            layer(x, ms, s)
+    with pytest.raises(sl.StateError, match="c, then h"):
+        layer(x, torch.zeros(5, 2), s[:, :4])
+    with pytest.raises(sl.InputError, match="which mask"):
+        LNLSTM(3, 4, mask="reset")
+    bools, _ = layer(x, torch.zeros(5, 2, dtype=torch.bool), s)
+    torch.testing.assert_close(bools, layer(x, torch.zeros(5, 2), s)[0])
+
+
 def test_the_golden_files_are_there():
-    assert [path.stem for path in FILES] == [
+    assert {path.stem for path in FILES} >= {
         f"{cell}_mask_{kind}" for cell in ("lnlstm", "lstm") for kind in ("first", "mixed")
-    ]
+    }

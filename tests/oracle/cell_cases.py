@@ -50,6 +50,20 @@ def plain_gru(cell):
     return step
 
 
+def plain_gru_reset_before(cell):
+    def step(x, states):
+        h, size = states["h"], cell.hidden_size
+        from_x = x @ cell.weight_ih.T + (0 if cell.bias_ih is None else cell.bias_ih)
+        bias = torch.zeros(3 * size, dtype=h.dtype) if cell.bias_hh is None else cell.bias_hh
+        r = torch.sigmoid(from_x[:, :size] + h @ cell.weight_hh[:size].T + bias[:size])
+        z = torch.sigmoid(from_x[:, size : 2 * size] + h @ cell.weight_hh[size : 2 * size].T + bias[size : 2 * size])
+        n = torch.tanh(from_x[:, 2 * size :] + (r * h) @ cell.weight_hh[2 * size :].T + bias[2 * size :])
+        h = (1 - z) * n + z * h
+        return h, {"h": h}
+
+    return step
+
+
 def plain_lstm(cell):
     def step(x, states):
         hx = states["h"], states["c"]
@@ -190,6 +204,14 @@ CASES = [
         "gru_no_bias",
         lambda: nn_.GRUCell(INPUT, HIDDEN, bias=False),
         plain_gru,
+        {"h": HIDDEN},
+        HIDDEN,
+        (nn_.GRUCell,),
+    ),
+    Case(
+        "gru_reset_before",
+        lambda: nn_.GRUCell(INPUT, HIDDEN, reset_after=False),
+        plain_gru_reset_before,
         {"h": HIDDEN},
         HIDDEN,
         (nn_.GRUCell,),

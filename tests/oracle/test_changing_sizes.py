@@ -45,6 +45,31 @@ def test_other_sizes_agree(backend, how):
         agree(step, *xs, memory=frames, backend=backend, **kinds[how])
 
 
+class Heads(sl.Step):
+    """Two heads over a memory (B, S, 8), whose axes are taken apart inside the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.v, self.h = nn.Parameter(torch.randn(2, 4)), sl.State(4)
+
+    def step(self, x, *, memory):
+        query = torch.cat([x, self.h.prev], -1).unflatten(-1, (2, 4)).unsqueeze(1)
+        scores = (self.v * torch.tanh(memory.unflatten(-1, (2, 4)) + query)).sum(-1)
+        self.h.next = torch.tanh(scores.sum(1).sum(1, keepdim=True) + x)
+        return self.h.next
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("sizes", [(5, 1, 2, 5), (1, 5, 1, 7), (5, 7, 1, 1, 3)], ids=str)
+def test_a_size_of_one_between_others(backend, sizes):
+    """Every length of a memory after every other; one that is 1 has a capture of its own."""
+    step = Heads()
+    for memory in sizes:
+        for batch in (3, 1):
+            x, frames = torch.randn(T, batch, 4), torch.randn(batch, memory, 8, requires_grad=True)
+            agree(step, x, memory=frames, backend=backend)
+
+
 def test_other_sizes_leave_the_plan_as_it_is():
     loop = sl.Loop(Attends())
     plans = []

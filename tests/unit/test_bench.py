@@ -22,7 +22,8 @@ from benchmarks.models import MODELS  # noqa: E402
 TINY = SCALES["tiny"]
 LONG = pytest.mark.long
 FAST = ["steploop-eager", "torch.nn", "eager", "gemm"]  # compile nothing
-NEED_OURS = ("ragged", "grid", "stream", "memory", "first")  # cases where only "steploop" stands for us
+# Cases where only "steploop" stands for us.
+NEED_OURS = ("ragged", "grid", "stream", "memory", "first", "seq2seq_two_projections")
 SMALL = {
     "lstm": Workload("lstm", 4, 2, 3, 5),
     "gru": Workload("gru", 4, 2, 3, 5),
@@ -81,6 +82,24 @@ def test_loops_by_hand_and_steploop_agree(kind, mode):
         assert set(found) == set(arrays[0])
         worst, where = jobs.difference(found, arrays[0])
         assert where == "" and worst < 1e-4
+
+
+SEQ2SEQ = ["seq2seq", "seq2seq_two_projections"]
+
+
+@pytest.mark.parametrize("mode", ["forward", "training"])
+@pytest.mark.parametrize("kind", SEQ2SEQ)
+def test_sequence_to_sequence_models_agree(kind, mode):
+    work = Workload(kind, 4, 2, 3, 5, S=6, V=7)
+    data = make_data(work)
+    names = ["eager", "eager-hoisted", "steploop-eager", *(["jax"] if machine.version("jax") else [])]
+    arrays = [(runner := peers.make_runner(name, work, data, mode)).arrays(runner.run()) for name in names]
+    for found in arrays[1:]:
+        assert set(found) == set(arrays[0]) and found["y"].shape == (4, 2)
+        worst, where = jobs.difference(found, arrays[0])
+        assert where == "" and worst < 1e-4
+    with pytest.raises(peers.Blank, match="not written for this model"):
+        peers.make_runner("torch.nn", work, data, mode)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 Cells, one file each: RNNCell, LSTMCell, GRUCell, LayerNormLSTMCell.  Around cells: Stack, Residual, Dropout,
 Zoneout, Bidirectional.  Drop-ins for torch.nn's layers: RNN, LSTM, GRU.  Over a memory: `attention`, a package of
-its own; masked_softmax and the like look at the valid entries of an inner axis.
+its own; masked_softmax and the like look at the valid entries of an inner axis.  convert: weights of other frameworks.
 """
 
-from . import attention
+from . import attention, convert
 from .bidirectional import Bidirectional
 from .dropout import Dropout
 from .gru import GRUCell
@@ -32,6 +32,7 @@ __all__ = [
     "Stack",
     "Zoneout",
     "attention",
+    "convert",
     "length_mask",
     "masked_max",
     "masked_mean",
