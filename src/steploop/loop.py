@@ -21,7 +21,7 @@ from .inputs import (
     checked_mask,
     time_and_batch,
 )
-from .packed import pack, unpack
+from .packed import last_of, pack, unpack
 from .states import States, given_states
 from .step import Step, signature_of, survey
 from .step_program import program_of
@@ -92,6 +92,16 @@ class Loop(nn.Module):
         prepared = self.prepare(*xs, **arguments)
         result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)
         return prepared.finish(result)
+
+    def last_output(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
+        """As a call, but with each row's output at its last valid step alone: (B, ...), zeros where it has none.
+
+        Last is last in running order: with reverse=True the output that belongs to the row's first valid step.
+        (Keras: `return_sequences=False`.)
+        """
+        outputs, state = self(*xs, **arguments)
+        lengths, mask = arguments.get("lengths"), arguments.get("mask")
+        return last_of(outputs, lengths, mask, self.reverse, self.batch_first), state
 
     def plan(self, *xs: Any, **arguments: Any) -> Any:
         """The Plan by which a call with these arguments runs; `print(loop.plan(xs))` is a table."""
