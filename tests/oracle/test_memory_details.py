@@ -549,7 +549,7 @@ BAD = [
     (lambda: memory.unmask(X, X[..., 0]), sl.InputError, "mask"),
     (lambda: memory.SequenceRNN(Leaky(), output="middle"), sl.InputError, "output"),
     (lambda: memory.SequenceRNN(3), sl.StepError, "SequenceRNN"),
-    (lambda: memory.SequenceRNN(sl.Loop(Leaky(), batch_first=True), reverse=True), sl.StepError, "direction of its own"),
+    (lambda: memory.SequenceRNN(sl.Loop(Leaky(), batch_first=True), reverse=True), sl.StepError, "its own"),
     (lambda: memory.SequenceRNN(sl.nn.Bidirectional(Leaky(), Leaky())), sl.StepError, "batch_first=True"),
     (lambda: memory.SequenceRNN(nn.LSTM(4, 3), output="last"), sl.StepError, "batch_first=True"),
     (lambda: memory.SequenceRNN(nn.Linear(4, 3), output="last"), sl.StepError, "last_output"),
