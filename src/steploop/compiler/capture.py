@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import StepError, SteploopError
+from . import forward_mode
 from .graph import Size, StepGraph, expression
 from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .program import Program
@@ -115,7 +116,8 @@ def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[
     # is: a step may use torch.func inside itself.
     _inner.append([])
     try:
-        with _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks():
+        off = forward_mode.switched_off()
+        with _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks(), off:
             trace = _Tracer(program, signature, symbolic, wanted).run()
         trace.keep_alive.extend(_inner[-1])
     finally:

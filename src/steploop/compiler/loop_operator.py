@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import UnsupportedError
+from . import forward_mode
 from .captures import Capture
 from .execute import Run, Shifted
 from .graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
+from .memory_operator import autograd_in_kernels
 from .program import Call
 from .schedule import Schedule, make_schedule
 
@@ -330,6 +333,9 @@ _library.define(
 
 
 def _loop(tensors: list[Tensor], handle: int, steps: int, batch: int) -> list[Tensor]:
+    if forward_mode.active() and not torch.is_inference_mode_enabled():
+        with autograd_in_kernels(), forward_ad._set_fwd_grad_enabled(True):  # else a tensor hides its tangent
+            forward_mode.refuse_tangents((f"tensor {i} of the operator", t) for i, t in enumerate(tensors))
     invocation = _REGISTRY[handle]
     return invocation.run(tensors, invocation.schedule(tensors, steps, batch), batch)
 
@@ -425,6 +431,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
             "several gradients of a Loop at once (is_grads_batched=True, vectorize=True, torch.func.vmap) are not "
             'supported. Ask for them one by one, or use sl.Loop(step, backend="reference").'
         )
+    forward_mode.refuse_tangents((f"the cotangent {i}", c) for i, c in enumerate(cotangents))
     layout = invocation.layout
     differentiable = layout.xs + layout.constants + layout.initial + layout.reset_to + layout.captured
     needs = list(ctx.needs[:differentiable])
@@ -472,7 +479,19 @@ def _refuse_second_derivative(*_: Any) -> None:
     )
 
 
+def _under_transform(tensors: list[Tensor], handle: int, steps: int, batch: int) -> list[Tensor]:
+    """A traced call that is run under torch.func later: torch would drop its tangents without a word."""
+    if any(is_functorch_wrapped_tensor(t) or t.requires_grad for t in tensors):
+        raise UnsupportedError(
+            "a traced Loop was called under a torch.func transform (vmap, grad, jvp, ...). Trace it with "
+            'sl.Loop(step, backend="reference"), which any transform takes; for gradients use torch.autograd.grad.'
+        )
+    with torch._C._DisableFuncTorch():
+        return torch.ops.steploop.loop(tensors, handle, steps, batch)
+
+
 _library.impl("loop", _loop, "CompositeExplicitAutograd")
+_library.impl("loop", _under_transform, "FuncTorchDynamicLayerFrontMode")
 _library.impl("loop_backward", _loop_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("steploop::loop", _loop_fake, lib=_library)
 torch.library.register_fake("steploop::loop_backward", _loop_backward_fake, lib=_library)

@@ -302,7 +302,7 @@ class SequenceRunner:
             for i, c in enumerate(cotangents[:count])
         ]
         given += [known.get(c) for c in cotangents[count:]]
-        with _autograd():
+        with autograd_in_kernels():
             groups = [
                 [_leaf(dense.spread(known[x])) for x in xs], [_leaf(known[c]) for c in constants],
                 [_leaf(e) for e in edges], [_leaf(b) for b in back],
@@ -349,7 +349,7 @@ def _at_reset(state: Any) -> Tensor:
 
 
 @contextmanager
-def _autograd() -> Iterator[None]:
+def autograd_in_kernels() -> Iterator[None]:
     """Turns autograd on inside an operator's kernel, where torch's dispatcher leaves it out."""
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()

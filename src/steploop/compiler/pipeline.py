@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BuildError, UnsupportedError
-from . import captures
+from . import captures, forward_mode
 from .capture import Trace, keep_with_trace
 from .captures import Capture
 from .dependencies import Dependencies
@@ -50,6 +50,8 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     if capture.forward.graph.batch is None and _ragged(call) and program.batched:
         return _run_masked(program, call, backend, save)
     tensors = _tensors(call, capture, dependencies)
+    if forward_mode.active():
+        forward_mode.refuse_tangents(_named(call, capture, dependencies))
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if training:
         capture.require_joint(dependencies)
@@ -122,6 +124,18 @@ def _tensors(call: Call, capture: Capture, dependencies: Dependencies, joint: bo
     marks = [m for m in (call.lengths, call.mask, call.resets) if m is not None]
     captured = capture.tensors(dependencies, joint)
     return [*call.xs, *call.constants, *call.initial, *(call.reset_to or []), *captured, *marks]
+
+
+def _named(call: Call, capture: Capture, dependencies: Dependencies) -> list[tuple[str, Tensor]]:
+    """What a call reads, by names that the user knows."""
+    facts = capture.program
+    path = {id(t): p for t, p in zip(dependencies.tensors, dependencies.paths)}
+    named = [(f"the sequence {n}", x) for n, x in zip(facts.x_names, call.xs)]
+    named += [(f"the constant {n}", c) for n, c in zip(facts.constant_names, call.constants)]
+    for values in (call.initial, call.reset_to or []):
+        named += [(f"the state {n}", s) for n, s in zip(facts.state_names, values)]
+    captured = capture.tensors(dependencies)
+    return named + [(f"a tensor that the step reads: {path.get(id(t), 'one it makes')}", t) for t in captured]
 
 
 def _invocation(

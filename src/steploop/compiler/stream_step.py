@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from ..errors import BuildError
-from . import captures
+from . import captures, forward_mode
 from .batch import OncePiece
 from .captures import Capture
 from .graph import Rows
@@ -60,9 +62,11 @@ class StreamStep:
 
 
 def quick_settings() -> tuple[Any, ...]:
-    """What `dependencies.ambient` tells, on the CPU and without autocast, for which no StreamStep is made."""
+    """What `dependencies.ambient` tells, on the CPU and without autocast, for which no StreamStep is made; and whether
+    tensors may be more than their numbers (dual, or those of torch.func)."""
     autocast = torch.is_autocast_enabled("cpu")
-    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    transformed = forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), transformed
 
 
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
@@ -70,7 +74,7 @@ def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
     tensors = [*call.xs, *call.initial, *call.constants]
     if backend not in ("auto", "cpu", "eager") or any(t.device.type != "cpu" or type(t) is not Tensor for t in tensors):
         return None
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or forward_mode.active():
         return None  # casts stand in the captured graph; running it under autocast would cast again
     step = StreamStep(program, call, native=backend != "eager")
     return step if step.capture.forward.graph.batch is not None or step.capture.batch == call.batch else None
