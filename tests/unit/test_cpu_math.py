@@ -1,4 +1,4 @@
-"""The vector math functions against float64, in units in the last place, over floats of every size, also denormal."""
+"""The vector math functions against float64, in units in the last place, over floats of every size."""
 
 from __future__ import annotations
 
