@@ -1,4 +1,4 @@
-"""Denormal numbers count for what they are, in every thread of a native loop; torch.set_flush_denormal is the switch."""
+"""Denormal numbers count in every thread of a native loop; torch.set_flush_denormal is the switch."""
 
 from __future__ import annotations
 
