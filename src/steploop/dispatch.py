@@ -47,6 +47,16 @@ def stream_step(program: Program, call: Call, backend: str) -> Any:
     return steps.prepare(program, call, backend)
 
 
+def is_traced(tensors: list[Tensor]) -> bool:
+    """Whether a tracer other than this library's own is at work."""
+    fake = any(type(t) is not Tensor and not isinstance(t, torch.nn.Parameter) for t in tensors)
+    if not fake and not torch._C._len_torch_dispatch_stack():
+        return False
+    from .compiler import capture, loop_operator
+
+    return not capture.is_tracing() and loop_operator.traced(tensors)
+
+
 def checked_backend(backend: str) -> str:
     """InputError unless `backend` is in BACKENDS."""
     if backend not in BACKENDS:

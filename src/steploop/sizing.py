@@ -93,7 +93,10 @@ def find_sizes(
             step(*unflatten(slices, x_structure), **unflatten(fixed, constant_structure))
 
     if _get_current_dispatch_mode_stack() or any(isinstance(t, FakeTensor) for t in flat):
-        run(lambda t: t)  # a tracer is at work: what it sees of this is dead code
+        from .compiler.foreign import hidden
+
+        with hidden():
+            run(lambda t: t)  # a tracer is at work: what it sees of this is dead code
         return sizing.found
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)

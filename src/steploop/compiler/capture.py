@@ -84,6 +84,7 @@ class Trace:
 
     numbers: the calls that were traced, each with the floats in it, before anything was simplified.
     batched: the graph in the form for all steps at once, once it was asked for.
+    conditions: the conditions on sizes, of which `holds_for` is the function.
     """
 
     graph: StepGraph
@@ -94,6 +95,7 @@ class Trace:
     keep_alive: list[Any] = field(default_factory=list)
     inlined: list[str] = field(default_factory=list)
     batched: StepGraph | None = None
+    conditions: list[sympy.Expr] = field(default_factory=list)
 
     @cached_property
     def symbols(self) -> list[tuple[str, str, int, int]]:
@@ -127,6 +129,11 @@ def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[
 
 # What the traces that are running (one inside the other) must keep alive.
 _inner: list[list[Any]] = []
+
+
+def is_tracing() -> bool:
+    """Whether a step is being traced."""
+    return bool(_inner)
 
 
 def keep_with_trace(value: Any) -> None:
@@ -318,9 +325,11 @@ class _Tracer:
         self._name(step)
         if self.wanted is not None:
             self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured)
-        guards = [g.expr for g in self.env.guards]
+        conditions = conditions_of(self.env, self.symbols)
         numbers = [(n.target, _numbers(n)) for n in graph.nodes if n.op == "call_function"]
-        return Trace(step, captured.tensors, _condition(guards, self.symbols), self.out_spec, numbers)
+        return Trace(
+            step, captured.tensors, condition(conditions), self.out_spec, numbers, conditions=conditions
+        )
 
     def _name(self, step: StepGraph) -> None:
         """Gives inputs the names that the user knows them by, so that printed code can be read."""
@@ -363,10 +372,16 @@ def _result_shapes(tracer: _Tracer, leaves: list[Tensor]) -> list[Tensor]:
     return [*outputs, *nexts]
 
 
-def _condition(guards: list[Any], symbols: dict[sympy.Symbol, Any]) -> Callable[[dict[str, int]], bool]:
-    """The conditions on sizes that the trace relied on, as one function of {symbol name: size}."""
+def conditions_of(env: ShapeEnv, symbols: dict[sympy.Symbol, Any]) -> list[sympy.Expr]:
+    """The conditions on sizes that a trace relied on."""
     known = set(symbols)
-    texts = [PythonPrinter().doprint(g) for g in guards if g not in (True, sympy.true) and g.free_symbols <= known]
+    guards = [g.expr for g in env.guards]
+    return [g for g in guards if g not in (True, sympy.true) and g.free_symbols <= known]
+
+
+def condition(conditions: list[sympy.Expr]) -> Callable[[dict[str, int]], bool]:
+    """Conditions as one function of {symbol name: size}."""
+    texts = [PythonPrinter().doprint(g) for g in conditions]
     if not texts:
         return lambda sizes: True
     code = compile(" and ".join(f"({t})" for t in texts), "<conditions>", "eval")

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import StepError
 from .capture import FixedBatch, Leaf, Signature, Trace, trace_forward, trace_joint
 from .dependencies import Dependencies, ambient, same_states
-from .memory_operator import calls_in, must_inline, tracing
+from .memory_operator import all_step_by_step, calls_in, must_inline, tracing
 from .partition import Problem, State, needed_nodes, recurrent_components
 from .program import Call, Program
 from .refusals import KEEP
@@ -153,7 +153,7 @@ def dependencies_of(program: Program) -> Dependencies:
 def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
     """The capture for a call, made now if there is none."""
     dependencies = dependencies_of(program)
-    settings = ambient()
+    settings = (ambient(), symbolic_axes(program, call)) if all_step_by_step() else ambient()
     shapes = _quick_key(call)
     quick = program.__dict__.get("_quick")
     if quick is not None and quick[0] is dependencies and quick[1] == (settings, shapes):
@@ -211,7 +211,21 @@ def signature_of(program: Program, call: Call) -> Signature:
         [leaf(t, batched and b, False) for t, b in zip(call.constants, program.constant_batched)],
         [leaf(t, batched, False) for t in call.initial],
         hint(call.batch) if batched else None,
+        symbolic_axes(program, call) if all_step_by_step() else frozenset(),
     )
+
+
+def symbolic_axes(program: Program, call: Call) -> frozenset[tuple[str, int, int]]:
+    """The axes besides the batch whose sizes another tracer keeps free; here they are so from the first capture on."""
+    found = set()
+    rows = [("x", [(x.shape[1:], program.batched) for x in call.xs]),
+            ("constant", [(c.shape, b) for c, b in zip(call.constants, program.constant_batched)]),
+            ("state", [(s.shape, program.batched) for s in call.initial])]  # fmt: skip
+    for kind, tensors in rows:
+        for i, (shape, batched) in enumerate(tensors):
+            found.update((kind, i, d) for d, n in enumerate(shape)
+                         if isinstance(n, torch.SymInt) and not (d == 0 and batched))  # fmt: skip
+    return frozenset(found)
 
 
 def _groups(signature: Signature) -> list[tuple[str, int, Leaf]]:
@@ -293,7 +307,7 @@ def _make(
     global captured
     captured += 1
     if known:
-        signature.dynamic = known[-1].signature.dynamic | frozenset(_differences(known[-1].signature, signature))
+        signature.dynamic |= known[-1].signature.dynamic | frozenset(_differences(known[-1].signature, signature))
     inline: set[int] = set()
     trace, symbolic = _first_trace(program, signature, dependencies, inline)
     while more := _memories_in_loops(trace, program) - inline:

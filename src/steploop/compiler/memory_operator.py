@@ -53,6 +53,25 @@ def tracing(inline: set[int]) -> Iterator[Trace]:
         _tracing.reset(token)
 
 
+# Whether every remembering operation is traced by its one-step form: a program that leaves this process can't take a
+# call with it whose whole-sequence form is Python.
+_step_by_step: ContextVar[bool] = ContextVar("steploop_memory_step_by_step", default=False)
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Inlines all remembering operations in the traces that are made meanwhile."""
+    token = _step_by_step.set(True)
+    try:
+        yield
+    finally:
+        _step_by_step.reset(token)
+
+
+def all_step_by_step() -> bool:
+    return _step_by_step.get()
+
+
 @dataclass(eq=False)
 class MemoryCall:
     """One call of a remembering operation inside a step.
@@ -98,7 +117,7 @@ def call_memory(
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """The outputs and new states of one opaque call; None where the one-step form is to be run instead."""
     trace = _tracing.get()
-    if trace is None or id(op) in trace.inline:
+    if trace is None or id(op) in trace.inline or all_step_by_step():
         if trace is not None:
             trace.inlined.append(type(op).__name__)
         return None

@@ -25,6 +25,8 @@ from .partition import Loop
 from .program import Call, Program
 
 _version = attrgetter("_version")
+is_jit_tracing = torch._C._is_tracing
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class StreamStep:
@@ -63,10 +65,15 @@ class StreamStep:
 
 def quick_settings() -> tuple[Any, ...]:
     """What `dependencies.ambient` tells, on the CPU and without autocast, for which no StreamStep is made; and whether
-    tensors may be more than their numbers (dual, or those of torch.func)."""
+    tensors may be more than their numbers: dual, those of torch.func, or seen by a tracer."""
     autocast = torch.is_autocast_enabled("cpu")
-    transformed = forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
-    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), transformed
+    watched = (
+        forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+        or is_jit_tracing()
+        or dispatch_modes() > 0
+    )
+    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), watched
 
 
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
