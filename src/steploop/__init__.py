@@ -1,6 +1,7 @@
 """steploop: write one time step in plain PyTorch; run the whole sequence at once."""
 
 from . import memory, nn, search, seq2seq, view
+from .compiler import operators as _operators  # noqa: F401 (a saved program names them)
 from .errors import (
     BuildError,
     CarryError,

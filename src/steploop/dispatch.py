@@ -20,10 +20,12 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     """Run one call. UnsupportedError under functorch transforms and forward-mode AD, but for "reference"."""
     if backend == "reference":
         return reference.run(program, call)
-    _no_transforms((*call.xs, *call.constants, *call.initial), program)
+    _no_transforms()
     whole = getattr(program.root, "run_whole", None)
-    if whole is not None and (result := whole(program, call)) is not None:
-        return result  # a remembering operation on its own: its whole-sequence form, no loop at all
+    if whole is not None:
+        _no_tangents((*call.xs, *call.constants, *call.initial, *program.root.parameters()))
+        if (result := whole(program, call)) is not None:
+            return result  # a remembering operation on its own: its whole-sequence form, no loop at all
     from .compiler import pipeline  # half a second of torch's tracing machinery: only when it is needed
 
     return pipeline.run(program, call, backend=backend, save=save)
@@ -43,6 +45,16 @@ def stream_step(program: Program, call: Call, backend: str) -> Any:
     from .compiler import stream_step as steps
 
     return steps.prepare(program, call, backend)
+
+
+def is_traced(tensors: list[Tensor]) -> bool:
+    """Whether a tracer other than this library's own is at work."""
+    fake = any(type(t) is not Tensor and not isinstance(t, torch.nn.Parameter) for t in tensors)
+    if not fake and not torch._C._len_torch_dispatch_stack():
+        return False
+    from .compiler import capture, loop_operator
+
+    return not capture.is_tracing() and loop_operator.traced(tensors)
 
 
 def checked_backend(backend: str) -> str:
@@ -73,7 +85,7 @@ def checked_save(save: str) -> str:
     return save
 
 
-def _no_transforms(tensors: Iterable[Tensor], program: Program) -> None:
+def _no_transforms() -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedError(
             message(
@@ -82,15 +94,10 @@ def _no_transforms(tensors: Iterable[Tensor], program: Program) -> None:
                 fix='backend="reference" runs under any transform; for gradients use torch.autograd.grad',
             )
         )
-    if forward_ad._current_level < 0:
-        return
-    parameters = program.root.parameters() if isinstance(program.root, torch.nn.Module) else ()
-    for tensor in (*tensors, *parameters):
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise UnsupportedError(
-                message(
-                    "A loop was given a dual tensor: forward-mode differentiation is not supported.",
-                    expected="tensors without a tangent",
-                    fix='backend="reference" supports it',
-                )
-            )
+
+
+def _no_tangents(tensors: Iterable[Tensor]) -> None:
+    if forward_ad._current_level >= 0:
+        from .compiler.forward_mode import refuse_tangents
+
+        refuse_tangents(("what a remembering operation reads", t) for t in tensors)

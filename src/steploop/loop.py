@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch, sizing
+from . import dispatch, sizing, torchscript, tracked
 from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call, Program, Result
 from .devices import check_call, explained
@@ -22,9 +22,9 @@ from .inputs import (
     checked_mask,
     time_and_batch,
 )
-from .packed import pack, unpack
+from .packed import last_of, pack, unpack
 from .states import States, given_states
-from .step import Step, signature_of, survey
+from .step import Step, Unbatched, signature_of, survey
 from .step_program import program_of
 from .stream import Stream
 from .tree import flatten, unflatten
@@ -52,6 +52,11 @@ class Loop(nn.Module):
     """
 
     _holds_own_states = True  # a Loop inside a Step is an inner sequence: its States are not the outer loop's
+
+    def __new__(cls, *_: Any, **__: Any) -> Loop:
+        loop = super().__new__(cls)
+        tracked.register(loop)
+        return loop
 
     def __init__(
         self,
@@ -86,14 +91,37 @@ class Loop(nn.Module):
         Raises InputError, StateError, StepError, UnsupportedError.
         """
         if torch.compiler.is_dynamo_compiling():
+            if torch.compiler.is_exporting():
+                return Loop._as_one_node(self, xs, arguments)
             return _outside_dynamo(self, xs, arguments)
         return self._run(xs, arguments)
 
     def _run(self, xs: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[Any, States]:
+        torchscript.refuse()
         with explained(self.step, xs, arguments):
             prepared = self.prepare(*xs, **arguments)
             result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)
             return prepared.finish(result)
+
+    @staticmethod
+    def _as_one_node(module: Loop | Step, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+        """A call under torch.export.export(..., strict=True)."""
+        from . import strict_export
+
+        return strict_export.call(module, "_run_given", xs, _without_objects(arguments))
+
+    def _run_given(self, *xs: Any, **arguments: Any) -> Any:
+        return self._run(xs, _with_objects(arguments))
+
+    def last_output(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
+        """As a call, but with each row's output at its last valid step alone: (B, ...), zeros where it has none.
+
+        Last is last in running order: with reverse=True the output that belongs to the row's first valid step.
+        (Keras: `return_sequences=False`.)
+        """
+        outputs, state = self(*xs, **arguments)
+        lengths, mask = arguments.get("lengths"), arguments.get("mask")
+        return last_of(outputs, lengths, mask, self.reverse, self.batch_first), state
 
     def plan(self, *xs: Any, **arguments: Any) -> Any:
         """The Plan by which a call with these arguments runs; `print(loop.plan(xs))` is a table."""
@@ -189,6 +217,25 @@ class Loop(nn.Module):
             f"{name}={getattr(self, name)!r}" for name in ("backend", "save") if getattr(self, name) != "auto"
         ]
         return ", ".join(shown)
+
+
+def _without_objects(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call as plain containers."""
+    plain = {}
+    for name, value in arguments.items():
+        if isinstance(value, Unbatched):
+            plain["unbatched " + name] = value.tree
+        elif name == "state" and value is not None:
+            plain[name] = dict(value.items())
+        else:
+            plain[name] = value
+    return plain
+
+
+def _with_objects(plain: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_without_objects`."""
+    marked = {n.removeprefix("unbatched "): Unbatched(v) for n, v in plain.items() if n.startswith("unbatched ")}
+    return {**{n: v for n, v in plain.items() if not n.startswith("unbatched ")}, **marked}
 
 
 Step._loop_class = Loop

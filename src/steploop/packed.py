@@ -1,4 +1,4 @@
-"""PackedSequence in and out: padded for the loop, packed again exactly as the input was."""
+"""PackedSequence in and out: padded for the loop, packed again exactly as the input was. And the last outputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.utils import _pytree as pytree
 
 from .errors import InputError, message
 
@@ -57,3 +58,43 @@ def pack(output: Tensor, like: PackedSequence, lengths: Tensor) -> PackedSequenc
         lengths = lengths[like.sorted_indices.cpu()]
     data, _ = torch._VF._pack_padded_sequence(output, lengths, False)
     return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
+
+
+def last_of(outputs: Any, lengths: Any, mask: Any, reverse: bool, batch_first: bool) -> Any:
+    """(B, ...) for every (T, B, ...) of a pytree of outputs: the one at each row's last valid step in running order.
+
+    A row without a valid step has zeros. lengths, mask: those of the call, and its options.
+    """
+    if mask is not None:
+        mask = torch.as_tensor(mask)
+        mask = mask.transpose(0, 1) if batch_first else mask
+
+    def last(output: Any) -> Any:
+        own = lengths
+        if isinstance(output, PackedSequence):
+            output, own = pad_packed_sequence(output)
+        elif isinstance(output, Tensor) and batch_first:
+            output = output.transpose(0, 1)
+        return _last(output, own, mask, reverse) if isinstance(output, Tensor) else output
+
+    return pytree.tree_map(last, outputs, is_leaf=lambda value: isinstance(value, PackedSequence))
+
+
+def _last(output: Tensor, lengths: Any, mask: Tensor | None, reverse: bool) -> Tensor:
+    steps = output.shape[0]
+    if steps == 0:
+        return output.new_zeros(output.shape[1:])
+    lengths = None if lengths is None else torch.as_tensor(lengths, device=output.device)
+    if mask is None:
+        if reverse or lengths is None:  # padding is on the right
+            return output[0 if reverse else -1]
+        at = (lengths - 1).clamp(min=0)
+    else:
+        valid = mask.to(output.device)
+        if lengths is not None:
+            valid = valid & (torch.arange(steps, device=output.device)[:, None] < lengths)
+        valid = valid.to(torch.uint8)
+        at = valid.argmax(0) if reverse else steps - 1 - valid.flip(0).argmax(0)
+    # A row without a valid step has zeros everywhere.
+    at = at.to(torch.int64).reshape(1, -1, *[1] * (output.dim() - 2))
+    return output.gather(0, at.expand(1, *output.shape[1:]))[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, torchscript
 from .compiler.program import Call, Program, Result, StepOutput
 from .devices import check_call, explained
 from .errors import CarryError, InputError, StepError, defined_at, describe, describe_type, message
@@ -48,6 +48,7 @@ def scan(
     Contract: https://docs.jax.dev/en/latest/_autosummary/jax.lax.scan.html
     """
     dispatch.checked_backend(backend)
+    torchscript.refuse()
     prepared = prepare_scan(
         fn, init, xs, length=length, reverse=reverse, lengths=lengths, mask=mask, resets=resets
     )

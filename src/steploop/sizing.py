@@ -142,7 +142,10 @@ def find_sizes(
 
     tensors = [*xs, *constants, *(v for v in before if v is not None)]
     if _get_current_dispatch_mode_stack() or any(isinstance(t, FakeTensor) for t in tensors):
-        run(lambda t, _: t)  # a tracer is at work: what it sees of this is dead code
+        from .compiler.foreign import hidden
+
+        with hidden():
+            run(lambda t, _: t)  # a tracer is at work: what it sees of this is dead code
         return sizing.found, None
     try:
         env = ShapeEnv(duck_shape=False) if free else None

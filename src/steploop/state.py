@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import torchscript
 from .errors import StateError, describe, describe_type, message
 from .frame import Frame, running
 
@@ -214,6 +215,8 @@ class State(nn.Module):
     def _frame(self, verb: str) -> Frame:
         frame = running()
         if frame is None:
+            if torchscript.asks():
+                raise torchscript.error()
             raise StateError(
                 message(
                     f"A State was {verb} outside a running loop, where it has no value.",

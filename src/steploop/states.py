@@ -95,9 +95,16 @@ def _unflatten_states(values: Any, context: Any) -> States:
     return States(zip(names, tensors, strict=False), dict(zip(own, tensors[len(names) :], strict=True)))
 
 
+def _names_from(dumped: list[list[str]]) -> Any:
+    names, own = dumped
+    return list(names), list(own)
+
+
+# The last three are for saved programs (torch.export) that take or give States.
 pytree.register_pytree_node(
-    States, _flatten_states, _unflatten_states, serialized_type_name="steploop.States"
-)
+    States, _flatten_states, _unflatten_states, serialized_type_name="steploop.States",
+    to_dumpable_context=list, from_dumpable_context=_names_from,
+)  # fmt: skip
 
 
 def _row_index(index: Any) -> Any:

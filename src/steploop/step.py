@@ -8,13 +8,37 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
+from . import tracked
 from .errors import InputError, StepError, defined_at, describe, message, user_line
 from .frame import Frame, running
 from .state import State
 
 RESERVED = ("state", "lengths", "mask", "resets", "steps", "on_masked", "batch_size", "backend")
+
+
+# The name of what is kept, in a Step's __dict__ (slots would bar it from torch.export, which makes proxies of modules
+# that share parts). It begins so that captures pass it by.
+_KEPT = "_steploop_kept"
+
+
+class Kept(dict[str, Any]):
+    """What a Step keeps between calls. It is no part of the module: a copy or pickle of it is empty.
+
+    owner: the id of the Step that it belongs to (a copy may share the __dict__'s values).
+    """
+
+    def __init__(self, owner: int = 0) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def __deepcopy__(self, memo: Any) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
 
 
 class Step(nn.Module):
@@ -38,14 +62,19 @@ class Step(nn.Module):
         None  # set by loop.py, which may not be imported here
     )
 
-    # What is kept between calls (its Loop, its Programs). A slot, not an attribute in __dict__: it is no
-    # part of the module, of copies of it, of pickles, or of what a capture looks at.
-    __slots__ = ("_kept",)
-
     def __new__(cls, *_: Any, **__: Any) -> Step:
         step = super().__new__(cls)
-        object.__setattr__(step, "_kept", {})
+        step.__dict__[_KEPT] = Kept(id(step))
+        tracked.register(step)
         return step
+
+    @property
+    def _kept(self) -> Kept:
+        """What is kept between calls: its Loop, its Programs."""
+        kept = self.__dict__.get(_KEPT)
+        if kept is None or kept.owner != id(self):
+            kept = self.__dict__[_KEPT] = Kept(id(self))
+        return kept
 
     def step(self, *per_step: Any, **constants: Any) -> Any:
         """One step: positional arguments are this step's slices (B, ...), keyword arguments the constants."""
@@ -73,6 +102,8 @@ class Step(nn.Module):
     def forward(self, *xs: Any, **arguments: Any) -> Any:
         frame = running()
         if frame is None:
+            if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+                return Step._loop_class._as_one_node(self, xs, arguments)
             return self.whole_sequence()(*xs, **arguments)
         return _one_step(self, frame, xs, arguments)
 
@@ -80,15 +111,15 @@ class Step(nn.Module):
         """One step in a running frame; operations that remember put one opaque call here."""
         return self.step(*xs, **arguments)
 
+    def _run_given(self, *xs: Any, **arguments: Any) -> Any:
+        return self.whole_sequence()._run_given(*xs, **arguments)
+
     def whole_sequence(self) -> Any:
         """The Loop that calling this Step outside a loop goes through; made once."""
         loop = self._kept.get("loop")
         if loop is None:
             loop = self._kept["loop"] = Step._loop_class(self)
         return loop
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
 
 
 def _one_step(child: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:

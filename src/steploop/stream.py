@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import dispatch, sizing
+from . import dispatch, sizing, torchscript
 from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call
 from .devices import check_call, explained
@@ -88,6 +88,15 @@ class Stream:
                 outputs, self._values = done
                 return unflatten(outputs, self._fast.out_spec)
             self._fast = None
+        torchscript.refuse()
+        if dispatch.is_traced([x for x in xs if isinstance(x, Tensor)]):
+            raise UnsupportedError(
+                message(
+                    "A stream was called while a tracer records (torch.export): its state would be a constant.",
+                    expected="a program that takes the state and gives the next one",
+                    fix="outputs, state = loop(x[None], state=state)",
+                )
+            )
         xs, named = self.loop.step.sequences_of(xs, named)
         if named:
             raise InputError(_not_per_step(next(iter(named))))

@@ -195,6 +195,13 @@ class Leaky(sl.Step):
         return self.h.next
 
 
+def _bidirectional():
+    forward, backward = Leaky(), Leaky()
+    with torch.no_grad():
+        backward.scale.mul_(-0.5)
+    return sl.nn.Bidirectional(forward, backward, batch_first=True)
+
+
 class LeakyPair(Leaky):
     def step(self, x):
         h = super().step(x)
@@ -257,6 +264,16 @@ def inner(op, seen, constants, room):
     if op.reverse:
         outputs.reverse()
     return torch.stack([*outputs, *[torch.zeros_like(x[0])] * (len(x) - length)])
+
+
+def both_ways(op, seen, constants, room):
+    """What each direction ends with: the forward half at the last inner position, the backward half at the first."""
+    x = seen[-1][0]
+    frames = list(x[: int(seen[-1][1])])
+    if not frames:
+        return x.new_zeros(6)
+    scales = [loop.step.scale for loop in (op.loop.forward_loop, op.loop.backward_loop)]
+    return torch.cat([leaky(scales[0], frames), leaky(scales[1], frames[::-1])])
 
 
 def edit_distance(op, seen, constants, room):
@@ -498,6 +515,20 @@ CASES = [
         (floats(4, 3), labels(0, 5)),
         inner,
         name="SequenceRNN-last",
+    ),
+    Case(
+        memory.SequenceRNN,
+        lambda: memory.SequenceRNN(Leaky(), reverse=True, output="last"),
+        (floats(4, 3), labels(0, 5)),
+        inner,
+        name="SequenceRNN-reverse-last",
+    ),
+    Case(
+        memory.SequenceRNN,
+        lambda: memory.SequenceRNN(_bidirectional(), output="last"),
+        (floats(4, 3), labels(0, 5)),
+        both_ways,
+        name="SequenceRNN-bidirectional-last",
     ),
     Case(memory.EditDistance, memory.EditDistance, (labels(0, 4),), edit_distance, _targets),
     Case(

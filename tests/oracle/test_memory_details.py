@@ -21,6 +21,49 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+# -- the last output of a layer ------------------------------------------------------------------------------
+
+
+def padded(*lengths):
+    return torch.randn(len(lengths), 4, 3), torch.tensor(lengths)
+
+
+@pytest.mark.parametrize("layer", [sl.nn.LSTM, nn.LSTM, sl.nn.GRU, nn.RNN])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_last_output_of_a_torch_layer(layer, bidirectional, number):
+    """As Keras's Bidirectional(return_sequences=False): each half is what its direction ended with."""
+    torch.manual_seed(3)
+    made = layer(3, 5, num_layers=number, batch_first=True, bidirectional=bidirectional)
+    rnn = memory.SequenceRNN(made, output="last")
+    x, lengths = padded(4, 1, 3)
+    if layer.__module__.startswith("torch"):
+        found, lengths = sl.Loop(rnn)(x[None])[0][0], torch.tensor([4, 4, 4])
+    else:
+        found = sl.Loop(rnn)(x[None], lengths[None])[0][0]
+    for row, length, y in zip(x, lengths, found):
+        alone, _ = made(row[:length])
+        expected = torch.cat([alone[-1, :5], alone[0, 5:]])
+        close(y, expected)
+
+
+def test_a_module_of_ones_own_says_what_is_last():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = sl.nn.Bidirectional(sl.nn.GRUCell(3, 4), sl.nn.GRUCell(3, 4), batch_first=True)
+            self.top = nn.Linear(8, 2)
+
+        def last_output(self, x, lengths=None):
+            y, state = self.both.last_output(x, lengths=lengths)
+            return self.top(y), state
+
+    encoder = Encoder()
+    x, lengths = padded(4, 2, 0)
+    found = sl.Loop(memory.SequenceRNN(encoder, output="last"))(x[None], lengths[None])[0][0]
+    close(found, encoder.last_output(x, lengths=lengths)[0])
+
+
 # -- RETURNN's issues ----------------------------------------------------------------------------------------
 
 
@@ -637,6 +680,10 @@ BAD = [
     (lambda: memory.unmask(X, X[..., 0]), sl.InputError, "mask"),
     (lambda: memory.SequenceRNN(Leaky(), output="middle"), sl.InputError, "output"),
     (lambda: memory.SequenceRNN(3), sl.StepError, "SequenceRNN"),
+    (lambda: memory.SequenceRNN(sl.Loop(Leaky(), batch_first=True), reverse=True), sl.StepError, "its own"),
+    (lambda: memory.SequenceRNN(sl.nn.Bidirectional(Leaky(), Leaky())), sl.StepError, "batch_first=True"),
+    (lambda: memory.SequenceRNN(nn.LSTM(4, 3), output="last"), sl.StepError, "batch_first=True"),
+    (lambda: memory.SequenceRNN(nn.Linear(4, 3), output="last"), sl.StepError, "last_output"),
     (lambda: memory.SequenceRNN(Leaky())(X[..., 0]), sl.InputError, "x "),
     (lambda: memory.TwoDLSTM(4, 4, 4, pooling="median"), sl.InputError, "pooling"),
     (lambda: memory.TwoDLSTM(4, 0, 4), sl.InputError, "target_size"),

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steploop as sl
-from steploop.compiler import captures, loop_operator
+from steploop.compiler import captures, operators
 
 B, INPUT, HIDDEN = 3, 4, 6
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -27,11 +27,11 @@ class Counts(TorchDispatchMode):
         self.found = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        inside = {"loop": loop_operator._loop, "loop_backward": loop_operator._loop_backward}
         name = function.overloadpacket.__name__
         if function.namespace == "steploop":
+            inside = operators._run_backward if name.endswith("_backward") else operators._run
             with self:
-                return inside[name](*args, **(kwargs or {}))
+                return inside(*args, **(kwargs or {}))
         self.found[name] += 1
         return function(*args, **(kwargs or {}))
 

@@ -139,7 +139,7 @@ def test_a_memory(kind, seed):
         width = 3 if kind is ByItsSize else draw.choice([1, 2, 4])
         xs = torch.randn(steps, batch, width, dtype=torch.float64, requires_grad=True)
         frames = torch.randn(batch, memory, 3 if kind is ByItsSize else 6, dtype=torch.float64, requires_grad=True)
-        # The plain loop runs a step on its valid rows alone: a step that asks for the batch size would see their number.
+        # The plain loop runs a step on its valid rows alone: a step that asks for the batch size sees their number.
         how = {} if kind is ByItsSize else ways(draw, steps, batch)
         agree(step, xs, memory=frames, backend=backend, **how)
 

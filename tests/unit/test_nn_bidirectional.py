@@ -50,6 +50,38 @@ def test_the_backward_cell_starts_at_each_rows_end():
     assert (outputs[4:, 0] == 0).all() and (outputs[:, 2] == 0).all()
 
 
+@pytest.mark.parametrize("call", [{}, {"lengths": LENGTHS}, {"mask": HOLES}, {"lengths": LENGTHS, "mask": HOLES}])
+@pytest.mark.parametrize("options", [{}, {"on_masked": "repeat"}])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_last_output_is_that_of_each_direction(call, options, batch_first):
+    layer = make(batch_first=batch_first)
+    x = torch.randn(T, B, INPUT)
+    (left, _), (right, _) = both(make(), x, **call)
+    valid = torch.ones(T, B, dtype=torch.bool) if "mask" not in call else HOLES
+    if "lengths" in call:
+        valid = valid & (torch.arange(T)[:, None] < LENGTHS)
+    if batch_first:
+        x, call = x.transpose(0, 1), {k: v.transpose(0, 1) if k == "mask" else v for k, v in call.items()}
+    found, state = layer.last_output(x, **call, **options)
+    for row in range(B):
+        steps = valid[:, row].nonzero()[:, 0].tolist()
+        expected = torch.zeros(2 * H)
+        if steps:
+            expected = torch.cat([left[steps[-1], row], right[steps[0], row]])
+        assert torch.equal(found[row], expected)
+        if steps:  # LSTM and GRU give their h
+            assert torch.equal(found[row, :H], state["forward.h"][row])
+            assert torch.equal(found[row, H:], state["backward.h"][row])
+
+
+def test_the_last_output_of_packed_sequences_and_of_no_steps():
+    layer = make()
+    x, lengths = torch.randn(T, B, INPUT), torch.tensor([4, 6, 1])
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    assert torch.equal(layer.last_output(packed)[0], layer.last_output(x, lengths=lengths)[0])
+    assert torch.equal(layer.last_output(x[:0])[0], torch.zeros(B, 2 * H))
+
+
 def test_packed_sequences():
     layer = make()
     x, lengths = torch.randn(T, B, INPUT), torch.tensor([4, 6, 1])

@@ -82,7 +82,16 @@ def _saved(step):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [_deepcopied, _pickled, _saved])
+def _own_state(step):
+    class Keeper(Tied):
+        def __getstate__(self):
+            return dict(self.__dict__)
+
+    step.__class__ = Keeper
+    return copy.deepcopy(step)
+
+
+@pytest.mark.parametrize("copied", [_deepcopied, _pickled, _saved, _own_state])
 def test_copies_stay_tied_and_work(copied):
     step, xs = Tied(), torch.randn(5, 3, 4)
     before, _ = reference(step)(xs)
@@ -93,6 +102,13 @@ def test_copies_stay_tied_and_work(copied):
     assert twin.first.a.weight is not step.first.a.weight
     assert twin.first.h is not twin.second.h
     torch.testing.assert_close(reference(twin)(xs)[0], before)
+
+
+def test_a_shallow_copy_has_a_loop_of_its_own():
+    step = Tied()
+    loop = step.whole_sequence()
+    twin = copy.copy(step)
+    assert twin.whole_sequence().step is twin and step.whole_sequence() is loop
 
 
 def test_shared_follows_to_and_new_parameters():
@@ -182,7 +198,7 @@ def test_a_step_called_outside_a_loop_runs_the_whole_sequence():
     cell.whole_sequence().backend = "reference"
     ys, state = cell(xs, lengths=[5, 5, 5, 5])
     torch.testing.assert_close(ys, by_hand(cell, xs)[0])
-    assert len(list(cell.modules())) == 4 and not any("kept" in name for name in vars(cell))
+    assert len(list(cell.modules())) == 4 and not copy.deepcopy(cell)._kept
 
 
 def test_begin_runs_parents_first_with_the_constants_it_names():

@@ -14,10 +14,11 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -40,6 +41,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..errors import StepError, SteploopError
+from . import forward_mode
 from .dependencies import Number
 from .free_numbers import FreeFloat, FreeNumber, NotFree, Symbols, has_symbols, is_float, lift
 from .graph import Size, StepGraph, expression
@@ -91,6 +93,7 @@ class Trace:
     holds_for: whether the conditions hold for sizes by the names of symbols, and for floats by their paths.
     numbers: the calls that were traced, each with the floats in it, before anything was simplified.
     batched: the graph in the form for all steps at once, once it was asked for.
+    conditions: those of the conditions that are on sizes alone.
     """
 
     graph: StepGraph
@@ -101,6 +104,7 @@ class Trace:
     keep_alive: list[Any] = field(default_factory=list)
     inlined: list[str] = field(default_factory=list)
     batched: StepGraph | None = None
+    conditions: list[sympy.Expr] = field(default_factory=list)
 
     @cached_property
     def symbols(self) -> list[tuple[str, str, int, int]]:
@@ -147,7 +151,8 @@ def _trace(
     # is: a step may use torch.func inside itself.
     _inner.append([])
     try:
-        with _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks():
+        off = forward_mode.switched_off()
+        with _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks(), off:
             trace = _Tracer(program, signature, symbolic, wanted, observed).run()
         trace.keep_alive.extend(_inner[-1])
     finally:
@@ -157,6 +162,11 @@ def _trace(
 
 # What the traces that are running (one inside the other) must keep alive.
 _inner: list[list[Any]] = []
+
+
+def is_tracing() -> bool:
+    """Whether a step is being traced."""
+    return bool(_inner)
 
 
 def keep_with_trace(value: Any) -> None:
@@ -373,9 +383,11 @@ class _Tracer:
         step.captured.extend(made)
         if self.wanted is not None:
             self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured, len(made))
-        guards = [g.expr for g in self.env.guards]
-        holds = _condition(guards, self.symbols, self.floats.paths)
-        return Trace(step, [*captured.tensors, *numbers], holds, self.out_spec, calls)
+        paths = self.floats.paths
+        holds = condition(conditions_of(self.env, {*self.symbols, *paths}), paths)
+        sizes = conditions_of(self.env, set(self.symbols))
+        tensors = [*captured.tensors, *numbers]
+        return Trace(step, tensors, holds, self.out_spec, calls, conditions=sizes)
 
     def _name(self, step: StepGraph) -> None:
         """Gives inputs the names that the user knows them by, so that printed code can be read."""
@@ -409,18 +421,25 @@ def _own(value: Tensor) -> Tensor:
     return value.detach().clone() if not value.requires_grad else value.clone()
 
 
-def _condition(
-    guards: list[Any], symbols: dict[sympy.Symbol, Any], floats: dict[sympy.Symbol, str]
-) -> Callable[[dict[str, int], dict[str, float]], bool]:
-    """The conditions that the trace relied on, for sizes by the names of symbols and floats by their paths."""
-    known = {*symbols, *floats}
-    texts = [PythonPrinter().doprint(g) for g in guards if g not in (True, sympy.true) and g.free_symbols <= known]
+def conditions_of(env: ShapeEnv, known: set[sympy.Symbol]) -> list[sympy.Expr]:
+    """The conditions on known symbols that a trace relied on."""
+    guards = [g.expr for g in env.guards]
+    return [g for g in guards if g not in (True, sympy.true) and g.free_symbols <= known]
+
+
+def condition(
+    conditions: list[sympy.Expr], floats: Mapping[sympy.Symbol, str] = MappingProxyType({})
+) -> Callable[..., bool]:
+    """Conditions as one function of {symbol name: size} and of {path of a float: its value}."""
+    texts = [PythonPrinter().doprint(g) for g in conditions]
     if not texts:
-        return lambda sizes, values: True
+        return lambda sizes, values=None: True
     code = compile(" and ".join(f"({t})" for t in texts), "<conditions>", "eval")
     functions = {"__builtins__": {f.__name__: f for f in (min, max, int, abs, float)}, "math": math, "torch": torch}
     names = {str(s): path for s, path in floats.items()}
-    return lambda sizes, values: bool(eval(code, functions, {**sizes, **{n: values[p] for n, p in names.items()}}))
+    return lambda sizes, values=None: bool(
+        eval(code, functions, {**sizes, **{n: values[p] for n, p in names.items()}})
+    )
 
 
 class _Captured:

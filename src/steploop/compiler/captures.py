@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -21,6 +22,7 @@ from . import making
 from .capture import Leaf, Signature
 from .captured import Capture, hint, is_batch, lock, same_float, sizes_of
 from .dependencies import Dependencies, Number, ambient
+from .memory_operator import all_step_by_step
 from .program import Call, Program
 from .reads import EVERYTHING, Reads
 
@@ -53,7 +55,7 @@ def everything_of(program: Program) -> Hashable:
 
 def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
     """The capture for a call, made now if there is none."""
-    settings = ambient()
+    settings = (ambient(), symbolic_axes(program, call)) if all_step_by_step() else ambient()
     shapes = _quick_key(call)
     quick = program.kept.get("quick")
     if quick is not None and quick[0] == (settings, shapes) and quick[2].unchanged():
@@ -105,9 +107,11 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
                 return capture, dependencies
     captured += 1
     if alike:
-        signature.dynamic = frozenset().union(
+        signature.dynamic = signature.dynamic.union(
             *(c.signature.dynamic | _differences(c.signature, signature) for c in alike)
         )
+    if all_step_by_step():  # an exported program has no Python floats that could change
+        near = []
     free = [] if not near else alike[0].free(near[0][1]) if alike else _changed_floats(*near[0])
     capture, dependencies = making.make(program, signature, call, [c.reads for c in known], free)
     if not alike and len(known) >= MANY - 1:
@@ -167,7 +171,21 @@ def signature_of(program: Program, call: Call) -> Signature:
         [leaf(t, batched and b, False) for t, b in zip(call.constants, program.constant_batched)],
         [leaf(t, batched, False) for t in call.initial],
         hint(call.batch) if batched else None,
+        symbolic_axes(program, call) if all_step_by_step() else frozenset(),
     )
+
+
+def symbolic_axes(program: Program, call: Call) -> frozenset[tuple[str, int, int]]:
+    """The axes besides the batch whose sizes another tracer keeps free; here they are so from the first capture on."""
+    found = set()
+    rows = [("x", [(x.shape[1:], program.batched) for x in call.xs]),
+            ("constant", [(c.shape, b) for c, b in zip(call.constants, program.constant_batched)]),
+            ("state", [(s.shape, program.batched) for s in call.initial])]  # fmt: skip
+    for kind, tensors in rows:
+        for i, (shape, batched) in enumerate(tensors):
+            found.update((kind, i, d) for d, n in enumerate(shape)
+                         if isinstance(n, torch.SymInt) and not (d == 0 and batched))  # fmt: skip
+    return frozenset(found)
 
 
 def _groups(signature: Signature) -> list[tuple[str, int, Leaf]]:

@@ -444,7 +444,7 @@ def slots_of(cls: type) -> Iterator[str]:
     for base in cls.__mro__:
         slots = vars(base).get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
-            if slot not in ("__dict__", "__weakref__", "_kept"):  # `_kept` is what we keep under a Step
+            if slot not in ("__dict__", "__weakref__"):
                 yield slot if not slot.startswith("__") else f"_{base.__name__.lstrip('_')}{slot}"
 
 

@@ -1,8 +1,8 @@
-"""A Loop call as one operator of torch, forward and backward.
+"""A Loop call as one operator of torch, forward and backward: what a call runs, and how it is differentiated.
 
-`steploop::loop` takes every tensor that a call depends on and a handle to what is to be done with them; being
-an operator, it nests inside another step and passes through tracers. Its gradient is `steploop::loop_backward`,
-which can't be differentiated again.
+The operators themselves are in `operators.py`. They take every tensor that a call depends on, and a key to what is to
+be done with them. Being operators, they nest inside another step and pass through tracers. Their gradients can't be
+differentiated again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,14 +18,18 @@ from torch import Tensor, fx
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import UnsupportedError
-from .captured import Capture
+from . import forward_mode, operators
+from .capture import Signature, Trace
+from .captured import Facts, sizes_of
 from .execute import Run, Shifted
 from .graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
+from .memory_operator import autograd_in_kernels
 from .program import Call
 from .schedule import Schedule, make_schedule
 
@@ -81,12 +85,17 @@ class _Known:
 
 @dataclass(eq=False)
 class Invocation:
-    """What an operator call does: a capture with the options of the call.
+    """What an operator call does: a captured step with the options of the call.
 
+    trace: what is run: the joint trace when training, else that of the forward.
+    program: what is known of the step.
     lowered: the executables (`pipeline.Lowered`), shared with other calls of the capture.
+    key: by which operators name it.
+    hints: a size that each symbol of the trace may have.
     """
 
-    capture: Capture
+    trace: Trace
+    program: Facts
     layout: Layout
     reverse: bool
     on_masked: str
@@ -94,22 +103,29 @@ class Invocation:
     nested: bool
     mixing: bool
     lowered: Any
-    handle: int = 0
+    key: int | str = 0
+    hints: dict[str, int] = field(default_factory=dict)
     _schedule: _Known | None = None
 
     def __post_init__(self) -> None:
-        self.handle = next(_handles)
-        _REGISTRY[self.handle] = self
+        if not self.key:
+            self.key = next(_handles)
+            _REGISTRY[self.key] = self
 
     @property
     def forward(self) -> ForwardPlan:
         return self.lowered.forward
 
+    @property
+    def stacked(self) -> bool:
+        """Whether no batch axis is known."""
+        return self.trace.graph.batch is None
+
     # -- running -------------------------------------------------------------------------------------------
 
     def schedule(self, tensors: Sequence[Tensor], steps: int, batch: int) -> Schedule:
         parts = self.layout.split(tensors)
-        batch = 1 if self.capture.forward.graph.batch is None else batch
+        batch = 1 if self.stacked else batch
         # They are looked at on the CPU, for which each is moved there once a call.
         marks = [None if (m := parts[name]) is None else m.cpu() for name in ("lengths", "mask", "resets")]
         known = self._schedule  # read once: another thread may put its own there
@@ -126,7 +142,7 @@ class Invocation:
     def run(self, tensors: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Tensor]:
         """outputs (T, B, ...), final states (B, ...), saved values."""
         parts = self.layout.split(tensors)
-        stacked = self.capture.forward.graph.batch is None
+        stacked = self.stacked
         nodes = self.forward.step.outputs[: self.forward.outputs]
         run = self._forward(parts, schedule, batch, self.forward, outward=nodes)
         results = run.wanted
@@ -151,7 +167,7 @@ class Invocation:
         )
 
     def _sorted(self, values: list[Tensor], schedule: Schedule) -> list[Tensor]:
-        return values if self.capture.forward.graph.batch is None else [schedule.sort(v) for v in values]
+        return values if self.stacked else [schedule.sort(v) for v in values]
 
     def _given(self, parts: dict[str, Any], schedule: Schedule, step: Any) -> dict[fx.Node, Tensor]:
         stacked = step.batch is None
@@ -159,7 +175,7 @@ class Invocation:
             xs = [x.flip(0) if self.reverse else x for x in parts["xs"]]
         else:
             xs = map(schedule.given, parts["xs"])
-        batched = self.capture.program.constant_batched
+        batched = self.program.constant_batched
         constants = [
             c if stacked or not b else schedule.sort(c) for c, b in zip(parts["constants"], batched)
         ]
@@ -169,8 +185,7 @@ class Invocation:
         return given
 
     def _sizes(self, parts: dict[str, Any], batch: int) -> dict[str, int]:
-        call = Call(parts["xs"], parts["constants"], parts["initial"], 0, batch)
-        return self.capture.sizes(call) if not self.training else _joint_sizes(self.capture, call)
+        return sizes_of(self.trace, Call(parts["xs"], parts["constants"], parts["initial"], 0, batch))
 
     def _outward(self, value: Tensor, node: fx.Node, schedule: Schedule, stacked: bool) -> Tensor:
         if stacked:
@@ -179,6 +194,37 @@ class Invocation:
         if rows is not None and rows.dim != 0:
             return value
         return schedule.unpack(value)
+
+    # -- as an operator --------------------------------------------------------------------------------------
+
+    def run_operator(self, tensors: Sequence[Tensor], steps: int, batch: int) -> list[Tensor]:
+        if forward_mode.active() and not torch.is_inference_mode_enabled():
+            with autograd_in_kernels(), forward_ad._set_fwd_grad_enabled(True):  # else a tensor hides its tangent
+                forward_mode.refuse_tangents((f"tensor {i} of the operator", t) for i, t in enumerate(tensors))
+        return self.run(tensors, self.schedule(tensors, steps, batch), batch)
+
+    def run_backward(
+        self, cotangents: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor], steps: int,
+        batch: int, needs: Sequence[bool],
+    ) -> list[Tensor]:  # fmt: skip
+        schedule = self.schedule(tensors, steps, batch)
+        return self.gradient(cotangents, tensors, results, schedule, batch, split_needs(self.layout, needs))
+
+    def fake_results(self, tensors: Sequence[Tensor], steps: Any, batch: Any) -> list[Tensor]:
+        """Empty results of the right shapes, for tracers. Nothing is compiled for it."""
+        graph, parts = self.trace.graph, self.layout.split(tensors)
+        sizes, like, made = self._sizes(parts, batch), next(iter(tensors)), []
+        for node in graph.outputs:
+            value = node.meta["val"]
+            shape = [_concrete(expression(s), sizes) for s in value.shape]
+            full = [steps, *shape] if self.stacked else [steps, batch, *shape[1:]]
+            made.append(like.new_empty(full, dtype=value.dtype))
+        return made + [torch.empty_like(s, memory_format=torch.contiguous_format) for s in parts["initial"]]
+
+    def require_gradient(self, needs: Needs) -> None:
+        """UnsupportedError unless it can give the gradients that are asked for."""
+        if not self.training:
+            raise UnsupportedError("this loop was run for values only and has no gradient")
 
     # -- gradient ------------------------------------------------------------------------------------------
 
@@ -211,8 +257,7 @@ class Invocation:
         if self.nested:
             run = self._forward(parts, schedule, batch, self.lowered.forward_again())
             return run.wanted[self.forward.outputs :]
-        stacked = self.capture.forward.graph.batch is None
-        found = []
+        stacked, found = self.stacked, []
         for (kind, _), value in zip(self.lowered.places, results, strict=True):
             if kind == "output":
                 value = (value.flip(0) if self.reverse else value) if stacked else schedule.pack(value)
@@ -229,7 +274,7 @@ class Invocation:
     def _add_prevs(self, given, parts, plan: BackwardPlan, following: dict, schedule: Schedule) -> None:
         """The states before every step, from those after it."""
         stacked = plan.step.batch is None
-        joint = self.capture.joint.graph
+        joint = self.trace.graph
         for i, edge in enumerate(parts["initial"]):
             edge = edge.unsqueeze(0) if stacked else schedule.sort(edge)
             reset_to = None
@@ -253,7 +298,7 @@ class Invocation:
                 xs[i] = schedule.unpack_cotangent(value)
         constants, captured = {}, {}
         for i, value in zip(plan.constants, run.summed):
-            batched = self.capture.program.constant_batched[i] and not stacked
+            batched = self.program.constant_batched[i] and not stacked
             constants[i] = schedule.unsort(value) if batched and value is not None else value
         for i, value in zip(plan.captured, run.summed[len(plan.constants) :]):
             captured[i] = value
@@ -285,10 +330,31 @@ def _device(parts: dict[str, Any]) -> torch.device:
     return next((t.device for t in given), torch.device("cpu"))
 
 
-def _joint_sizes(capture: Capture, call: Call) -> dict[str, int]:
-    from .captured import sizes_of
+def _concrete(expr: Any, sizes: dict[str, Any]) -> Any:
+    """A size with the symbols of a capture replaced by the sizes (maybe symbolic) of a call."""
+    if isinstance(expr, int) or expr.is_number:
+        return int(expr)
+    if expr.is_Symbol:
+        return sizes[str(expr)]
+    import sympy
 
-    return {**sizes_of(capture.forward, call), **sizes_of(capture.joint, call)}
+    function = sympy.lambdify(sorted(expr.free_symbols, key=str), expr, "math")
+    return function(*(sizes[str(s)] for s in sorted(expr.free_symbols, key=str)))
+
+
+def hints_of(trace: Trace, signature: Signature) -> dict[str, int]:
+    """A size for each symbol of a trace: that which it was captured with."""
+    leaves = {"x": signature.xs, "constant": signature.constants, "state": signature.states}
+    return {
+        name: signature.batch_hint if kind == "batch" else leaves[kind][index].shape[dim]
+        for name, kind, index, dim in trace.symbols
+    }
+
+
+def split_needs(layout: Layout, needs: Sequence[bool]) -> Needs:
+    parts = layout.split([*needs, False, False, False])
+    parts["reset_to"] = parts["reset_to"] or [False] * layout.initial
+    return Needs(*(tuple(parts[name]) for name in ("xs", "constants", "initial", "reset_to", "captured")))
 
 
 def _apart(values: list[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -325,93 +391,27 @@ def traced(tensors: Sequence[Tensor]) -> bool:
     return any(type(m).__name__ in ("FunctionalTensorMode", "FakeTensorMode") for m in stack)
 
 
-# -- the operators -------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("steploop", "DEF")
-_library.define("loop(Tensor[] tensors, int handle, SymInt steps, SymInt batch) -> Tensor[]")
-_library.define(
-    "loop_backward(Tensor[] cotangents, Tensor[] tensors, Tensor[] results, int handle, SymInt steps, "
-    "SymInt batch, bool[] needs) -> Tensor[]"
-)
+# -- the operators: what `operators.py` registers --------------------------------------------------------------
 
 
-def _loop(tensors: list[Tensor], handle: int, steps: int, batch: int) -> list[Tensor]:
-    invocation = _REGISTRY[handle]
-    return invocation.run(tensors, invocation.schedule(tensors, steps, batch), batch)
+def invocation_of(key: int | str) -> Invocation:
+    """What a call of an operator runs: a number of this process, or a whole loop as text."""
+    if isinstance(key, str):
+        from .traced_calls import exported
+
+        return exported(key)
+    found = _REGISTRY.get(key)
+    if found is None:
+        raise UnsupportedError(
+            "a traced graph names a loop that this process does not hold (any more). Trace it again here, or save it "
+            "with torch.export, whose programs carry their loops."
+        )
+    return found
 
 
-def _loop_backward(cotangents, tensors, results, handle: int, steps: int, batch: int, needs: list[bool]):
-    invocation = _REGISTRY[handle]
-    schedule = invocation.schedule(tensors, steps, batch)
-    return invocation.gradient(
-        cotangents, tensors, results, schedule, batch, _split_needs(invocation.layout, needs)
-    )
-
-
-def _split_needs(layout: Layout, needs: Sequence[bool]) -> Needs:
-    parts = layout.split([*needs, False, False, False])
-    parts["reset_to"] = parts["reset_to"] or [False] * layout.initial
-    return Needs(*(tuple(parts[name]) for name in ("xs", "constants", "initial", "reset_to", "captured")))
-
-
-def _loop_fake(tensors: list[Tensor], handle: int, steps: Any, batch: Any) -> list[Tensor]:
-    invocation = _REGISTRY[handle]
-    step, parts = invocation.forward.step, invocation.layout.split(tensors)
-    like = next(iter(tensors))
-    sizes = invocation._sizes(parts, batch)
-
-    def empty(sizes: list[Any], node: fx.Node) -> Tensor:
-        value = node.meta["val"]
-        return like.new_empty(sizes, dtype=value.dtype, device=value.device)
-
-    def shape(node: fx.Node, drop: bool) -> list[Any]:
-        found = [_concrete(expression(s), sizes) for s in node.meta["val"].shape]
-        return found[1:] if drop else found
-
-    stacked = step.batch is None
-    made = []
-    for node in step.outputs[: invocation.forward.outputs]:
-        feature = shape(node, not stacked)
-        made.append(empty([steps, *([] if stacked else [batch]), *feature], node))
-    for state in parts["initial"]:
-        made.append(torch.empty_like(state, memory_format=torch.contiguous_format))
-    if not invocation.nested:
-        for node, (kind, _) in zip(step.outputs[invocation.forward.outputs :], invocation.lowered.places):
-            if kind == "saved":
-                rows = node.meta["rows"]
-                full = shape(node, False)
-                if rows is None:
-                    full = [steps, *full]
-                else:
-                    full[rows.dim] = full[rows.dim] * steps
-                made.append(empty(full, node))
-    return made
-
-
-def _concrete(expr: Any, sizes: dict[str, Any]) -> Any:
-    """A size with the symbols of a capture replaced by the sizes (maybe symbolic) of a call."""
-    if isinstance(expr, int) or expr.is_number:
-        return int(expr)
-    if expr.is_Symbol:
-        return sizes[str(expr)]
-    import sympy
-
-    function = sympy.lambdify(sorted(expr.free_symbols, key=str), expr, "math")
-    return function(*(sizes[str(s)] for s in sorted(expr.free_symbols, key=str)))
-
-
-def _loop_backward_fake(cotangents, tensors, results, handle: int, steps, batch, needs: list[bool]):
-    invocation = _REGISTRY[handle]
-    count = sum(getattr(invocation.layout, n) for n in ("xs", "constants", "initial", "reset_to", "captured"))
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t, n in zip(tensors[:count], needs) if n
-    ]
-
-
-def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-    tensors, handle, steps, batch = inputs
-    invocation = _REGISTRY[handle]
+def set_up(
+    ctx: Any, invocation: Invocation, tensors: Sequence[Tensor], steps: int, batch: int, output: Sequence[Tensor]
+) -> None:
     ctx.invocation, ctx.steps, ctx.batch, ctx.schedule = invocation, steps, batch, None
     ctx.count, ctx.results = len(tensors), [(o.shape, o.dtype, o.device) for o in output]
     ctx.save_for_backward(*tensors, *invocation.kept(output))
@@ -419,13 +419,12 @@ def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
+def backward(ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One gradient, or None, for each tensor of the call."""
     invocation: Invocation = ctx.invocation
-    if not invocation.training:
-        raise UnsupportedError("this loop was run for values only and has no gradient")
     saved = ctx.saved_tensors
     tensors, kept = list(saved[: ctx.count]), list(saved[ctx.count :])
-    count = invocation.forward.outputs + invocation.layout.initial
+    count = len(invocation.trace.graph.outputs) + invocation.layout.initial
     cotangents = [
         torch.zeros((), dtype=dtype, device=device).expand(shape) if g is None else g
         for g, (shape, dtype, device) in zip(gradients[:count], ctx.results)
@@ -435,24 +434,27 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
             "several gradients of a Loop at once (is_grads_batched=True, vectorize=True, torch.func.vmap) are not "
             'supported. Ask for them one by one, or use sl.Loop(step, backend="reference").'
         )
+    forward_mode.refuse_tangents((f"the cotangent {i}", c) for i, c in enumerate(cotangents))
     layout = invocation.layout
     differentiable = layout.xs + layout.constants + layout.initial + layout.reset_to + layout.captured
     needs = list(ctx.needs[:differentiable])
+    needed = split_needs(layout, needs)
+    invocation.require_gradient(needed)
     if torch.is_grad_enabled() and any(c.requires_grad for c in cotangents):
-        _refuse_second_derivative()
+        operators._no_second_derivative()
     if torch.is_grad_enabled() or traced(cotangents):
         # The operator is for tracers, and for gradients of gradients, which it refuses.
-        grads = torch.ops.steploop.loop_backward(
-            cotangents, tensors, kept, invocation.handle, ctx.steps, ctx.batch, needs
-        )
+        operator = torch.ops.steploop.inner_loop_backward
+        if isinstance(invocation.key, str):
+            operator = torch.ops.steploop.loop_backward
+        grads = operator(cotangents, tensors, kept, invocation.key, ctx.steps, ctx.batch, needs)
     else:
         # What the forward kept stands by its schedule: lengths, mask and resets may have changed unseen by torch.
         schedule = ctx.schedule or invocation.schedule(tensors, ctx.steps, ctx.batch)
-        needed = _split_needs(layout, needs)
         grads = invocation.gradient(cotangents, tensors, kept, schedule, ctx.batch, needed)
     grads = iter(grads)
     found = [next(grads) if n else None for n in needs]
-    return found + [None] * (ctx.count - differentiable), None, None, None
+    return found + [None] * (ctx.count - differentiable)
 
 
 class LoopFunction(torch.autograd.Function):
@@ -466,30 +468,13 @@ class LoopFunction(torch.autograd.Function):
         # Views could not be changed in place by the caller: autograd takes them for views of one another.
         schedule = invocation.schedule(tensors, steps, batch)
         results = [r.detach() if r._is_view() else r for r in invocation.run(tensors, schedule, batch)]
-        _setup(ctx, (tensors, invocation.handle, steps, batch), results)
+        set_up(ctx, invocation, tensors, steps, batch, results)
         ctx.schedule = schedule
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-        return None, None, None, *_backward(ctx, list(gradients))[0]
-
-
-def _refuse_second_derivative(*_: Any) -> None:
-    raise UnsupportedError(
-        "second derivatives of a Loop are not supported: its backward pass is compiled and can't be "
-        'differentiated again. Use sl.Loop(step, backend="reference") where create_graph=True is needed.'
-    )
-
-
-_library.impl("loop", _loop, "CompositeExplicitAutograd")
-_library.impl("loop_backward", _loop_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("steploop::loop", _loop_fake, lib=_library)
-torch.library.register_fake("steploop::loop_backward", _loop_backward_fake, lib=_library)
-torch.library.register_autograd("steploop::loop", _backward, setup_context=_setup, lib=_library)
-torch.library.register_autograd(
-    "steploop::loop_backward", _refuse_second_derivative, setup_context=lambda *a, **k: None, lib=_library
-)
+        return None, None, None, *backward(ctx, gradients)
 
 
 # -- the batch axis of an operator call inside another step ----------------------------------------------------
@@ -499,13 +484,14 @@ def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
     """See `rows.py`: an inner loop keeps the rows of the outer step apart if its own step does."""
     from .rows import CONTRACTED, Mixed
 
-    backward = node.target is torch.ops.steploop.loop_backward.default
+    names = torch.ops.steploop
+    backward = node.target in (names.inner_loop_backward.default, names.loop_backward.default)
     tensors = node.args[1] if backward else node.args[0]
-    invocation = _REGISTRY[node.args[3] if backward else node.args[1]]
-    if invocation.mixing or invocation.capture.forward.graph.batch is None:
+    invocation = invocation_of(node.args[3] if backward else node.args[1])
+    if invocation.mixing or invocation.stacked:
         raise Mixed("an inner loop whose step mixes rows")
     parts = invocation.layout.split(tensors)
-    batched = invocation.capture.program.constant_batched
+    batched = invocation.program.constant_batched
     expected = [(n, 1) for n in parts["xs"]] + [(n, 0) for n in (*parts["initial"], *parts["reset_to"])]
     expected += [(n, 0) for n, b in zip(parts["constants"], batched) if b]
     expected += [(parts[name], dim) for name, dim in (("lengths", 0), ("mask", 1), ("resets", 1)) if parts[name]]
@@ -514,7 +500,7 @@ def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
         raise Mixed("an inner loop whose batch is not that of the step")
     outer, inner = found.pop()
     if not backward:
-        outputs = [Rows(1, outer, inner)] * invocation.forward.outputs
+        outputs = [Rows(1, outer, inner)] * len(invocation.trace.graph.outputs)
         return (*outputs, *[Rows(0, outer, inner)] * len(parts["initial"]))
     result: list[Any] = []
     needs = iter(node.args[6])

@@ -53,6 +53,25 @@ def tracing(inline: set[int]) -> Iterator[Trace]:
         _tracing.reset(token)
 
 
+# Whether every remembering operation is traced by its one-step form: a program that leaves this process can't take a
+# call with it whose whole-sequence form is Python.
+_step_by_step: ContextVar[bool] = ContextVar("steploop_memory_step_by_step", default=False)
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Inlines all remembering operations in the traces that are made meanwhile."""
+    token = _step_by_step.set(True)
+    try:
+        yield
+    finally:
+        _step_by_step.reset(token)
+
+
+def all_step_by_step() -> bool:
+    return _step_by_step.get()
+
+
 @dataclass(eq=False)
 class MemoryCall:
     """One call of a remembering operation inside a step.
@@ -98,7 +117,7 @@ def call_memory(
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """The outputs and new states of one opaque call; None where the one-step form is to be run instead."""
     trace = _tracing.get()
-    if trace is None or id(op) in trace.inline:
+    if trace is None or id(op) in trace.inline or all_step_by_step():
         if trace is not None:
             trace.inlined.append(type(op).__name__)
         return None
@@ -303,7 +322,7 @@ class SequenceRunner:
             for i, c in enumerate(cotangents[:count])
         ]
         given += [known.get(c) for c in cotangents[count:]]
-        with _autograd():
+        with autograd_in_kernels():
             groups = [
                 [_leaf(dense.spread(known[x])) for x in xs], [_leaf(known[c]) for c in constants],
                 [_leaf(e) for e in edges], [_leaf(b) for b in back],
@@ -350,7 +369,7 @@ def _at_reset(state: Any) -> Tensor:
 
 
 @contextmanager
-def _autograd() -> Iterator[None]:
+def autograd_in_kernels() -> Iterator[None]:
     """Turns autograd on inside an operator's kernel, where torch's dispatcher leaves it out."""
     keys = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()

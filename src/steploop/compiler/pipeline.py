@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BuildError, UnsupportedError
-from . import captures
-from .capture import Trace, keep_with_trace
+from . import captures, forward_mode
+from .capture import Trace, is_tracing, keep_with_trace
 from .captured import Capture
 from .dependencies import Dependencies
 from .graph import LoopProgram, Rows, StepGraph, line_of, op_name
-from .loop_operator import Invocation, Layout, LoopFunction, traced
+from .loop_operator import Invocation, Layout, LoopFunction, hints_of, traced
 from .lower import (
     SAVE_LIMIT,
     ForwardPlan,
@@ -47,15 +47,21 @@ BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
     """Runs a call. Differentiable; see `Loop` for what the arguments mean."""
+    if not is_tracing() and traced([*call.xs, *call.constants, *call.initial]):
+        from . import traced_calls
+
+        return traced_calls.run(program, call, backend, save)
     program, call = batch_guessed(program, call)
     capture, dependencies = captures.find(program, call)
-    if capture.forward.graph.batch is None and _ragged(call) and program.batched:
-        return _run_masked(program, call, backend, save)
-    tensors = _tensors(call, capture, dependencies)
+    if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
+        return run_masked(program, call, backend, save)
+    tensors = tensors_of(call, capture, dependencies)
+    if forward_mode.active():
+        forward_mode.refuse_tangents(named_tensors(call, capture, dependencies))
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if training:
         dependencies = with_joint(capture, dependencies)
-        tensors = _tensors(call, capture, dependencies, joint=True)
+        tensors = tensors_of(call, capture, dependencies, joint=True)
     if (recorder := working()) is not None:
         recorder.inner.append(capture.reads)  # the outer step's capture must know when this one no longer holds
     nested = traced(tensors)
@@ -64,7 +70,7 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
         keep_with_trace(invocation)
     batch = 1 if call.batch is None else call.batch
     if nested:
-        results = torch.ops.steploop.loop(tensors, invocation.handle, call.steps, batch)
+        results = torch.ops.steploop.inner_loop(tensors, invocation.key, call.steps, batch)
     elif training:
         results = LoopFunction.apply(invocation, call.steps, batch, *tensors)
     else:
@@ -111,20 +117,32 @@ def _is_rowwise(capture: Capture) -> bool:
     return all(n.meta["rows"] == Rows(0) for n in [*graph.outputs, *graph.nexts])
 
 
-def _ragged(call: Call) -> bool:
+def is_ragged(call: Call) -> bool:
     return call.lengths is not None or call.mask is not None or call.resets is not None
 
 
-def _run_masked(program: Program, call: Call, backend: str, save: str) -> Result:
+def run_masked(program: Program, call: Call, backend: str, save: str) -> Result:
     """A step that fixes the batch can't run on fewer rows: masks become part of the step."""
     changed, changed_call, finish = masked_call(program, call)
     return finish(run(changed, changed_call, backend=backend, save=save))
 
 
-def _tensors(call: Call, capture: Capture, dependencies: Dependencies, joint: bool = False) -> list[Tensor]:
+def tensors_of(call: Call, capture: Capture, dependencies: Dependencies, joint: bool = False) -> list[Tensor]:
     marks = [m for m in (call.lengths, call.mask, call.resets) if m is not None]
     captured = capture.tensors(dependencies, joint)
     return [*call.xs, *call.constants, *call.initial, *(call.reset_to or []), *captured, *marks]
+
+
+def named_tensors(call: Call, capture: Capture, dependencies: Dependencies) -> list[tuple[str, Tensor]]:
+    """What a call reads, by names that the user knows."""
+    facts = capture.program
+    path = {id(t): p for t, p in zip(dependencies.tensors, dependencies.paths)}
+    named = [(f"the sequence {n}", x) for n, x in zip(facts.x_names, call.xs)]
+    named += [(f"the constant {n}", c) for n, c in zip(facts.constant_names, call.constants)]
+    for values in (call.initial, call.reset_to or []):
+        named += [(f"the state {n}", s) for n, s in zip(facts.state_names, values)]
+    captured = capture.tensors(dependencies)
+    return named + [(f"a tensor that the step reads: {path.get(id(t), 'one it makes')}", t) for t in captured]
 
 
 def _invocation(
@@ -132,8 +150,8 @@ def _invocation(
 ) -> Invocation:
     batch = 1 if call.batch is None else captures.hint(call.batch)
     rows = captures.hint(call.steps) * max(batch, 1)
-    ragged = _ragged(call)
-    policy = _policy(capture, save, training, rows, tensors)
+    ragged = is_ragged(call)
+    policy = policy_of(capture, save, training, rows, tensors)
     key = (
         backend, policy, training, nested, ragged, call.reverse, call.on_masked, call.lengths is not None,
         call.mask is not None, call.resets is not None, _required(tensors) if training else None,
@@ -141,7 +159,7 @@ def _invocation(
     found = capture.plans.get(key)
     if found is None:
         with captures.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
-            found = capture.plans[key] = _compile(capture, call, backend, policy, training, nested, tensors)
+            found = capture.plans[key] = compiled(capture, call, backend, policy, training, nested, tensors)
     return found
 
 
@@ -149,7 +167,7 @@ def _required(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
     return tuple(t.requires_grad for t in tensors)
 
 
-def _policy(capture: Capture, save: str, training: bool, rows: int, tensors: Sequence[Tensor]) -> str:
+def policy_of(capture: Capture, save: str, training: bool, rows: int, tensors: Sequence[Tensor]) -> str:
     """"states" or "all" """
     if not training or save != "auto":
         return save
@@ -172,14 +190,11 @@ def _needs(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
     return Needs(flags[:x], flags[x : x + c], flags[x + c : x + c + s], resets or (False,) * s, flags[at : at + k])
 
 
-def _compile(
+def compiled(
     capture: Capture, call: Call, backend: str, save: str, training: bool, nested: bool, tensors: list[Tensor]
 ) -> Invocation:
     trace = capture.joint if training else capture.forward
-    layout = Layout(
-        len(call.xs), len(call.constants), len(call.initial), len(call.reset_to or ()), len(trace.tensors),
-        call.lengths is not None, call.mask is not None, call.resets is not None,
-    )  # fmt: skip
+    layout = layout_of(call, trace)
     graph = trace.graph if training else _batched_form(trace)
     mixing = bool(mixing_reasons(graph)) if graph.batch is not None else False
     one_loop = mixing and (call.lengths is not None or call.mask is not None)
@@ -190,7 +205,17 @@ def _compile(
     if lowered is None:
         names = capture.program.state_names
         lowered = capture.plans[key] = Lowered(graph, names, backend, save, nested, one_loop, needs)
-    return Invocation(capture, layout, call.reverse, call.on_masked, training, nested, mixing, lowered)
+    return Invocation(
+        trace, capture.program, layout, call.reverse, call.on_masked, training, nested, mixing, lowered,
+        hints=hints_of(trace, capture.signature),
+    )  # fmt: skip
+
+
+def layout_of(call: Call, trace: Trace) -> Layout:
+    return Layout(
+        len(call.xs), len(call.constants), len(call.initial), len(call.reset_to or ()), len(trace.tensors),
+        call.lengths is not None, call.mask is not None, call.resets is not None,
+    )  # fmt: skip
 
 
 def _batched_form(trace: Trace) -> StepGraph:
@@ -211,7 +236,7 @@ class Lowered:
         self, graph: Any, names: list[str], backend: str, save: str, nested: bool, one_loop: bool,
         needs: Needs | None,
     ):  # fmt: skip
-        self.graph, self.names, self.one_loop = graph, names, one_loop
+        self.graph, self.names, self.one_loop, self.backend, self.save = graph, names, one_loop, backend, save
         self.choose = chooser(backend)
         self.saving: Saving | None = None
         self.places: list[tuple[str, int]] = []
@@ -269,14 +294,14 @@ def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "au
     program, call = batch_guessed(program, call)
     with torch.enable_grad():
         capture, dependencies = captures.find(program, call)
-        if capture.forward.graph.batch is None and _ragged(call) and program.batched:
+        if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
             program, call, _ = masked_call(program, call)
             return plan(program, call, backend=backend, save=save)
-        tensors = _tensors(call, capture, dependencies)
+        tensors = tensors_of(call, capture, dependencies)
         training = any(t.requires_grad for t in tensors)
         if training:
             dependencies = with_joint(capture, dependencies)
-            tensors = _tensors(call, capture, dependencies, joint=True)
+            tensors = tensors_of(call, capture, dependencies, joint=True)
         invocation = _invocation(capture, call, backend, save, training, False, tensors)
     name = getattr(program.root, "__name__", None) or type(program.root).__name__
     notes = [*_inlined_notes(capture), *_saved_note(invocation)]
@@ -300,8 +325,8 @@ def _inlined_notes(capture: Capture) -> list[str]:
 def _saved_note(invocation: Invocation) -> list[str]:
     if invocation.lowered.saving is None:
         return []
-    joint = invocation.capture.joint.graph
-    names = invocation.capture.program.state_names
+    joint = invocation.trace.graph
+    names = invocation.program.state_names
     states = [names[joint.nexts.index(n)] for n in invocation.lowered.saving.nodes if n in joint.nexts]
     others = [f"{op_name(n)} {line_of(n)}".strip() for n in invocation.lowered.saving.nodes if n not in joint.nexts]
     kept = [f"states {', '.join(states)}"] if states else []

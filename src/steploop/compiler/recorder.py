@@ -114,8 +114,8 @@ class Recorder:
                 self._aside = None
         elif event == "call":
             code = frame.f_code
-            if code in self._in_between or code.co_name == "__del__":
-                # Python runs it whenever it collects garbage: what it does is none of the step's.
+            if code in self._in_between or code.co_name == "__del__" or _is_import(code):
+                # Python runs it whenever it collects garbage, or once: what it does is none of the step's.
                 self._aside = frame
                 return
             if code not in self.codes:
@@ -150,7 +150,9 @@ class Recorder:
             on_behalf = frame.f_code is inspect.currentframe.__code__
         while on_behalf and frame.f_back is not None and kind_of_file(frame.f_code.co_filename) == STDLIB:
             frame = frame.f_back
-        own = kind_of_file(frame.f_code.co_filename) in (USER, PACKAGE)
+        # Packages look at their callers to warn and to name things; a step would do it to read a value.
+        whose = (USER,) if why.startswith("reads the variables") else (USER, PACKAGE)
+        own = kind_of_file(frame.f_code.co_filename) in whose
         if self.refused is None and own:
             self.refused = reads_what_changes(why, frame.f_code.co_filename, frame.f_lineno)
 
@@ -187,6 +189,10 @@ class Recorder:
         loose = {(c, m) for c, m in missing.items() if all(f.__code__ is not c for f in functions)}
         loose |= {(c, m) for c, m in self.codes.items() if m == "os" and "environ" in c.co_names}
         return frozenset(map(weakref.ref, functions)), frozenset(loose)
+
+
+def _is_import(code: types.CodeType) -> bool:
+    return code.co_name == "<module>" and not code.co_filename.startswith("<")
 
 
 def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -255,6 +255,7 @@ _SIZES_AT = {
     **dict.fromkeys(["zeros", "ones", "empty", "full", "rand", "randn"], (0,)),
     "arange": (0, 1, 2), "randint": (1, 2), "empty_strided": (0, 1), "new_empty_strided": (1, 2),
     "native_group_norm": (3,), "native_group_norm_backward": (5,), "loop": (3,), "loop_backward": (5,),
+    "inner_loop": (3,), "inner_loop_backward": (5,),
 }  # fmt: skip
 
 
@@ -866,5 +867,6 @@ PACKET_RULES: dict[str, Callable] = {
     "bucketize": _pointwise,
     "glu": _along(default=-1), "glu_backward": _along(2, default=-1),
     "loop": _loop_operator, "loop_backward": _loop_operator,
+    "inner_loop": _loop_operator, "inner_loop_backward": _loop_operator,
     "memory": _memory_operator, "memory_backward": _memory_operator,
 }  # fmt: skip

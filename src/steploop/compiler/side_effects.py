@@ -32,8 +32,8 @@ _ADDED = frozenset(
     "_non_persistent_buffers_set _is_full_backward_hook _backward_pre_hooks _backward_hooks _state_dict_hooks "
     "_state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks _forward_hooks_with_kwargs "
     "_forward_hooks_always_called _forward_pre_hooks_with_kwargs __warningregistry__ __annotations__ "
-    "__dict__ __weakref__ __abstractmethods__ _abc_impl".split()
-)
+    "__dict__ __weakref__ __abstractmethods__ _abc_impl _steploop_kept".split()
+)  # and what a Step keeps between calls
 
 
 class Snapshot:
@@ -138,7 +138,8 @@ class Snapshot:
         if attributes is not None:
             self._held.append(_Entries(attributes, path, _ADDED))
             for name, item in list(attributes.items()):
-                self._follow(item, f"{path}.{name}" if path else str(name))
+                if name != "_steploop_kept":
+                    self._follow(item, f"{path}.{name}" if path else str(name))
         for slot in slots_of(type(value)):
             item = getattr(value, slot, MISSING)
             self._held.append(_Slot(value, f"{path}.{slot}", slot))

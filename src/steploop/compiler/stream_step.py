@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from ..errors import BuildError
-from . import captures
+from . import captures, forward_mode
 from .absorb import VIEWS
 from .batch import OncePiece
 from .captured import Capture
@@ -25,6 +27,9 @@ from .lower import copied, lower_forward, mixing_reasons
 from .partition import Loop, extract
 from .program import Call, Program
 from .recording import CudaRecorder, Recording, reasons_against, settings, types_of
+
+is_jit_tracing = torch._C._is_tracing
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class StreamStep:
@@ -65,9 +70,16 @@ class StreamStep:
 
 
 def quick_settings(device: torch.device) -> tuple[Any, ...]:
-    """What `dependencies.ambient` tells, on one device and without autocast, for which no StreamStep is made."""
+    """What `dependencies.ambient` tells, on one device and without autocast, for which no StreamStep is made; and
+    whether tensors may be more than their numbers: dual, those of torch.func, or seen by a tracer."""
     autocast = torch.is_autocast_enabled(device.type)
-    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    watched = (
+        forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+        or is_jit_tracing()
+        or dispatch_modes() > 0
+    )
+    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), watched
 
 
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
@@ -76,7 +88,7 @@ def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
     device = _device(call)
     if backend not in ("auto", "cpu", "eager") or any(t.device != device or type(t) is not Tensor for t in tensors):
         return None
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) or forward_mode.active():
         return None  # casts stand in the captured graph; running it under autocast would cast again
     step = StreamStep(program, call, backend)
     return step if step.capture.forward.graph.batch is not None or step.capture.batch == call.batch else None

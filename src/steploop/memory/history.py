@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..state import State
 from .base import Memory, check_step_input, cleaned, latest_reset, rows_at, whole_number, wide
@@ -27,6 +28,9 @@ class Past(NamedTuple):
         """(..., B, C) bool: True where an entry is in use."""
         slots = torch.arange(self.values.shape[self.lengths.dim()], device=self.lengths.device)
         return slots < self.lengths.unsqueeze(-1)
+
+
+pytree._register_namedtuple(Past, serialized_type_name="steploop.memory.Past")  # so that a program can be saved
 
 
 class History(Memory):

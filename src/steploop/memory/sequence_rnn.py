@@ -22,15 +22,21 @@ class SequenceRNN(Memory):
     The steps do not depend on each other, so it has no States: for a whole sequence, T and B become one
     batch of T * B inner sequences, run by one loop.
 
-    cell:    a Step; or a whole-sequence layer, batch first, like sl.nn.Bidirectional(..., batch_first=True).
-    reverse: run the inner axis from its end.  output: "all" inner steps, or the "last" one in running order.
+    cell:    a Step; or a whole-sequence layer, batch first: sl.nn.Bidirectional(..., batch_first=True), sl.Loop,
+        sl.nn.LSTM, torch.nn.LSTM and the like, or any module that is called as layer(x, lengths=..., **constants)
+        and returns (outputs (B, S, ...), anything).
+    reverse: run the inner axis from its end (a Step; a layer has its own direction).
+    output:  "all" inner steps; or the "last" one in running order: that of a reversed cell is at the first inner
+        position. Of two directions each gives its own last: the forward half stands at the last valid position,
+        the backward half at the first, as in Keras's Bidirectional (return_sequences=False). A module of your own
+        says what is last by a method last_output(x, lengths=..., **constants) -> (outputs (B, ...), anything).
 
     rnn(x, inner_lengths=None, **constants): x (B, S, ...) with the inner axis behind the batch,
     inner_lengths (B,) integers, per step, so that they may differ between steps -> (B, S, ...), zeros beyond
     inner_lengths; or (B, ...) for the last (zeros where inner_lengths is 0).  constants: the cell's.
 
-    Raises StepError for a cell that is no module, InputError for an unknown output or an x without inner
-    axis.
+    Raises StepError for a cell that is no module, has the time axis first, or does not say what is last;
+    InputError for an unknown output or an x without inner axis.
     """
 
     def __init__(self, cell: nn.Module, reverse: bool = False, output: str = "all") -> None:
@@ -39,9 +45,13 @@ class SequenceRNN(Memory):
             raise StepError(
                 message("SequenceRNN wraps a Step.", expected="SequenceRNN(cell)", found=describe(cell))
             )
-        self.loop = Loop(cell, batch_first=True, reverse=reverse) if isinstance(cell, Step) else cell
-        self.reverse = bool(reverse)
         self.output = one_of("SequenceRNN", "output", output, OUTPUTS)
+        self.reverse = bool(reverse)
+        if isinstance(cell, Step):
+            cell = Loop(cell, batch_first=True, reverse=reverse)
+        else:
+            _check_layer(cell, self.reverse, self.output)
+        self.loop = cell
 
     def check(self, x: Tensor, inner_lengths: Tensor | None = None, **constants: Any) -> None:
         if not isinstance(x, Tensor) or x.dim() < 2:
@@ -57,19 +67,12 @@ class SequenceRNN(Memory):
         self.check(x, inner_lengths)
         if inner_lengths is not None:
             constants = {**constants, "lengths": inner_lengths}
-        y, _ = self.loop(x, **constants)
         if self.output == "all":
-            return y
-        return pytree.tree_map_only(Tensor, lambda o: self._last(o, inner_lengths), y)
-
-    def _last(self, y: Tensor, lengths: Tensor | None) -> Tensor:
-        if self.reverse:
-            return y[:, 0]
-        if lengths is None:
-            return y[:, -1]
-        index = (lengths - 1).clamp(min=0).to(torch.int64)
-        index = index.reshape(-1, *[1] * (y.dim() - 1)).expand(-1, 1, *y.shape[2:])
-        return y.gather(1, index).squeeze(1)
+            return self.loop(x, **constants)[0]
+        if not isinstance(self.loop, nn.RNNBase):
+            return self.loop.last_output(x, **constants)[0]
+        y = _last_of_torch_layer(self.loop, x, constants)
+        return y if inner_lengths is None else torch.where(inner_lengths[:, None] > 0, y, torch.zeros_like(y))
 
     def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
         steps, batch = xs[0].shape[:2]
@@ -100,3 +103,40 @@ def _of_rows(value: Any, row: Tensor, batch: int) -> Any:
     """A constant (B, ...) for rows that are steps and rows at once."""
     has_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
     return value.index_select(0, row) if has_rows else value
+
+
+def _check_layer(layer: nn.Module, reverse: bool, output: str) -> None:
+    """StepError unless a whole-sequence layer can stand in a step and says what SequenceRNN is to give."""
+    name = type(layer).__name__
+    if reverse:
+        raise StepError(
+            message(
+                f"SequenceRNN: reverse=True with {name}, a layer that has a direction of its own.",
+                expected="reverse=True with a Step, or a layer that runs in reverse",
+                fix="SequenceRNN(sl.Loop(cell, batch_first=True, reverse=True))",
+            )
+        )
+    if not getattr(layer, "batch_first", True):
+        raise StepError(
+            message(
+                f"SequenceRNN: {name} takes the time axis first; in a step the batch is.",
+                expected="a layer with batch_first=True",
+                fix=f"{name}(..., batch_first=True)",
+            )
+        )
+    if output == "last" and not isinstance(layer, nn.RNNBase) and not hasattr(layer, "last_output"):
+        raise StepError(
+            message(
+                f'SequenceRNN: output="last" of {name}, which does not say which way it runs.',
+                expected="a Step, sl.Loop, sl.nn.Bidirectional, a layer of sl.nn or torch.nn, or a module with a "
+                "method last_output",
+                fix="def last_output(self, x, lengths=None): ...  returns (outputs (B, ...), anything)",
+            )
+        )
+
+
+def _last_of_torch_layer(layer: nn.RNNBase, x: Tensor, constants: dict[str, Any]) -> Tensor:
+    """(B, features): what the last layer of torch.nn's RNN, GRU or LSTM ended with, in both directions."""
+    _, state = layer(x, **constants)
+    h = state[0] if isinstance(state, tuple) else state
+    return torch.cat([h[-2], h[-1]], -1) if layer.bidirectional else h[-1]

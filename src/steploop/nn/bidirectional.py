@@ -21,7 +21,8 @@ class Bidirectional(nn.Module):
 
     outputs, state = layer(xs, ..., state=None, lengths=None, mask=None, resets=None, ...): the arguments and
     results of `sl.Loop`. outputs[t] = cat([forward output at t, backward output at t], -1), leaf by leaf;
-    a PackedSequence gives PackedSequences. The backward cell starts at each row's last valid step.
+    a PackedSequence gives PackedSequences. The backward cell starts at each row's last valid step, so its last
+    output is the one at t = 0: `last_output` gives what each direction ended with.
     state: an sl.States with both cells' states, "forward.h" and "backward.h".
 
     It is not a Step: the backward cell has to see the end of a sequence first. Inside a step it is an inner
@@ -35,6 +36,7 @@ class Bidirectional(nn.Module):
         self, forward_cell: Step, backward_cell: Step, batch_first=False, backend="auto", save="auto"
     ):
         super().__init__()
+        self.batch_first = batch_first
         options = {"batch_first": batch_first, "backend": backend, "save": save}
         self.forward_loop = Loop(forward_cell, **options)
         self.backward_loop = Loop(backward_cell, reverse=True, **options)
@@ -43,9 +45,18 @@ class Bidirectional(nn.Module):
         given = self._split(state)
         left, left_state = self.forward_loop(*xs, state=given["forward"], **arguments)
         right, right_state = self.backward_loop(*xs, state=given["backward"], **arguments)
-        values = _prefixed("forward.", left_state) | _prefixed("backward.", right_state)
-        own = _prefixed("forward.", left_state._own) | _prefixed("backward.", right_state._own)
-        return _concatenate(left, right), States(values, own)
+        return _concatenate(left, right), _joined(left_state, right_state)
+
+    def last_output(self, *xs: Any, state: States | None = None, **arguments: Any) -> tuple[Any, States]:
+        """As a call, but with each direction's output at its own last step alone, (B, ..., features): the forward
+        cell's at the row's last valid step, the backward cell's at its first. Zeros where a row has no step.
+
+        As Keras's Bidirectional (`return_sequences=False`) and RETURNN's `get_last_hidden_state` of each direction.
+        """
+        given = self._split(state)
+        left, left_state = self.forward_loop.last_output(*xs, state=given["forward"], **arguments)
+        right, right_state = self.backward_loop.last_output(*xs, state=given["backward"], **arguments)
+        return _concatenate(left, right, leading=1), _joined(left_state, right_state)
 
     def _split(self, state: Any) -> dict[str, States | None]:
         """The states of each direction, under their names in its own Loop."""
@@ -75,7 +86,13 @@ def _prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in values.items()}
 
 
-def _concatenate(left: Any, right: Any) -> Any:
+def _joined(left: States, right: States) -> States:
+    values = _prefixed("forward.", left) | _prefixed("backward.", right)
+    return States(values, _prefixed("forward.", left._own) | _prefixed("backward.", right._own))
+
+
+def _concatenate(left: Any, right: Any, leading: int = 2) -> Any:
+    """leading: how many axes stand before those of a row's output."""
     def is_packed(value: Any) -> bool:
         return isinstance(value, PackedSequence)
 
@@ -89,10 +106,10 @@ def _concatenate(left: Any, right: Any) -> Any:
                 found=f"backward cell: {other}",
             )
         )
-    return pytree.tree_unflatten([_join(a, b) for a, b in zip(lefts, rights, strict=True)], structure)
+    return pytree.tree_unflatten([_join(a, b, leading) for a, b in zip(lefts, rights, strict=True)], structure)
 
 
-def _join(a: Any, b: Any, leading: int = 2) -> Any:
+def _join(a: Any, b: Any, leading: int) -> Any:
     if isinstance(a, PackedSequence):
         return a._replace(data=_join(a.data, b.data, leading=1))
     if not isinstance(a, Tensor):
@@ -103,7 +120,7 @@ def _join(a: Any, b: Any, leading: int = 2) -> Any:
                 "Bidirectional: the outputs of the two cells cannot be joined on their last axis.",
                 expected=f"forward cell: {describe(a)}",
                 found=f"backward cell: {describe(b)}",
-                fix="both must be (T, B, ..., features), equal but for the features",
+                fix=f"both must be ({'T, ' * (leading - 1)}B, ..., features), equal but for the features",
             )
         )
     return torch.cat([a, b], dim=-1)

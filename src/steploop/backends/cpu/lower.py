@@ -86,8 +86,8 @@ RESERVED = frozenset(
     remainder_of resets row0 rows run_tile run_tiles save_rows scratch sigmoid sign_of sizes smallest
     span square_root step stop store t tile tiles to to_mask total total_product trunc_divide u8 inside
     inside_from_end fault     batch start down tile_rows threads first offsets active linux unix
-    end team relax spin half Barrier Member Work Start NoDenormals take_tiles join_team Where where now
-    early used ahead make_early Products Weight together""".split()
+    end team relax spin half Barrier Member Work Start Denormals FloatBits kFlush float_bits set_float_bits
+    take_tiles join_team Where where now early used ahead make_early Products Weight together""".split()
 )
 
 

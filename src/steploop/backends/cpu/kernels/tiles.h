@@ -53,28 +53,53 @@ INLINE void nearer(const void* from, long bytes) {
 
 typedef void (*Work)(void*, long, const Member&);
 
+// Whether denormal numbers count as zero is the caller's choice (torch.set_flush_denormal), and a setting of each thread:
+// all that work on a call take the caller's, and put back their own.
+#if defined(__x86_64__)
+typedef unsigned FloatBits;
+constexpr FloatBits kFlush = 0x8040;  // results, and what is read
+INLINE FloatBits float_bits() { return __builtin_ia32_stmxcsr(); }
+INLINE void set_float_bits(FloatBits bits) { __builtin_ia32_ldmxcsr(bits); }
+#elif defined(__aarch64__)
+typedef uint64_t FloatBits;
+constexpr FloatBits kFlush = 1 << 24;
+INLINE FloatBits float_bits() {
+  FloatBits bits;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(bits));
+  return bits;
+}
+INLINE void set_float_bits(FloatBits bits) { __asm__ volatile("msr fpcr, %0" : : "r"(bits)); }
+#else
+typedef unsigned FloatBits;
+constexpr FloatBits kFlush = 0;
+INLINE FloatBits float_bits() { return 0; }
+INLINE void set_float_bits(FloatBits) {}
+#endif
+
+struct Denormals {
+  const FloatBits before = float_bits();
+  const bool other;
+  explicit Denormals(FloatBits callers) : other((before ^ callers) & kFlush) {
+    if (other) set_float_bits((before & ~kFlush) | (callers & kFlush));
+  }
+  ~Denormals() {
+    if (other) set_float_bits((float_bits() & ~kFlush) | (before & kFlush));
+  }
+};
+
 struct Tiles {
   Work work;
   void* context;
   long count, next;
   char* memory;       // of a team
+  FloatBits mode;     // of the caller
   long wanted, came, size;
   Barrier barrier;
 };
 
-struct NoDenormals {  // they count as zero: each costs a hundred cycles
-#if defined(__x86_64__)
-  unsigned before = __builtin_ia32_stmxcsr();
-  NoDenormals() { __builtin_ia32_ldmxcsr(before | 0x8040); }
-  ~NoDenormals() { __builtin_ia32_ldmxcsr(before); }
-#else
-  NoDenormals() {}
-#endif
-};
-
 static void take_tiles(void* given) {
   Tiles* tiles = (Tiles*)given;
-  NoDenormals mode;
+  Denormals mode(tiles->mode);
   for (;;) {
     long tile = __atomic_fetch_add(&tiles->next, 1, __ATOMIC_RELAXED);
     if (tile >= tiles->count) break;
@@ -95,7 +120,7 @@ static void join_team(void* given) {
   } else {
     spin([&] { return __atomic_load_n(&tiles->size, __ATOMIC_ACQUIRE) != 0; });
   }
-  NoDenormals mode;
+  Denormals mode(tiles->mode);
   const Member member = {me, tiles->size, &tiles->barrier, tiles->memory};
   for (long tile = 0; tile < tiles->count; ++tile) tiles->work(tiles->context, tile, member);
 }
@@ -113,7 +138,7 @@ static void* thread_main(void* given) {
 
 // memory: for a team of `threads`, or null for one thread to each tile.
 static void run_tiles(Work work, void* context, long count, long threads, char* memory, Parallel parallel) {
-  Tiles tiles = {work, context, count, 0, memory, threads, 0, 0, {}};
+  Tiles tiles = {work, context, count, 0, memory, float_bits(), threads, 0, 0, {}};
   if (!memory && threads > count) threads = count;
   if (threads > 64) tiles.wanted = threads = 64;
   if (threads <= 1) return take_tiles(&tiles);

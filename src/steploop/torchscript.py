@@ -1,0 +1,42 @@
+"""TorchScript (torch.jit, and torch.onnx.export with dynamo=False) can't hold a loop: an error that says what can."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from .errors import UnsupportedError, message
+
+is_tracing = torch._C._is_tracing
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__))
+_JIT = (os.path.join(_TORCH, "jit") + os.sep, os.path.join(_TORCH, "_jit_internal"))
+
+
+def refuse() -> None:
+    """UnsupportedError under torch.jit.trace, which would record one run of a loop as numbers."""
+    if is_tracing():
+        raise error()
+
+
+def error() -> UnsupportedError:
+    return UnsupportedError(
+        message(
+            "A Loop can't go through TorchScript (torch.jit.trace, torch.jit.script, torch.onnx.export with "
+            "dynamo=False).",
+            expected="torch.export.export(model, args), whose programs carry their loops",
+            fix="torch.export.save(torch.export.export(model, args), path); to run it without Python's model, "
+            "torch._inductor.aoti_compile_and_package",
+        )
+    )
+
+
+def asks() -> bool:
+    """Whether torch.jit is looking at a module's attributes, one after the other."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_JIT):
+            return True
+        frame = frame.f_back
+    return False
