@@ -9,7 +9,6 @@ The batch size is a symbol from the start, with a size nothing else has.
 from __future__ import annotations
 
 import logging
-import math
 import operator
 import os
 import re
@@ -43,7 +42,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from ..errors import StepError, SteploopError
 from . import forward_mode
 from .dependencies import Number
-from .free_numbers import FreeFloat, FreeNumber, NotFree, Symbols, has_symbols, is_float, lift
+from .free_numbers import FUNCTIONS, FreeFloat, FreeNumber, NotFree, Symbols, has_symbols, is_float, lift
 from .graph import Size, StepGraph, expression
 from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .program import Program
@@ -435,10 +434,9 @@ def condition(
     if not texts:
         return lambda sizes, values=None: True
     code = compile(" and ".join(f"({t})" for t in texts), "<conditions>", "eval")
-    functions = {"__builtins__": {f.__name__: f for f in (min, max, int, abs, float)}, "math": math, "torch": torch}
     names = {str(s): path for s, path in floats.items()}
     return lambda sizes, values=None: bool(
-        eval(code, functions, {**sizes, **{n: values[p] for n, p in names.items()}})
+        eval(code, FUNCTIONS, {**sizes, **{n: values[p] for n, p in names.items()}})
     )
 
 

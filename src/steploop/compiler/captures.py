@@ -114,7 +114,7 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
         near = []
     free = [] if not near else alike[0].free(near[0][1]) if alike else _changed_floats(*near[0])
     capture, dependencies = making.make(program, signature, call, [c.reads for c in known], free)
-    if not alike and len(known) >= MANY - 1:
+    if not alike and len(known) >= MANY - 1 and not all_step_by_step():
         _warn(program, known[-1], capture)
     known.append(capture)
     del known[:-MOST]

@@ -24,7 +24,10 @@ from torch.utils._sympy.printers import PythonPrinter
 from .dependencies import Number
 
 aten = torch.ops.aten
-_FUNCTIONS = {"__builtins__": {f.__name__: f for f in (min, max, int, abs, float)}, "math": math, "torch": torch}
+# What the text of an expression may name.
+FUNCTIONS = {
+    "__builtins__": {"min": min, "max": max, "int": int, "abs": abs, "float": float}, "math": math, "torch": torch,
+}  # fmt: skip
 
 
 class NotFree(Exception):
@@ -45,7 +48,7 @@ class FreeNumber:
     device: torch.device
 
     def tensor(self, floats: dict[str, float]) -> Tensor:
-        value = eval(self.expression, _FUNCTIONS, {name: floats[path] for name, path in self.names})
+        value = eval(self.expression, FUNCTIONS, {name: floats[path] for name, path in self.names})
         return torch.tensor(value, dtype=self.dtype, device=self.device)
 
 
