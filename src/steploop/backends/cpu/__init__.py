@@ -3,7 +3,7 @@
 lower.py, ops_*.py   ATen calls on batches -> the loop language (language.py), one row's program
 fuse.py              statements -> phases of loop nests
 emit.py              phases -> C++;  kernels/ holds what every kernel includes
-build.py             C++ -> a library, kept per user
+build.py, cache.py   C++ -> a library, kept per user; what is safe to load
 runner.py            calls it
 interpret.py         what the loop language means, in plain torch
 """
