@@ -304,15 +304,6 @@ def test_a_torchscript_module_inside_the_step(training):
         sl.Loop(Scripted(), backend="eager")(XS)
 
 
-def test_random_with_bounds():
-    def step(h, x):
-        h = h + x * torch.zeros_like(h).random_(0, 3)
-        return h, h
-
-    with pytest.raises(sl.StepError, match="write torch.randint"):
-        sl.scan(step, torch.zeros(2, 3), torch.zeros(4, 2, 3))
-
-
 def test_an_index_without_axes():
     def step(carry, x):
         buffer, place = carry

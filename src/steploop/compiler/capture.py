@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -37,6 +38,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import StepError, SteploopError
+from .forget import forget_dispatch, forget_shapes, forget_with
 from .graph import Size, StepGraph, expression
 from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .program import Program
@@ -120,6 +122,8 @@ def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[
         trace.keep_alive.extend(_inner[-1])
     finally:
         _inner.pop()
+        forget_shapes()
+    forget_with(trace)
     return trace
 
 
@@ -190,7 +194,8 @@ class _Tracer:
                 return function(*arguments)
 
         try:
-            with enable_python_dispatcher(), self.mode:
+            # (lazy: nobody runs the traced module, so torch need not compile it, nor keep its source)
+            with enable_python_dispatcher(), self.mode, _use_lazy_graph_module(True):
                 functional = dispatch_functionalize(traced, FunctionalTensorMode())
                 module = make_fx(functional, tracing_mode="real", _error_on_data_dependent_ops=True)(*leaves)
         except SteploopError:
@@ -200,6 +205,8 @@ class _Tracer:
             if refused is None:
                 raise
             raise refused from error
+        finally:
+            forget_dispatch(self.mode)
         if lines.refused is not None:
             raise lines.refused
         lines.settle(module.graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,9 @@ class Source:
         filename = f"<steploop {name} {_count}>"
         linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
         exec(compile(text, filename, "exec"), self.namespace)
-        return self.namespace[name]
+        function = self.namespace[name]
+        weakref.finalize(function, linecache.cache.pop, filename, None).atexit = False
+        return function
 
 
 def print_size(size: Any) -> str:

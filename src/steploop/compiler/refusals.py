@@ -32,10 +32,6 @@ def refusal(error: Exception) -> StepError | None:
     where, line = innermost_user_frame(error)
     if isinstance(error, VALUE_ERRORS) or ".numpy() is not supported" in text:
         return _uses_value(where, line)
-    if isinstance(error, SyntaxError) and "<eval_with_key>" in str(error.filename):
-        return StepError(
-            "torch can't trace `random_` with bounds; write torch.randint(low, high, x.shape) instead. " + _REFERENCE
-        )
     if "non-functional tensor" in text:
         return StepError(f"the step changes a tensor in place that is not its own{where}:\n    {line}\n{KEEP}")
     if isinstance(error, TypeError) and "__torch_dispatch__ handlers returned NotImplemented" in text:
