@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import kinds
 from .backends import BACKENDS, reference
 from .compiler.program import Call, Program, Result
-from .errors import InputError, UnsupportedError, describe, message
+from .errors import InputError, SteploopError, UnsupportedError, describe, message
 
 SAVE = ("auto", "states", "all")
 
@@ -21,11 +22,17 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     if backend == "reference":
         return reference.run(program, call)
     _no_transforms((*call.xs, *call.constants, *call.initial), program)
+    kinds.check(program, call)
     whole = getattr(program.root, "run_whole", None)
     if whole is not None and (result := whole(program, call)) is not None:
         return result  # a remembering operation on its own: its whole-sequence form, no loop at all
     from .compiler import pipeline  # half a second of torch's tracing machinery: only when it is needed
 
+    try:
+        return pipeline.run(program, call, backend=backend, save=save)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, SteploopError) or not kinds.run_lazy(error, program, call):
+            raise
     return pipeline.run(program, call, backend=backend, save=save)
 
 

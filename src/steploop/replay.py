@@ -94,7 +94,7 @@ def _record(program: Program, call: Call) -> list[_Draw]:
 
 def _with_rows(program: Program, call: Call, rows: int) -> Call:
     """The call on another number of rows, copies of its own."""
-    index = torch.arange(rows) % call.batch
+    index = torch.arange(rows, device="cpu") % call.batch
     constants = [
         c[index] if batched else c for c, batched in zip(call.constants, program.constant_batched, strict=True)
     ]

@@ -59,7 +59,9 @@ def start(state: State, sizes: Sizes, batch: Any, room: Any, device: torch.devic
     shape, dtype = sizes.get(state, ((0,), state.dtype or torch.get_default_dtype()))
     if state.grows_with is not None and state in sizes:
         shape = (room, *shape)
-    return state.start(batch, dtype, device, shape) if state in sizes else torch.zeros(batch, 0, dtype=dtype)
+    if state not in sizes:
+        return torch.zeros(batch, 0, dtype=dtype, device=device)
+    return state.start(batch, dtype, device, shape)
 
 
 def find_sizes(

@@ -151,6 +151,8 @@ class Stream:
         if isinstance(state, dict):
             state = self._with_room(state)
         self._values = given_states(state, self._tree.names, self._own, self.batch_size)
+        if any(type(v) is not Tensor or not v.is_cpu or v.layout is not torch.strided for v in self._values):
+            self._fast = None  # it takes what it is given without another look
         self._taken = sizing.used(self._tree.states, self._values)
 
     def _start(self, xs: list[Tensor]) -> None:
@@ -216,7 +218,7 @@ class Stream:
         self._structure = structure
 
     def _flags(self, flags: Any, name: str) -> Tensor:
-        flags = flags if isinstance(flags, Tensor) else torch.as_tensor(flags)
+        flags = flags if isinstance(flags, Tensor) else torch.as_tensor(flags, device="cpu")
         if flags.dim() != 1:
             raise InputError(
                 message(

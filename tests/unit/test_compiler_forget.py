@@ -19,7 +19,8 @@ MAKE = {
             stream(torch.randn(2, 8))""",
     "a function": """
     weight = torch.randn(8, 8, requires_grad=True)
-    sl.scan(lambda h, x: (torch.tanh(h @ weight + x),) * 2, torch.zeros(2, 8), torch.randn(5, 2, 8), backend=BACKEND)""",
+    sl.scan(lambda h, x: (torch.tanh(h @ weight + x),) * 2, torch.zeros(2, 8), torch.randn(5, 2, 8),
+            backend=BACKEND)""",
     "a memory": """
     sl.Loop(sl.memory.CumSum(), backend=BACKEND)(torch.randn(5, 2, 8, requires_grad=True))[0].sum().backward()""",
     "a loop in a step": """

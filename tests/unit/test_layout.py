@@ -11,7 +11,7 @@ import steploop
 
 ROOT = Path(steploop.__file__).parent
 FRONT = {
-    "arguments", "closed_over", "compare", "dispatch", "frame", "initial", "inputs", "loop", "packed", "scan",
+    "arguments", "closed_over", "compare", "dispatch", "frame", "initial", "inputs", "kinds", "loop", "packed", "scan",
     "replay", "share", "sizing", "state", "states", "step", "step_program", "stream", "tree", "verify",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}

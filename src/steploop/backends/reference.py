@@ -193,6 +193,6 @@ def valid_steps(call: Call) -> Tensor | None:
     """(T, B) bool on the CPU, True where a step is valid; None where all are."""
     valid = None if call.mask is None else call.mask.detach().cpu()
     if call.lengths is not None:
-        within = torch.arange(call.steps)[:, None] < call.lengths.detach().cpu()[None, :]
+        within = torch.arange(call.steps, device="cpu")[:, None] < call.lengths.detach().cpu()[None, :]
         valid = within if valid is None else valid & within
     return valid

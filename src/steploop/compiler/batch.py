@@ -424,14 +424,13 @@ class StackedPiece:
 
 
 def _mapped(function: Callable[..., Any], in_dims: tuple[int | None, ...], arguments: Sequence[Tensor]) -> Any:
-    """vmap over the steps. Where torch has no rule for an operation, it runs the steps one by one, and warns: the
+    """vmap over the steps. Where torch has no rule for an operation, it runs the steps one by one, and would warn: the
     caller can do nothing about it."""
-    warns = torch._C._functorch._is_vmap_fallback_warning_enabled()
     torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     try:
         return torch.func.vmap(function, in_dims, randomness="different")(*arguments)
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(warns)
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def _parts(node: fx.Node) -> Sequence[Any]:

@@ -32,7 +32,7 @@ class Block:
         storage = made.untyped_storage()
         self.size = storage.nbytes()
         self.address = storage._cdata
-        self.keeper = torch.empty(0, dtype=made.dtype).set_(storage)
+        self.keeper = torch.empty(0, dtype=made.dtype, device="cpu").set_(storage)
 
     def free(self) -> bool:
         """Whether nobody else refers to it, here or, as shared memory, in another process."""
@@ -46,7 +46,7 @@ class Block:
         return _count(self.address), sys.getrefcount(storage)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(0, dtype=dtype).set_(self.keeper.untyped_storage(), 0, tuple(shape))
+        return torch.empty(0, dtype=dtype, device="cpu").set_(self.keeper.untyped_storage(), 0, tuple(shape))
 
 
 @dataclass
@@ -83,7 +83,7 @@ def _alone() -> tuple[int, int] | None:
     """What `references` says where nobody else has one; None where it can't tell."""
     if _count is None:
         return None
-    made = torch.empty(1)
+    made = torch.empty(1, device="cpu")
     block = Block(made)
     held = block.references()
     del made
@@ -104,12 +104,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
     size = dtype.itemsize * math.prod(shape)
     on_cpu = device is None or device.type == "cpu"
     if size < LEAST or size > _blocks.limit or not on_cpu or _ALONE is None:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device or "cpu")
     with _blocks.lock:
         block = _blocks.take(size)
         if block is not None:
             return block.tensor(shape, dtype)
-        made = torch.empty(shape, dtype=dtype)
+        made = torch.empty(shape, dtype=dtype, device="cpu")
         _blocks.add(Block(made))
         return made
 

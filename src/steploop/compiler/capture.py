@@ -37,12 +37,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
 
-from ..errors import StepError, SteploopError
+from ..errors import StepError, SteploopError, describe
 from .forget import forget_dispatch, forget_shapes, forget_with
 from .graph import Size, StepGraph, expression
 from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .program import Program
-from .refusals import is_user_file, refusal
+from .refusals import is_user_file, refusal, refused_call
+from .trial import refused_dtypes
 
 BATCH_HINT = 1031  # a prime that no feature size is likely to have
 
@@ -184,7 +185,6 @@ class _Tracer:
         self.shape_of_result: dict[str, Any] = {}
 
     def run(self) -> Trace:
-        leaves = self._fakes()
         lines = _Lines()
         function = self._forward if self.wanted is None else self._joint
         self.lines = lines
@@ -194,6 +194,7 @@ class _Tracer:
                 return function(*arguments)
 
         try:
+            leaves = self._fakes()
             # (lazy: nobody runs the traced module, so torch need not compile it, nor keep its source)
             with enable_python_dispatcher(), self.mode, _use_lazy_graph_module(True):
                 functional = dispatch_functionalize(traced, FunctionalTensorMode())
@@ -201,7 +202,7 @@ class _Tracer:
         except SteploopError:
             raise
         except Exception as error:
-            refused = lines.refused or refusal(error)
+            refused = lines.refused or refusal(error, lines.failed)
             if refused is None:
                 raise
             raise refused from error
@@ -321,11 +322,21 @@ class _Tracer:
             nexts=results[self.shape_of_result["outputs"] :][:s],
         )  # fmt: skip
         self._name(step)
+        self._try_dtypes(step)
         if self.wanted is not None:
             self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured)
         guards = [g.expr for g in self.env.guards]
         numbers = [(n.target, _numbers(n)) for n in graph.nodes if n.op == "call_function"]
         return Trace(step, captured.tensors, _condition(guards, self.symbols), self.out_spec, numbers)
+
+    def _try_dtypes(self, step: StepGraph) -> None:
+        sizes = {str(symbol): 2 if symbol == step.batch else int(self.env.backed_var_to_val[symbol])
+                 for symbol in self.symbols}  # fmt: skip
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            found = refused_dtypes(step, sizes)
+        if found is not None:
+            node, text = found
+            raise refused_call(node, text)
 
     def _name(self, step: StepGraph) -> None:
         """Gives inputs the names that the user knows them by, so that printed code can be read."""
@@ -491,11 +502,14 @@ class _Lines(TorchFunctionMode):
     the call that made it, and tags the nodes that are traced while it runs.
     """
 
+    belongs_to_a_trace = True
+
     def __init__(self) -> None:
         super().__init__()
         self._tail: fx.Node | None = None
         self._line = ""
         self.refused: StepError | None = None
+        self.failed = ""  # the call that torch could not do
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line = _user_line()
@@ -505,7 +519,11 @@ class _Lines(TorchFunctionMode):
             raise self.refused
         self._tag(self._line)
         function = _TRACED_AS.get(function, function)
-        result = function(*args, **(kwargs or {}))
+        try:
+            result = function(*args, **(kwargs or {}))
+        except Exception:
+            self.failed = self.failed or _called(function, args, kwargs or {})
+            raise
         self._tag(line)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
@@ -546,6 +564,16 @@ class _Lines(TorchFunctionMode):
     def settle(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
             node.meta.setdefault("line", self._line)
+
+
+def _called(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """A torch call as messages show it: 'mm((2, 4) float32, (5, 4) float32)'."""
+    try:
+        flat = [a for arg in (*args, *kwargs.values()) for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        tensors = ", ".join(describe(a) for a in flat if isinstance(a, Tensor))
+        return f"{getattr(function, '__name__', 'a call')}({tensors})" if tensors else ""
+    except Exception:
+        return ""  # an argument that can't even be described
 
 
 def _unchecked(name: str) -> Callable[..., Tensor]:

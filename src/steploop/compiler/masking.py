@@ -21,7 +21,7 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
     device = call.initial[0].device if call.initial else call.xs[0].device
     valid = valid_steps(call.steps, call.batch, call.lengths, call.mask)
     if valid is None:
-        valid = torch.ones(call.steps, call.batch, dtype=torch.bool)
+        valid = torch.ones(call.steps, call.batch, dtype=torch.bool, device="cpu")
     valid = valid.to(device)
     resets = torch.zeros_like(valid) if call.resets is None else call.resets.to(device)
     source = _nearest(valid, call.reverse)

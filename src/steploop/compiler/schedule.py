@@ -179,7 +179,7 @@ def valid_steps(time: int, batch: int, lengths: Tensor | None, mask: Tensor | No
     """(T, B) bool on the CPU, or None when every step is valid."""
     valid = None
     if lengths is not None:
-        valid = torch.arange(time)[:, None] < lengths.cpu()[None, :]
+        valid = torch.arange(time, device="cpu")[:, None] < lengths.cpu()[None, :]
     if mask is not None:
         valid = mask.cpu() if valid is None else valid & mask.cpu()
     return valid

@@ -17,12 +17,14 @@ from ..errors import BuildError
 from . import captures
 from .batch import OncePiece
 from .captures import Capture
+from .dependencies import function_modes
 from .graph import Rows
 from .lower import copied, lower_forward, mixing_reasons
 from .partition import Loop
 from .program import Call, Program
 
 _version = attrgetter("_version")
+_STRIDED = torch.strided
 
 
 class StreamStep:
@@ -51,7 +53,9 @@ class StreamStep:
         if torch.is_grad_enabled() or quick_settings() != self.settings or not self.dependencies.unchanged():
             return None
         for x, (shape, dtype) in zip(xs, self.types):
-            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu:
+            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype:
+                return None
+            if not x.is_cpu or x.layout is not _STRIDED:
                 return None
         return self._run(xs, states)
 
@@ -62,7 +66,7 @@ class StreamStep:
 def quick_settings() -> tuple[Any, ...]:
     """What `dependencies.ambient` tells, on the CPU and without autocast, for which no StreamStep is made."""
     autocast = torch.is_autocast_enabled("cpu")
-    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), function_modes()
 
 
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:

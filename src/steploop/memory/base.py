@@ -104,7 +104,7 @@ class _Whole:
             lengths = self.valid.sum(0)
             self.order = _to_front(self.valid, call.reverse, int(lengths.max()) if lengths.numel() else 1)
         elif call.reverse:
-            self.order = torch.arange(call.steps - 1, -1, -1)[:, None].expand(call.steps, call.batch)
+            self.order = torch.arange(call.steps - 1, -1, -1, device="cpu")[:, None].expand(call.steps, call.batch)
         self.order = None if self.order is None else self.order.to(self.device)
         self.lengths = None if lengths is None else lengths.to(self.device)
         self.valid = None if self.valid is None else self.valid.to(self.device)
