@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from spans import cut_time
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,3 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """STEPLOOP_TEST_SPANS=3 in the environment: every run is cut into spans of so many steps, as long ones are."""
+    steps = os.environ.get("STEPLOOP_TEST_SPANS")
+    if steps:
+        cut_time(monkeypatch, int(steps))

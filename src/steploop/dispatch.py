@@ -22,6 +22,7 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     if backend == "reference":
         return reference.run(program, call)
     _no_transforms((*call.xs, *call.constants, *call.initial), program)
+    _no_jit_tracing()
     kinds.check(program, call)
     whole = getattr(program.root, "run_whole", None)
     if whole is not None and (result := whole(program, call)) is not None:
@@ -78,6 +79,19 @@ def checked_save(save: str) -> str:
             )
         )
     return save
+
+
+def _no_jit_tracing() -> None:
+    if torch._C._get_tracing_state() is not None:
+        raise UnsupportedError(
+            message(
+                "A loop was called under torch.jit.trace (as TensorBoard's add_graph and the old ONNX export do), which "
+                "would not see what compiled loops do.",
+                expected="torch.export.export, which takes a loop as one operation for all T and B",
+                fix='backend="reference" can be traced, for the T and B of the example alone: '
+                'sl.Loop(step, backend="reference"), or loop.backend = "reference" for the time of the trace',
+            )
+        )
 
 
 def _no_transforms(tensors: Iterable[Tensor], program: Program) -> None:

@@ -95,6 +95,8 @@ def _unflatten_states(values: Any, context: Any) -> States:
     return States(zip(names, tensors, strict=False), dict(zip(own, tensors[len(names) :], strict=True)))
 
 
+torch.serialization.add_safe_globals([States])  # torch.load(weights_only=True) makes it of a dict of tensors
+
 pytree.register_pytree_node(
     States, _flatten_states, _unflatten_states, serialized_type_name="steploop.States"
 )

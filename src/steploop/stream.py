@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import dispatch, sizing
 from .arguments import Arguments, check_on_masked, take_apart
@@ -21,6 +22,11 @@ from .tree import unflatten
 
 if TYPE_CHECKING:
     from .loop import Loop
+
+
+@_disable_dynamo
+def _outside_dynamo(stream: Stream, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+    return stream(*xs, **arguments)
 
 
 _FIRST_ROOM = 16  # entries for which a stream's histories have room at first
@@ -81,7 +87,10 @@ class Stream:
 
         named: what the step takes by keyword but has a slice per step (Masked's `where`).
         """
-        if self._fast is not None and mask is None and resets is None and not named and len(xs) == self._count:
+        if torch.compiler.is_dynamo_compiling():
+            return _outside_dynamo(self, xs, {"mask": mask, "resets": resets, **named})
+        short = self._fast is not None and mask is None and resets is None
+        if short and not named and len(xs) == self._count and torch._C._get_tracing_state() is None:
             done = self._fast(xs, self._values)
             if done is not None:
                 outputs, self._values = done
@@ -119,6 +128,10 @@ class Stream:
         if self.on_masked == "repeat":
             outputs = self._last = self._repeated(outputs, mask)
         return unflatten(outputs, result.out_spec if result.out_spec is not None else self._program.out_spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a stream was given and where it stands; what makes it fast is made again."""
+        return {**vars(self), "_fast": None, "_program": None, "_structure": None, "_arguments": None, "_count": -1}
 
     def _prepare(self, xs: tuple[Any, ...], call: Call) -> None:
         """From the next step on, take the short way where there is one."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -38,11 +38,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..errors import StepError, SteploopError, describe
+from .distributions import without_checks
 from .forget import forget_dispatch, forget_shapes, forget_with
 from .graph import Size, StepGraph, expression
 from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .program import Program
-from .refusals import is_user_file, refusal, refused_call
+from .refusals import is_user_file, own_operations, refusal, refused_call
+from .traced_as import TRACED_AS
 from .trial import refused_dtypes
 
 BATCH_HINT = 1031  # a prime that no feature size is likely to have
@@ -118,7 +120,10 @@ def _trace(program: Program, signature: Signature, symbolic: bool, wanted: list[
     # is: a step may use torch.func inside itself.
     _inner.append([])
     try:
-        with _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks():
+        with (
+            _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks(), without_checks(),
+            _no_anomalies(), _nothing_compiled(), _nothing_checkpointed(),
+        ):  # fmt: skip
             trace = _Tracer(program, signature, symbolic, wanted).run()
         trace.keep_alive.extend(_inner[-1])
     finally:
@@ -161,6 +166,39 @@ def _no_saved_tensors_hooks() -> Iterator[None]:
 
 
 @contextmanager
+def _no_anomalies() -> Iterator[None]:
+    """Anomaly detection looks at the values of gradients. Those of the whole loop it sees all the same."""
+    enabled, check_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    torch.set_anomaly_enabled(False, False)
+    try:
+        yield
+    finally:
+        torch.set_anomaly_enabled(enabled, check_nan)
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """What a step has compiled with torch.compile runs as it was written: it is compiled with the rest of the step."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
+
+
+@contextmanager
+def _nothing_checkpointed() -> Iterator[None]:
+    """What a step checkpoints (in the reentrant way, which has a backward pass of its own) is run as it stands: what is
+    kept for the backward is decided for the whole step."""
+    function = torch.utils.checkpoint.CheckpointFunction
+    function.apply = lambda run, _preserve, *args: run(*args)
+    try:
+        yield
+    finally:
+        del function.apply
+
+
+@contextmanager
 def _no_autocast_cache() -> Iterator[None]:
     """Autocast keeps casts of weights: a trace may neither read real ones from there nor leave fake ones."""
     enabled = torch.is_autocast_cache_enabled()
@@ -185,9 +223,8 @@ class _Tracer:
         self.shape_of_result: dict[str, Any] = {}
 
     def run(self) -> Trace:
-        lines = _Lines()
+        lines = self.lines = _Lines()
         function = self._forward if self.wanted is None else self._joint
-        self.lines = lines
 
         def traced(*arguments: Tensor) -> list[Tensor]:
             with lines:
@@ -374,7 +411,7 @@ def _own(value: Tensor) -> Tensor:
 
 def _result_shapes(tracer: _Tracer, leaves: list[Tensor]) -> list[Tensor]:
     """The results of one step on fake tensors: their shapes are those of the cotangents."""
-    with torch.no_grad(), enable_python_dispatcher():
+    with torch.no_grad(), enable_python_dispatcher(), tracer.lines:
         outputs, nexts = tracer._step([leaf.clone() for leaf in leaves])
     return [*outputs, *nexts]
 
@@ -390,16 +427,23 @@ def _condition(guards: list[Any], symbols: dict[sympy.Symbol, Any]) -> Callable[
 
 
 class _Captured:
-    """The real tensors of a traced module, each once, in the order they were met."""
+    """The real tensors of a traced module, each once, in the order they were met.
+
+    objects: what else it refers to, by name: random generators, packed weights of quantised layers.
+    """
 
     def __init__(self, module: fx.GraphModule):
         self.tensors: list[Tensor] = []
         self.index: dict[str, int] = {}
+        self.objects: dict[str, Any] = {}
         numbers: dict[int, int] = {}
         for node in module.graph.nodes:
             if node.op != "get_attr" or node.target in self.index:
                 continue
             tensor = operator.attrgetter(node.target)(module)
+            if not isinstance(tensor, Tensor):
+                self.objects[node.target] = tensor
+                continue
             if isinstance(tensor, FakeTensor):
                 tensor = tensor.constant if tensor.constant is not None else tensor
             if id(tensor) not in numbers:
@@ -438,7 +482,9 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
 
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.op == "get_attr":
+        if node.op == "get_attr" and node.target in captured.objects:
+            made[node] = captured.objects[node.target]
+        elif node.op == "get_attr":
             made[node] = real[captured.index[node.target]]
             made[node].meta.setdefault("val", captured_value(captured, node, value))
             made[node].meta.setdefault("line", "")
@@ -517,8 +563,12 @@ class _Lines(TorchFunctionMode):
             # Kept as well: for `x += 1` Python takes a TypeError to mean that it should try x = x + 1.
             self.refused = self.refused or changes_in_place(line)
             raise self.refused
+        odd = next((a for a in (*args, *(kwargs or {}).values()) if _is_of_a_user(a)), None)
+        if odd is not None:
+            self.refused = self.refused or own_operations(type(odd), line)
+            raise self.refused
         self._tag(self._line)
-        function = _TRACED_AS.get(function, function)
+        function = TRACED_AS.get(function, function)
         try:
             result = function(*args, **(kwargs or {}))
         except Exception:
@@ -566,6 +616,11 @@ class _Lines(TorchFunctionMode):
             node.meta.setdefault("line", self._line)
 
 
+def _is_of_a_user(value: Any) -> bool:
+    """Whether a tensor is of a subclass of the user's, which no tracer of torch takes."""
+    return isinstance(value, Tensor) and not type(value).__module__.startswith("torch.")
+
+
 def _called(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     """A torch call as messages show it: 'mm((2, 4) float32, (5, 4) float32)'."""
     try:
@@ -574,24 +629,3 @@ def _called(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
         return f"{getattr(function, '__name__', 'a call')}({tensors})" if tensors else ""
     except Exception:
         return ""  # an argument that can't even be described
-
-
-def _unchecked(name: str) -> Callable[..., Tensor]:
-    function = getattr(torch.linalg, name)
-    return lambda *args, **kwargs: function(*args, **kwargs)[0]
-
-
-def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """What torch does with values; in a trace it compares with `arange` instead, and no class is out of range."""
-    if num_classes <= 0 or tensor.dtype != torch.int64:
-        return F.one_hot(tensor, num_classes)
-    return tensor.new_zeros((*tensor.shape, num_classes)).scatter(-1, tensor.unsqueeze(-1), 1)
-
-
-# LAPACK's check for singular matrices reads values, which a trace has not: without it they give inf and nan.
-_TRACED_AS: dict[Any, Callable[..., Tensor]] = {
-    torch.linalg.solve: _unchecked("solve_ex"), torch.linalg.inv: _unchecked("inv_ex"),
-    torch.inverse: _unchecked("inv_ex"), Tensor.inverse: _unchecked("inv_ex"),
-    torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
-    Tensor.cholesky: _unchecked("cholesky_ex"), F.one_hot: _one_hot,
-}  # fmt: skip

@@ -213,7 +213,8 @@ class Dependencies:
                 'backend="reference" runs it as it stands.'
             )
         if isinstance(value, nn.Module):
-            return self._module(value, path)
+            compiled = type(value).__module__ == "torch._dynamo.eval_frame"
+            return self._walk(value._orig_mod, path) if compiled else self._module(value, path)
         if isinstance(value, dict):
             return self._dict(value, path)
         if isinstance(value, list):

@@ -66,6 +66,19 @@ def _not_possible(error: Exception, where: str, line: str, called: str) -> StepE
     return _of_both(builtin)(_cannot(f"{where.strip(' ()')}: {line}\n  {text}", called or type(error).__name__))
 
 
+def own_operations(kind: type, line: str) -> StepError:
+    """For a tensor of a subclass that the step closes over."""
+    return StepError(
+        message(
+            f"{line}: the step computes with a {kind.__name__}, a subclass of Tensor, which can't be captured.",
+            expected="torch.Tensor or nn.Parameter",
+            found=f"{kind.__module__}.{kind.__qualname__}",
+            at="",
+            fix=f"keep its plain tensor: t.as_subclass(torch.Tensor), or what holds its numbers. {_REFERENCE}",
+        )
+    )
+
+
 def refused_call(node: fx.Node, text: str) -> StepError:
     """The same for a call of a captured step that torch refuses for its dtypes."""
     tensors = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -101,9 +114,8 @@ def _uses_value(where: str, line: str) -> StepError:
     return StepError(
         f"the step uses the value of a tensor in Python{where}:\n    {line}\n"
         "A step is captured once for all steps and rows, so it can't branch on, print or convert what a tensor "
-        "holds. Write torch.where(condition, a, b) instead of `if`, keep counts in an sl.State instead of "
-        ".item(), index with i.view(1) (index_select, index_copy) where i is a tensor without axes, and use "
-        "sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. " + _REFERENCE
+        "holds. Write torch.where(condition, a, b) instead of `if` and of x[mask], keep counts in an sl.State instead "
+        "of .item(), and use sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. " + _REFERENCE
     )
 
 

@@ -157,11 +157,15 @@ class _Native:
         outputs = [loop.kept.index(n) for n in plan.step.outputs]
         runner = plan.executable.runners[loop]
         self.watched = [*step.captured(), *call.constants]
+        # Changes of tensors made in inference mode are not counted: they are laid out anew at every step.
+        self.uncounted = any(t.is_inference() for t in self.watched)
         self.versions = self._current()
         self.stepper = Stepper(runner, self._constants(), xs, states, outputs, step.batch, step.sizes)
         self.run = self.stepper.run
 
     def _current(self) -> list[int]:
+        if self.uncounted:
+            return []
         return [*map(Tensor.data_ptr, self.watched), *map(_version, self.watched)]
 
     def _constants(self) -> list[Tensor | None]:
@@ -174,7 +178,7 @@ class _Native:
 
     def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         current = self._current()
-        if current != self.versions:
+        if self.uncounted or current != self.versions:
             self.stepper.set_constants(self._constants())
             self.versions = current
         return self.run(xs, states)

@@ -37,7 +37,7 @@ def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
 
 def _elsewhere(loop: LoopProgram) -> list[tuple[str, str]]:
     """Native code takes the addresses of tensors: they must be those of this machine's memory."""
-    for node in loop.graph.nodes:
+    for node in loop.calls:
         value = node.meta.get("val")
         for tensor in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
