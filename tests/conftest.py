@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import devices
 import pytest
 import torch
+from spans import cut_time
 
 import steploop as sl
 
@@ -59,3 +61,11 @@ def pytest_runtest_call(item: pytest.Item):
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """STEPLOOP_TEST_SPANS=3 in the environment: every run is cut into spans of so many steps, as long ones are."""
+    steps = os.environ.get("STEPLOOP_TEST_SPANS")
+    if steps:
+        cut_time(monkeypatch, int(steps))

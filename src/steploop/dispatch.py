@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import kinds
 from .backends import BACKENDS, reference
 from .compiler.program import Call, Program, Result
-from .errors import InputError, UnsupportedError, describe, message
+from .errors import InputError, SteploopError, UnsupportedError, describe, message
 
 SAVE = ("auto", "states", "all")
 
@@ -21,6 +22,8 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     if backend == "reference":
         return reference.run(program, call)
     _no_transforms()
+    _no_jit_tracing()
+    kinds.check(program, call)
     whole = getattr(program.root, "run_whole", None)
     if whole is not None:
         _no_tangents((*call.xs, *call.constants, *call.initial, *program.root.parameters()))
@@ -28,6 +31,11 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
             return result  # a remembering operation on its own: its whole-sequence form, no loop at all
     from .compiler import pipeline  # half a second of torch's tracing machinery: only when it is needed
 
+    try:
+        return pipeline.run(program, call, backend=backend, save=save)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, SteploopError) or not kinds.run_lazy(error, program, call):
+            raise
     return pipeline.run(program, call, backend=backend, save=save)
 
 
@@ -83,6 +91,19 @@ def checked_save(save: str) -> str:
             )
         )
     return save
+
+
+def _no_jit_tracing() -> None:
+    if torch._C._get_tracing_state() is not None:
+        raise UnsupportedError(
+            message(
+                "A loop was called under torch.jit.trace (as TensorBoard's add_graph and the old ONNX export do), "
+                "which would not see what compiled loops do.",
+                expected="torch.export.export, which takes a loop as one operation for all T and B",
+                fix='backend="reference" can be traced, for the T and B of the example alone: '
+                'sl.Loop(step, backend="reference"), or loop.backend = "reference" for the time of the trace',
+            )
+        )
 
 
 def _no_transforms() -> None:

@@ -149,6 +149,16 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def without_memory(tensor: torch.Tensor, name: str = "A tensor that a loop reads") -> str:
+    """The message for a tensor whose storage was emptied."""
+    return message(
+        f"{name}, {describe(tensor)}, has no memory.",
+        expected="tensors that hold their numbers",
+        found="a storage of 0 bytes (sharded or off-loaded parameters have one until they are gathered)",
+        fix="gather the parameters before the loop is called",
+    )
+
+
 def describe_type(shape: Any, dtype: torch.dtype) -> str:
     """'(4, 8) float32'."""
     inside = ", ".join(str(n) for n in shape)

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .errors import InputError, describe, message
+from .errors import InputError, UnsupportedError, describe, message
+from .kinds import refuse_layout
 from .step import Unbatched
 from .tree import Structure, flatten, flatten_arguments
 
@@ -22,6 +23,9 @@ def sequences(xs: tuple[Any, ...]) -> tuple[list[Tensor], Structure]:
     """The positional arguments' tensors. InputError for an array, or a PackedSequence in a pytree."""
     tensors, structure = flatten_arguments(xs)
     check_plain(structure, "a sequence")
+    for tensor in tensors:
+        if tensor.is_nested:
+            refuse_layout(tensor, "x")
     if len(tensors) > len(xs):
         _no_nested_packed(xs)
     return tensors, structure
@@ -32,6 +36,14 @@ def check_plain(structure: Structure, what: str) -> None:
     if structure.count == len(structure.leaves):
         return
     for leaf in structure.leaves:
+        if isinstance(leaf, torch.fx.Proxy):
+            raise UnsupportedError(
+                message(
+                    "A loop was called under torch.fx.symbolic_trace, which gives it proxies in place of tensors.",
+                    expected="torch.export.export, which takes a loop as one operation",
+                    fix="or a tracer of your own whose is_leaf_module is true for sl.Loop",
+                )
+            )
         if hasattr(leaf, "__array__") and not isinstance(leaf, (Tensor, bool, int, float)):
             raise InputError(
                 message(
@@ -205,7 +217,7 @@ def checked_mask(mask: Any, name: str, steps: Any, batch: Any, batch_first: bool
 
 def _as_tensor(values: Any, name: str) -> Tensor:
     try:
-        return torch.as_tensor(values)
+        return torch.as_tensor(values, device=None if isinstance(values, Tensor) else "cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             message(f"`{name}` is not a tensor.", expected="a tensor", found=describe(values), fix=str(error))

@@ -36,6 +36,11 @@ def _outside_dynamo(loop: Loop, xs: tuple[Any, ...], arguments: dict[str, Any]) 
     return loop._run(xs, arguments)
 
 
+@_disable_dynamo
+def _stream_outside_dynamo(loop: Loop, *arguments: Any) -> Stream:
+    return Stream(loop, *arguments)
+
+
 class Loop(nn.Module):
     """A Step over whole sequences; an nn.Module whose parameters are the Step's, under "step.".
 
@@ -138,6 +143,8 @@ class Loop(nn.Module):
         **constants: Any,
     ) -> Stream:
         """One step at a time: `s = loop.stream(8)`, then `y = s(x)` with x (8, ...). See `sl.Stream`."""
+        if torch.compiler.is_dynamo_compiling():
+            return _stream_outside_dynamo(self, batch_size, state, on_masked, constants)
         return Stream(self, batch_size, state, on_masked, constants)
 
     def prepare(

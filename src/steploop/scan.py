@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import dispatch, torchscript
 from .compiler.program import Call, Program, Result, StepOutput
@@ -47,13 +49,21 @@ def scan(
     Raises CarryError where the carry changes shape, dtype or structure; InputError; UnsupportedError.
     Contract: https://docs.jax.dev/en/latest/_autosummary/jax.lax.scan.html
     """
+    options = dict(length=length, reverse=reverse, lengths=lengths, mask=mask, resets=resets)
+    if torch.compiler.is_dynamo_compiling():
+        return _outside_dynamo(fn, init, xs, backend, options)
+    return _scan(fn, init, xs, backend, options)
+
+
+def _scan(fn: Any, init: Any, xs: Any, backend: str, options: dict[str, Any]) -> tuple[Any, Any]:
     dispatch.checked_backend(backend)
     torchscript.refuse()
-    prepared = prepare_scan(
-        fn, init, xs, length=length, reverse=reverse, lengths=lengths, mask=mask, resets=resets
-    )
+    prepared = prepare_scan(fn, init, xs, **options)
     with explained(fn, init, xs):
         return prepared.finish(dispatch.run(prepared.program, prepared.call, backend))
+
+
+_outside_dynamo = _disable_dynamo(_scan)  # a scan is compiled already; its capture is none of dynamo's business
 
 
 def plan(what: Any, *arguments: Any, **options: Any) -> Any:

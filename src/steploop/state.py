@@ -45,6 +45,12 @@ class State(nn.Module):
     Raises StateError with what was expected, what was found and the line.
     """
 
+    # torch.jit reads all other attributes of a module; these have no value outside a running loop.
+    __jit_ignored_attributes__ = __jit_unused_properties__ = ("prev", "next", "latest")
+
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name not in self.__jit_ignored_attributes__]
+
     def __init__(
         self,
         *shape: int,
@@ -73,8 +79,8 @@ class State(nn.Module):
             raise StateError(_bad_init(describe(init)))
 
     def _unsized_init(self, init: Any) -> None:
-        if init is None or isinstance(init, str):
-            raise StateError(_bad_init(describe(init)))
+        if not (isinstance(init, (bool, int, float, complex, Tensor)) or callable(init)):
+            raise StateError(_bad_unsized_init(init))
         if isinstance(init, Tensor) and not isinstance(init, nn.Parameter):
             self.register_buffer("init", init, persistent=False)
         else:
@@ -329,6 +335,17 @@ def _bad_init(found: str) -> str:
         expected='a number, a tensor of the State\'s shape, "learned", or None (begin sets it)',
         found=found,
         fix='sl.State(64, init="learned")',
+    )
+
+
+def _bad_unsized_init(init: Any) -> str:
+    learned = isinstance(init, str) and init == "learned"
+    return message(
+        "The `init` of a State whose shape the first step tells is not one of the known kinds.",
+        expected="a number, a tensor or Parameter that broadcasts to one row's value, or a function (shape, dtype, "
+        "device) -> tensor",
+        found=describe(init) + (": nothing tells the shape of a Parameter yet" if learned else ""),
+        fix="init=nn.Parameter(torch.zeros(size))  is a learned one" if learned else "init=0.0",
     )
 
 

@@ -95,6 +95,9 @@ def _unflatten_states(values: Any, context: Any) -> States:
     return States(zip(names, tensors, strict=False), dict(zip(own, tensors[len(names) :], strict=True)))
 
 
+torch.serialization.add_safe_globals([States])  # torch.load(weights_only=True) makes it of a dict of tensors
+
+
 def _names_from(dumped: list[list[str]]) -> Any:
     names, own = dumped
     return list(names), list(own)

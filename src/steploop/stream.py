@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import dispatch, sizing, torchscript
 from .arguments import Arguments, check_on_masked, take_apart
@@ -22,6 +23,11 @@ from .tree import unflatten
 
 if TYPE_CHECKING:
     from .loop import Loop
+
+
+@_disable_dynamo
+def _outside_dynamo(stream: Stream, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+    return stream(*xs, **arguments)
 
 
 _FIRST_ROOM = 16  # entries for which a stream's histories have room at first
@@ -82,7 +88,10 @@ class Stream:
 
         named: what the step takes by keyword but has a slice per step (Masked's `where`).
         """
-        if self._fast is not None and mask is None and resets is None and not named and len(xs) == self._count:
+        if torch.compiler.is_dynamo_compiling():
+            return _outside_dynamo(self, xs, {"mask": mask, "resets": resets, **named})
+        short = self._fast is not None and mask is None and resets is None
+        if short and not named and len(xs) == self._count and torch._C._get_tracing_state() is None:
             done = self._fast(xs, self._values)
             if done is not None:
                 outputs, self._values = done
@@ -132,6 +141,10 @@ class Stream:
             outputs = self._last = self._repeated(outputs, mask)
         return unflatten(outputs, result.out_spec if result.out_spec is not None else self._program.out_spec)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a stream was given and where it stands; what makes it fast is made again."""
+        return {**vars(self), "_fast": None, "_program": None, "_structure": None, "_arguments": None, "_count": -1}
+
     def _prepare(self, xs: tuple[Any, ...], call: Call) -> None:
         """From the next step on, take the short way where there is one."""
         plain = all(isinstance(x, Tensor) for x in xs) and type(self.loop.step).sequences_of is Step.sequences_of
@@ -163,6 +176,8 @@ class Stream:
         if isinstance(state, dict):
             state = self._with_room(state)
         self._values = given_states(state, self._tree.names, self._own, self.batch_size)
+        if any(type(v) is not Tensor or not v.is_cpu or v.layout is not torch.strided for v in self._values):
+            self._fast = None  # it takes what it is given without another look
         self._taken = sizing.used(self._tree.states, self._values)
 
     def _start(self, xs: list[Tensor]) -> None:
@@ -228,7 +243,7 @@ class Stream:
         self._structure = structure
 
     def _flags(self, flags: Any, name: str) -> Tensor:
-        flags = flags if isinstance(flags, Tensor) else torch.as_tensor(flags)
+        flags = flags if isinstance(flags, Tensor) else torch.as_tensor(flags, device="cpu")
         if flags.dim() != 1:
             raise InputError(
                 message(

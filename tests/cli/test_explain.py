@@ -73,7 +73,8 @@ def test_a_file_with_an_example(steploop, file, name):
 
 def test_an_example_with_constants(steploop, file):
     more = EXAMPLE.replace("torch.randn(5, 4, 2)", "torch.randn(5, 4, 2), {'scale': torch.rand(4, 1)}")
-    takes_scale = MODULE.replace("def step(self, x):\n        h = 0.9", "def step(self, x, *, scale):\n        h = scale")
+    scaled = "def step(self, x, *, scale):\n        h = scale"
+    takes_scale = MODULE.replace("def step(self, x):\n        h = 0.9", scaled)
     file.write_text(takes_scale + more)
     ran = steploop("explain", file)
     assert ran.code == 0, ran.err

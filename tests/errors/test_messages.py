@@ -137,6 +137,17 @@ def test_no_initial_value_at_all():
         loop_of(lambda self, x: x, h=sl.State(init=None))(XS)
 
 
+def test_an_init_of_a_state_whose_shape_the_first_step_tells():
+    for wrong, found in (("learned", "nothing tells the shape"), (None, "None"), ([0.0], "a list")):
+        with pytest.raises(sl.StateError) as caught:
+            sl.memory.Delay(1, init=wrong)
+        expected = str(caught.value).split("expected:")[1].splitlines()[0]
+        assert "learned" not in expected and found in str(caught.value)
+    start = nn.Parameter(torch.ones(3))
+    outputs, _ = sl.memory.Delay(2, init=start)(XS)
+    assert torch.equal(outputs[0], torch.ones(2, 3)) and outputs.requires_grad
+
+
 def test_resets_without_an_own_initial_value():
     loop = loop_of(lambda self, x: x, h=sl.State(init=None))
     loop(XS, state={"h": torch.zeros(2)})

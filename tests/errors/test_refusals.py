@@ -302,23 +302,3 @@ def test_a_torchscript_module_inside_the_step(training):
 
     with pytest.raises(sl.StepError, match="TorchScript"), torch.set_grad_enabled(training):
         sl.Loop(Scripted(), backend="eager")(XS)
-
-
-def test_random_with_bounds():
-    def step(h, x):
-        h = h + x * torch.zeros_like(h).random_(0, 3)
-        return h, h
-
-    with pytest.raises(sl.StepError, match="write torch.randint"):
-        sl.scan(step, torch.zeros(2, 3), torch.zeros(4, 2, 3))
-
-
-def test_an_index_without_axes():
-    def step(carry, x):
-        buffer, place = carry
-        buffer = buffer.clone()
-        buffer[:, place] = x
-        return (buffer, (place + 1) % 3), buffer
-
-    with pytest.raises(sl.StepError, match=r"i.view\(1\)"):
-        sl.scan(step, (torch.zeros(2, 3), torch.zeros((), dtype=torch.int64)), torch.zeros(4, 2))

@@ -3,18 +3,16 @@
 import pytest
 import torch
 from compiled_backends import COMPILED
+from spans import cut_time
 
 import steploop as sl
-from steploop.compiler import execute
 
 STEPS, BATCH = 23, 4
 
 
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
-    for name in ("MEMORY_PER_SPAN", "MEMORY_PER_NATIVE_SPAN"):
-        monkeypatch.setattr(execute, name, 1)
-    monkeypatch.setattr(execute, "LEAST_STEPS", 3)
+    cut_time(monkeypatch, 3)
 
 
 class Delays(sl.Step):

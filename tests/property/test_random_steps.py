@@ -14,6 +14,7 @@ from agree import agree
 from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 from random_steps import Op, RandomStep, Recipe, recipes
+from spans import cut_time
 
 T_MAX, INPUT = 5, 3
 
@@ -40,14 +41,6 @@ def check(recipe, variants, monkeypatch):
             if call["spans"] is not None:
                 cut_time(patch, call["spans"])
             agree(step, *arguments(recipe, step, call)[0], **arguments(recipe, step, call)[1])
-
-
-def cut_time(patch, steps):
-    """Makes the executor run short spans of time, as it does where memory is short."""
-    from steploop.compiler import execute
-
-    patch.setattr(execute, "LEAST_STEPS", steps)
-    patch.setattr(execute, "MEMORY_PER_SPAN", 0)
 
 
 def arguments(recipe, step, call):

@@ -16,6 +16,7 @@ from cpu_loops import assert_same, make_case
 
 from steploop.backends import cpu
 from steploop.backends.cpu import build as building
+from steploop.backends.cpu import cache as keeping
 from steploop.errors import BuildError
 
 TEXT = 'extern "C" __attribute__((visibility("default"))) int answer() {{ return {}; }}\n'
@@ -28,6 +29,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("STEPLOOP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(building, "_loaded", {})
     building._trial.cache_clear()
+    keeping._warn_once.cache_clear()
     return tmp_path / "cache"
 
 
@@ -66,16 +68,70 @@ def test_kept_and_private(cache):
     assert not list(cache.glob(".build-*"))
 
 
-def test_damaged_library_is_built_anew(cache):
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "first page": lambda whole: whole[:4096],
+    "half": lambda whole: whole[: len(whole) // 2],
+    "one byte less": lambda whole: whole[:-1],
+    "one bit": lambda whole: whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:],
+    "no library": lambda whole: b"half a library",
+    "longer": lambda whole: whole + b"more",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_library_is_built_anew(cache, damage):
     text, wanted = fresh()
     building.build(text)
     (library,) = cache.glob("*.so")
-    replacement = cache / "replacement"
-    replacement.write_bytes(b"half a library")
-    os.replace(replacement, library)
-    building._loaded.clear()
-    assert building.build(text).answer() == wanted
-    assert ctypes.CDLL(str(library))
+    replace_file(library, DAMAGES[damage](library.read_bytes()))
+    assert answer_elsewhere(text) == wanted
+    assert ctypes.CDLL(str(library)) and keeping.is_whole(library)
+
+
+def test_another_library_is_built_anew(cache):
+    (text, wanted), (other, _) = fresh(), fresh()
+    building.build(text)
+    (library,) = cache.glob("*.so")
+    building.build(other)
+    (another,) = set(cache.glob("*.so")) - {library}
+    replace_file(library, another.read_bytes())
+    assert answer_elsewhere(text) == wanted
+
+
+@pytest.mark.parametrize("change", ["no hash", "binary hash", "link", "open to others"])
+def test_a_library_that_may_not_be_ours_is_built_anew(cache, tmp_path, change):
+    text, wanted = fresh()
+    building.build(text)
+    (library,) = cache.glob("*.so")
+    if change == "no hash":
+        library.with_suffix(".sha256").unlink()
+    elif change == "binary hash":
+        library.with_suffix(".sha256").write_bytes(b"\xff\xfe")
+    elif change == "link":
+        elsewhere = tmp_path / "elsewhere.so"
+        os.replace(library, elsewhere)
+        library.symlink_to(elsewhere)
+    else:
+        library.chmod(0o666)
+    before = library.lstat().st_ino
+    assert answer_elsewhere(text) == wanted
+    assert library.lstat().st_ino != before and keeping.is_whole(library)
+
+
+def replace_file(path, data: bytes) -> None:
+    """Another file of this name: the one that was there may be mapped into this process."""
+    replacement = path.with_name("replacement")
+    replacement.write_bytes(data)
+    os.replace(replacement, path)
+
+
+def answer_elsewhere(text: str) -> int:
+    """What a new process gets of a kernel."""
+    script = "import sys; from steploop.backends.cpu.build import build; print(build(sys.argv[1]).answer())"
+    done = subprocess.run([sys.executable, "-c", script, text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 def test_killed_build_leaves_nothing_that_is_loaded(cache, tmp_path, monkeypatch):
@@ -89,7 +145,19 @@ def test_killed_build_leaves_nothing_that_is_loaded(cache, tmp_path, monkeypatch
     )
     done = subprocess.run([sys.executable, "-c", script, text], env=os.environ)
     assert done.returncode == 9 and not list(cache.glob("*.so"))
+    assert len(list(cache.glob(".build-*"))) == 1
     assert building.build(text).answer() == wanted
+    assert not list(cache.glob(".build-*"))
+
+
+def test_a_build_under_way_is_left_alone(cache):
+    assert keeping.is_safe(cache)
+    with keeping.building_in(cache) as work:
+        building.build(fresh()[0])
+        assert work.exists()
+        os.utime(work, (0, 0))  # a folder of so long ago belongs to no build, whatever locks say
+        building.build(fresh()[0])
+        assert not work.exists()
 
 
 def test_two_processes_at_once(cache):
@@ -110,14 +178,49 @@ def test_folder_that_can_not_be_made(tmp_path, monkeypatch):
 def test_folder_of_somebody_else(cache, monkeypatch):
     cache.mkdir(mode=0o700)
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert not building._private(cache)
+    with pytest.warns(UserWarning, match="belongs to another user"):
+        assert not keeping.is_safe(cache)
 
 
-def test_folder_open_to_others_is_closed(cache):
-    cache.mkdir()
-    cache.chmod(0o777)
+def plant(cache, text: str, number: int):
+    """Puts a library with another answer, and a hash that fits it, where that of `text` is looked for."""
+    building.build(text)
+    (library,) = cache.glob("*.so")
+    building.build(TEXT.format(number))
+    (planted,) = set(cache.glob("*.so")) - {library}
+    replace_file(library, planted.read_bytes())
+    library.with_suffix(".sha256").write_bytes(planted.with_suffix(".sha256").read_bytes())
+    building._loaded.clear()
+    return library
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720, 0o702, 0o1777])
+def test_folder_open_to_others_is_not_used(cache, mode):
+    text, wanted = fresh()
+    library = plant(cache, text, 1000 + mode)
+    planted = library.read_bytes()
+    cache.chmod(mode)
+    with pytest.warns(UserWarning, match="others may write to it.*STEPLOOP_CACHE"):
+        assert building.build(text).answer() == wanted
+    assert stat.S_IMODE(cache.stat().st_mode) == mode and library.read_bytes() == planted
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert building.build(fresh()[0])
+
+
+def test_a_link_to_a_folder_is_followed_if_it_is_ours(cache, tmp_path, monkeypatch):
+    real = tmp_path / "real"
+    real.mkdir(mode=0o700)
+    cache.symlink_to(real)
     building.build(fresh()[0])
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert list(real.glob("*.so"))
+
+
+def test_no_folder_of_its_own_where_the_cache_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping.tempfile, "tempdir", str(tmp_path))
+    keeping._own_folder.cache_clear()
+    building.build(fresh()[0])
+    assert not list(tmp_path.glob("steploop-*"))
 
 
 def test_full_folder(cache, tmp_path, monkeypatch):

@@ -460,14 +460,22 @@ class StackedPiece:
             if rowwise.steps == 0:
                 outputs = [_empty_stack(n, sizes) for n in made]
             elif any(d == 0 for d in in_dims):
-                mapped = torch.func.vmap(lambda *a: function(sizes, a), in_dims, randomness="different")
-                outputs = mapped(*arguments)
+                outputs = _mapped(lambda *a: function(sizes, a), in_dims, arguments)
             else:  # random numbers from nothing
                 dummy = torch.empty(rowwise.steps, device="cpu")
-                mapped = torch.func.vmap(lambda _, *a: function(sizes, a), (0, *in_dims), randomness="different")
-                outputs = mapped(dummy, *arguments)
+                outputs = _mapped(lambda _, *a: function(sizes, a), (0, *in_dims), [dummy, *arguments])
             known.update(zip(made, outputs))
         return [known[n] for n in self.results]
+
+
+def _mapped(function: Callable[..., Any], in_dims: tuple[int | None, ...], arguments: Sequence[Tensor]) -> Any:
+    """vmap over the steps. Where torch has no rule for an operation, it runs the steps one by one, and would warn: the
+    caller can do nothing about it."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        return torch.func.vmap(function, in_dims, randomness="different")(*arguments)
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def _parts(node: fx.Node) -> Sequence[Any]:

@@ -104,7 +104,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
     size = dtype.itemsize * math.prod(shape)
     on_cpu = device is None or device.type == "cpu"
     if size < LEAST or size > _blocks.limit or not on_cpu or _ALONE is None:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device or "cpu")
     with _blocks.lock:
         block = _blocks.take(size)
         if block is not None:

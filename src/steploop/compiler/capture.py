@@ -22,11 +22,12 @@ from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -39,15 +40,19 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from ..errors import StepError, SteploopError
+from ..errors import StepError, SteploopError, describe
 from . import forward_mode
 from .dependencies import Number
+from .distributions import without_checks
+from .forget import forget_dispatch, forget_shapes, forget_with
 from .free_numbers import FUNCTIONS, FreeFloat, FreeNumber, NotFree, Symbols, has_symbols, is_float, lift
 from .graph import Size, StepGraph, expression
 from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .program import Program
 from .recorder import Recorder, tensors_read
-from .refusals import asks_for_gradient, is_user_file, refusal
+from .refusals import asks_for_gradient, is_user_file, own_operations, refusal, refused_call
+from .traced_as import TRACED_AS
+from .trial import refused_dtypes
 
 BATCH_HINT = 1031  # a prime that no feature size is likely to have
 
@@ -150,12 +155,16 @@ def _trace(
     # is: a step may use torch.func inside itself.
     _inner.append([])
     try:
-        off = forward_mode.switched_off()
-        with _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks(), off:
+        with (
+            _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks(), without_checks(),
+            _no_anomalies(), _nothing_compiled(), _nothing_checkpointed(), forward_mode.switched_off(),
+        ):  # fmt: skip
             trace = _Tracer(program, signature, symbolic, wanted, observed).run()
         trace.keep_alive.extend(_inner[-1])
     finally:
         _inner.pop()
+        forget_shapes()
+    forget_with(trace)
     return trace
 
 
@@ -197,6 +206,39 @@ def _no_saved_tensors_hooks() -> Iterator[None]:
 
 
 @contextmanager
+def _no_anomalies() -> Iterator[None]:
+    """Anomaly detection looks at the values of gradients. Those of the whole loop it sees all the same."""
+    enabled, check_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    torch.set_anomaly_enabled(False, False)
+    try:
+        yield
+    finally:
+        torch.set_anomaly_enabled(enabled, check_nan)
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """What a step has compiled with torch.compile runs as it was written: it is compiled with the rest of the step."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
+
+
+@contextmanager
+def _nothing_checkpointed() -> Iterator[None]:
+    """What a step checkpoints (in the reentrant way, which has a backward pass of its own) is run as it stands: what is
+    kept for the backward is decided for the whole step."""
+    function = torch.utils.checkpoint.CheckpointFunction
+    function.apply = lambda run, _preserve, *args: run(*args)
+    try:
+        yield
+    finally:
+        del function.apply
+
+
+@contextmanager
 def _no_autocast_cache() -> Iterator[None]:
     """Autocast keeps casts of weights: a trace may neither read real ones from there nor leave fake ones."""
     enabled = torch.is_autocast_cache_enabled()
@@ -226,10 +268,8 @@ class _Tracer:
         self.shape_of_result: dict[str, Any] = {}
 
     def run(self) -> Trace:
-        leaves = [*self._fakes(), *self.floats.symbols]
-        lines = _Lines(self.recorder)
+        lines = self.lines = _Lines(self.recorder)
         function = self._forward if self.wanted is None else self._joint
-        self.lines = lines
 
         def traced(*arguments: Any) -> list[Tensor]:
             count = len(arguments) - len(self.floats.symbols)
@@ -237,16 +277,20 @@ class _Tracer:
                 return function(*arguments[:count])
 
         try:
-            with enable_python_dispatcher(), self.mode:
+            leaves = self._fakes()
+            # (lazy: nobody runs the traced module, so torch need not compile it, nor keep its source)
+            with enable_python_dispatcher(), self.mode, _use_lazy_graph_module(True):
                 functional = dispatch_functionalize(traced, FunctionalTensorMode())
                 module = make_fx(functional, tracing_mode="real", _error_on_data_dependent_ops=True)(*leaves)
         except SteploopError:
             raise
         except Exception as error:
-            refused = lines.refused or refusal(error)
+            refused = lines.refused or refusal(error, lines.failed)
             if refused is None:
                 raise
             raise refused from error
+        finally:
+            forget_dispatch(self.mode)
         if lines.refused is not None:
             raise lines.refused
         lines.settle(module.graph)
@@ -380,6 +424,7 @@ class _Tracer:
         )  # fmt: skip
         self._name(step)
         step.captured.extend(made)
+        self._try_dtypes(step)
         if self.wanted is not None:
             self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured, len(made))
         paths = self.floats.paths
@@ -387,6 +432,15 @@ class _Tracer:
         sizes = conditions_of(self.env, set(self.symbols))
         tensors = [*captured.tensors, *numbers]
         return Trace(step, tensors, holds, self.out_spec, calls, conditions=sizes)
+
+    def _try_dtypes(self, step: StepGraph) -> None:
+        sizes = {str(symbol): 2 if symbol == step.batch else int(self.env.backed_var_to_val[symbol])
+                 for symbol in self.symbols}  # fmt: skip
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            found = refused_dtypes(step, sizes)
+        if found is not None:
+            node, text = found
+            raise refused_call(node, text)
 
     def _name(self, step: StepGraph) -> None:
         """Gives inputs the names that the user knows them by, so that printed code can be read."""
@@ -441,16 +495,23 @@ def condition(
 
 
 class _Captured:
-    """The real tensors of a traced module, each once, in the order they were met."""
+    """The real tensors of a traced module, each once, in the order they were met.
+
+    objects: what else it refers to, by name: random generators, packed weights of quantised layers.
+    """
 
     def __init__(self, module: fx.GraphModule):
         self.tensors: list[Tensor] = []
         self.index: dict[str, int] = {}
+        self.objects: dict[str, Any] = {}
         numbers: dict[int, int] = {}
         for node in module.graph.nodes:
             if node.op != "get_attr" or node.target in self.index:
                 continue
             tensor = operator.attrgetter(node.target)(module)
+            if not isinstance(tensor, Tensor):
+                self.objects[node.target] = tensor
+                continue
             if isinstance(tensor, FakeTensor):
                 tensor = tensor.constant if tensor.constant is not None else tensor
             if id(tensor) not in numbers:
@@ -491,7 +552,9 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
 
     for node in graph.nodes:
         value = node.meta.get("val")
-        if node.op == "get_attr":
+        if node.op == "get_attr" and node.target in captured.objects:
+            made[node] = captured.objects[node.target]
+        elif node.op == "get_attr":
             made[node] = real[captured.index[node.target]]
             made[node].meta.setdefault("val", captured_value(captured, node, value))
             made[node].meta.setdefault("line", "")
@@ -561,12 +624,15 @@ class _Lines(TorchFunctionMode):
     the call that made it, and tags the nodes that are traced while it runs.
     """
 
+    belongs_to_a_trace = True
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
         self._tail: fx.Node | None = None
         self._line = ""
         self.refused: StepError | None = None
+        self.failed = ""  # the call that torch could not do
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         line = _user_line()
@@ -575,12 +641,19 @@ class _Lines(TorchFunctionMode):
             # Kept as well: for `x += 1` Python takes a TypeError to mean that it should try x = x + 1.
             self.refused = self.refused or changes_in_place(line)
             raise self.refused
+        odd = next((a for a in (*args, *(kwargs or {}).values()) if _is_of_a_user(a)), None)
+        if odd is not None:
+            self.refused = self.refused or own_operations(type(odd), line)
+            raise self.refused
         self._tag(self._line)
-        function = _TRACED_AS.get(function, function)
+        function = TRACED_AS.get(function, function)
         self._recorder.pause()
         try:
             with _disable_current_modes() if self._reads_content(function, args) else nullcontext():
                 result = function(*args, **(kwargs or {}))
+        except Exception:
+            self.failed = self.failed or _called(function, args, kwargs or {})
+            raise
         finally:
             self._recorder.go_on()
         self._tag(line)
@@ -641,44 +714,16 @@ class _Lines(TorchFunctionMode):
             node.meta.setdefault("line", self._line)
 
 
-def _unchecked(name: str) -> Callable[..., Tensor]:
-    function = getattr(torch.linalg, name)
-    return lambda *args, **kwargs: function(*args, **kwargs)[0]
+def _is_of_a_user(value: Any) -> bool:
+    """Whether a tensor is of a subclass of the user's, which no tracer of torch takes."""
+    return isinstance(value, Tensor) and not type(value).__module__.startswith("torch.")
 
 
-def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """What torch does with values; in a trace it compares with `arange` instead, and no class is out of range."""
-    if num_classes <= 0 or tensor.dtype != torch.int64:
-        return F.one_hot(tensor, num_classes)
-    return tensor.new_zeros((*tensor.shape, num_classes)).scatter(-1, tensor.unsqueeze(-1), 1)
-
-
-def _lstm_cell(x: Tensor, hx: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Any:
-    """torch's own formula on the CPU. Elsewhere torch has one kernel for it, of which no part can leave the loop."""
-    if x.device.type == "cpu":
-        return torch.lstm_cell(x, hx, w_ih, w_hh, *biases)
-    b_ih, b_hh = biases or (None, None)
-    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(hx[0], w_hh, b_hh)).chunk(4, 1)
-    c = torch.sigmoid(f) * hx[1] + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def _gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Tensor:
-    """As `_lstm_cell`."""
-    if x.device.type == "cpu":
-        return torch.gru_cell(x, h, w_ih, w_hh, *biases)
-    b_ih, b_hh = biases or (None, None)
-    x_r, x_z, x_n = F.linear(x, w_ih, b_ih).chunk(3, 1)
-    h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, 1)
-    z, n = torch.sigmoid(x_z + h_z), torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
-    return n + z * (h - n)
-
-
-# LAPACK's check for singular matrices reads values, which a trace has not: without it they give inf and nan.
-_TRACED_AS: dict[Any, Callable[..., Tensor]] = {
-    torch.linalg.solve: _unchecked("solve_ex"), torch.linalg.inv: _unchecked("inv_ex"),
-    torch.inverse: _unchecked("inv_ex"), Tensor.inverse: _unchecked("inv_ex"),
-    torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
-    Tensor.cholesky: _unchecked("cholesky_ex"), F.one_hot: _one_hot, torch.lstm_cell: _lstm_cell,
-    torch.gru_cell: _gru_cell,
-}  # fmt: skip
+def _called(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """A torch call as messages show it: 'mm((2, 4) float32, (5, 4) float32)'."""
+    try:
+        flat = [a for arg in (*args, *kwargs.values()) for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        tensors = ", ".join(describe(a) for a in flat if isinstance(a, Tensor))
+        return f"{getattr(function, '__name__', 'a call')}({tensors})" if tensors else ""
+    except Exception:
+        return ""  # an argument that can't even be described

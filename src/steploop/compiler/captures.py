@@ -153,6 +153,9 @@ def _store(program: Program) -> dict[Hashable, list[Capture]]:
     root = program.root
     if isinstance(root, types.FunctionType):
         return _BY_ROOT.setdefault(root.__code__, {})
+    kept = getattr(root, "_kept", None)
+    if isinstance(kept, dict):
+        return kept.setdefault("captures", {})  # in the Step itself, so that they go when it goes
     if isinstance(root, nn.Module):
         return _BY_ROOT.setdefault(root, {})
     while len(_OTHERS) > 256:

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from ..errors import StepError
 from .guards import MISSING, Guards, contents
@@ -70,7 +71,7 @@ def ambient() -> Hashable:
         torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
         torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
         torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled(), function_modes(),
     )  # fmt: skip
 
 
@@ -89,6 +90,16 @@ class Number:
             self.hold.cell_contents = value
         else:
             self.hold[self.at] = value
+
+
+def function_modes() -> tuple[Any, ...]:
+    """The modes that change what torch's functions do, as torch.set_default_device is one; without the tracer's own."""
+    count = torch._C._len_torch_function_stack()
+    if not count:
+        return ()
+    modes = [torch._C._get_function_stack_at(i) for i in range(count)]
+    devices = [m.device if isinstance(m, DeviceContext) else m for m in modes]
+    return tuple(m for m in devices if not getattr(m, "belongs_to_a_trace", False))
 
 
 class Dependencies:
@@ -205,6 +216,8 @@ class Dependencies:
         )
 
     def _module(self, module: nn.Module, path: str) -> Hashable:
+        if type(module).__module__ == "torch._dynamo.eval_frame":
+            return self._walk(module._orig_mod, path)  # a compiled module: the trace runs what it was made of
         ignored = getattr(type(module), "_capture_ignores", frozenset())
         return ("module", *self._instance(module, path, ignored))
 

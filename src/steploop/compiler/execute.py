@@ -179,7 +179,7 @@ class Executable:
                     if dim != node.meta["rows"].dim:
                         size *= int(s) if not isinstance(s, torch.SymInt) else 1
                 inner = node.meta["rows"].inner
-                total += size * (inner if isinstance(inner, int) else 1)
+                total += size * node.meta["rows"].outer * (inner if isinstance(inner, int) else 1)
         return total
 
     def spans(self, schedule: Schedule, longest: int | None) -> list[Span]:
@@ -254,6 +254,11 @@ class _Runner:
         for part, node in zip(parts, self.problem.wanted):
             if node in self.outward:
                 continue
+            rows = node.meta["rows"]
+            if rows is not None and rows.outer != 1:
+                rows = rows.at(self.sizes)
+                rows.split(self.places[node]).narrow(rows.dim + 1, span.first, span.total).copy_(rows.split(part))
+                continue
             place = self._place(node, span)
             if place.data_ptr() != part.data_ptr():
                 place.copy_(part)
@@ -279,12 +284,12 @@ class _Runner:
         return [size_at(expression(s), sizes) for s in node.meta["val"].shape]
 
     def _place(self, node: fx.Node, span: Span) -> Tensor:
-        """Where the values of a span stand among those of all steps."""
+        """Where the values of a span stand among those of all steps; they are one piece unless rows are in several."""
         rows, whole = node.meta["rows"], self.places[node]
         if rows is None:
             return whole[span.start : span.stop]
         rows = rows.at(self.sizes)
-        return whole.narrow(rows.dim, span.first * rows.inner, span.total * rows.inner)
+        return rows.narrow(whole, span.first, span.total)
 
     def _memory(self, loop: Loop, span: Span) -> list[Tensor | Unpacked | None]:
         """Places for the kept values of a loop that are wanted, where a span of them is one piece of memory."""
@@ -323,7 +328,7 @@ class _Runner:
         if rows is None:
             return sequence[span.start : span.stop]
         rows = rows.at(self.sizes)
-        return sequence.narrow(rows.dim, span.first * rows.inner, span.total * rows.inner)
+        return rows.narrow(sequence, span.first, span.total)
 
     def _loop(self, loop: Loop, span: Span, values: dict[fx.Node, Tensor]) -> None:
         states = [self.current[s.prev] for s in loop.states]

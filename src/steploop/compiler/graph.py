@@ -89,6 +89,16 @@ class Rows:
         """With numbers for what is a symbol, by the symbols' names."""
         return self if isinstance(self.inner, int) else Rows(self.dim, self.outer, size_at(self.inner, sizes))
 
+    def split(self, value: Tensor) -> Tensor:
+        """The value, whose inner size is a number, with its rows as an axis of its own: (..., outer, B, inner, ..)."""
+        return value.unflatten(self.dim, (self.outer, value.shape[self.dim] // (self.outer * self.inner), self.inner))
+
+    def narrow(self, value: Tensor, first: int, count: int) -> Tensor:
+        """The value of rows first .. first + count - 1 alone."""
+        if self.outer == 1:
+            return value.narrow(self.dim, first * self.inner, count * self.inner)
+        return self.split(value).narrow(self.dim + 1, first, count).flatten(self.dim, self.dim + 2)
+
     @property
     def plain(self) -> bool:
         return self.outer == 1 and self.inner == 1

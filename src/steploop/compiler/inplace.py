@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from ..errors import StepError
 from .refusals import KEEP
@@ -34,7 +35,9 @@ def writes_real_tensor(function: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    """Tracing types are subclasses; the user's own tensors are plain."""
+    """Tracing types are subclasses; the user's own are plain. What torch.func wraps (plain too) is looked at."""
+    while isinstance(value, Tensor) and is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
     return type(value) in (Tensor, torch.nn.Parameter)
 
 

@@ -7,9 +7,10 @@ differentiated again.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,18 @@ from .schedule import Schedule, make_schedule
 
 _REGISTRY: weakref.WeakValueDictionary[int, Invocation] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
+
+
+def _by_itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a method without the modes that the caller has on the stack: `torch.set_default_device` is one of them, and
+    would say where the tensors stand that are made here. What modes do to a step is part of its capture."""
+
+    @functools.wraps(method)
+    def run(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return method(*args)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,7 @@ class Invocation:
 
     # -- running -------------------------------------------------------------------------------------------
 
+    @_by_itself
     def schedule(self, tensors: Sequence[Tensor], steps: int, batch: int) -> Schedule:
         parts = self.layout.split(tensors)
         batch = 1 if self.stacked else batch
@@ -139,6 +153,7 @@ class Invocation:
         self._schedule = _Known(steps, batch, [None if m is None else m.detach().clone() for m in marks], schedule)
         return schedule
 
+    @_by_itself
     def run(self, tensors: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Tensor]:
         """outputs (T, B, ...), final states (B, ...), saved values."""
         parts = self.layout.split(tensors)
@@ -228,6 +243,7 @@ class Invocation:
 
     # -- gradient ------------------------------------------------------------------------------------------
 
+    @_by_itself
     def gradient(
         self, cotangents: Sequence[Tensor], tensors: Sequence[Tensor], results: Sequence[Tensor],
         schedule: Schedule, batch: int, needs: Needs,
@@ -382,8 +398,11 @@ def _memory(tensor: Tensor) -> int:
 
 
 def traced(tensors: Sequence[Tensor]) -> bool:
-    """Whether some tracer is at work: then the call must be one operator, whose results hold nothing back."""
-    if any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in tensors):
+    """Whether some tracer is at work: then the call must be one operator, whose results hold nothing back.
+
+    So are calls with tensors on the meta device: the operator gives their results' shapes without running anything.
+    """
+    if any(isinstance(t, (FakeTensor, FunctionalTensor)) or t.is_meta for t in tensors):
         return True
     if get_proxy_mode() is not None:  # that of make_fx with pre_dispatch=True stands on no stack
         return True

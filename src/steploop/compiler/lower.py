@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from .execute import Executable
+from .forget import forget_shapes
 from .graph import Size, StepGraph, expression
 from .hoists import HOISTS
 from .memory_operator import is_whole, own_prevs
@@ -95,6 +96,7 @@ def _improved(step: StepGraph, problem: Callable[[], Problem]) -> Partition:
     """The partition after products and sums have been moved out of loops."""
     for hoist in HOISTS:
         hoist(step, loop_nodes(problem()))
+    forget_shapes()
     return partition(problem())
 
 

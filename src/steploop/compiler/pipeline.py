@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -158,9 +159,16 @@ def _invocation(
     )  # fmt: skip
     found = capture.plans.get(key)
     if found is None:
-        with captures.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
+        with captures.lock, _alone(), torch.no_grad():
             found = capture.plans[key] = compiled(capture, call, backend, policy, training, nested, tensors)
     return found
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without the modes and transforms that are active around a call: they are for the user's code."""
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch._C.DisableTorchFunction():
+        yield
 
 
 def _required(tensors: Sequence[Tensor]) -> tuple[bool, ...]:

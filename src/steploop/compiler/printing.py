@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,9 @@ class Source:
         filename = f"<steploop {name} {_count}>"
         linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
         exec(compile(text, filename, "exec"), self.namespace)
-        return self.namespace[name]
+        function = self.namespace[name]
+        weakref.finalize(function, linecache.cache.pop, filename, None).atexit = False
+        return function
 
 
 def print_size(size: Any) -> str:
@@ -77,9 +80,21 @@ def call_text(source: Source, node: fx.Node, name_of: Callable[[fx.Node], str]) 
     arguments += [f"{k}={print_argument(source, v, name_of)}" for k, v in node.kwargs.items()]
     # The strides of what a view reads are not those of the capture: rows were packed, copies left out.
     target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+    if node.target in _READ_MEMORY:
+        arguments[0] = f"{source.hold(by_itself, 'f')}({arguments[0]})"
     # The overload's own C++ entry: calling the Python OpOverload around it costs about as much as a small op.
     function = getattr(target, "_op", target)
     return f"{source.hold(function, 'f')}({', '.join(arguments)})"
+
+
+# Operations that take the numbers of a tensor as they lie in memory. In the capture its value was by itself there.
+_READ_MEMORY = {torch.ops.aten.view_as_complex.default, torch.ops.aten.view.dtype, torch.ops.aten.as_strided.default}
+
+
+def by_itself(value: torch.Tensor) -> torch.Tensor:
+    """The value contiguous, and at the beginning of its memory where another dtype would have to begin in between."""
+    value = value.contiguous()
+    return value if value.storage_offset() % 16 == 0 else value.clone()
 
 
 def last_uses(

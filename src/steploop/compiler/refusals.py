@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import traceback
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from ..errors import StepError
+from ..errors import StepError, describe, message
+from .graph import line_of, op_name
 
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
@@ -27,16 +30,15 @@ def is_user_file(filename: str) -> bool:
     return filename.startswith(_USER_PARTS) or not filename.startswith(_HERE)
 
 
-def refusal(error: Exception) -> StepError | None:
-    """The StepError to raise for an error of torch's tracer; None where the error speaks for itself."""
+def refusal(error: Exception, called: str = "") -> StepError | None:
+    """The StepError to raise for an error of torch's tracer; None where the error speaks for itself.
+
+    called: the torch call that failed, with the types of its arguments.
+    """
     text = str(error)
     where, line = innermost_user_frame(error)
     if isinstance(error, VALUE_ERRORS) or ".numpy() is not supported" in text:
         return _uses_value(where, line)
-    if isinstance(error, SyntaxError) and "<eval_with_key>" in str(error.filename):
-        return StepError(
-            "torch can't trace `random_` with bounds; write torch.randint(low, high, x.shape) instead. " + _REFERENCE
-        )
     if "non-functional tensor" in text:
         return StepError(f"the step changes a tensor in place that is not its own{where}:\n    {line}\n{KEEP}")
     if isinstance(error, TypeError) and "__torch_dispatch__ handlers returned NotImplemented" in text:
@@ -44,7 +46,62 @@ def refusal(error: Exception) -> StepError | None:
             f"torch can't trace this{where}:\n    {line}\n"
             f"If it reads `.data`, write .detach() instead; a step can't assign to it. {_REFERENCE}"
         )
-    return None
+    return _not_possible(error, where, line, called)
+
+
+_WRAPPED = (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError)
+
+
+def _not_possible(error: Exception, where: str, line: str, called: str) -> StepError | None:
+    """torch can't do what a line of the step asks for: sizes, dtypes or devices that do not fit, as a rule."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    builtin = next((kind for kind in _WRAPPED if isinstance(error, kind)), None)
+    if isinstance(error, AssertionError):
+        builtin = RuntimeError  # the tracer asserts some of what torch itself checks
+    own = type(error) in (*_WRAPPED, AssertionError) or type(error).__module__.startswith("torch")
+    if not where or builtin is None or not own or last is None or is_user_file(last.tb_frame.f_code.co_filename):
+        return None  # the user's own code raised it
+    text = str(error).strip().split("\n\n")[0]
+    return _of_both(builtin)(_cannot(f"{where.strip(' ()')}: {line}\n  {text}", called or type(error).__name__))
+
+
+def own_operations(kind: type, line: str) -> StepError:
+    """For a tensor of a subclass that the step closes over."""
+    return StepError(
+        message(
+            f"{line}: the step computes with a {kind.__name__}, a subclass of Tensor, which can't be captured.",
+            expected="torch.Tensor or nn.Parameter",
+            found=f"{kind.__module__}.{kind.__qualname__}",
+            at="",
+            fix=f"keep its plain tensor: t.as_subclass(torch.Tensor), or what holds its numbers. {_REFERENCE}",
+        )
+    )
+
+
+def refused_call(node: fx.Node, text: str) -> StepError:
+    """The same for a call of a captured step that torch refuses for its dtypes."""
+    tensors = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    found = ", ".join(describe(t) for t in tensors)
+    return _of_both(RuntimeError)(_cannot(f"{line_of(node) or 'the step'}: {text}", f"{op_name(node)}({found})"))
+
+
+def _cannot(what: str, found: str) -> str:
+    return message(
+        what,
+        expected="sizes, dtypes and devices that torch can compute with",
+        found=found,
+        at="",
+        fix="print x.shape, x.dtype and x.device of what this line reads; in a step there is no time axis. "
+        'backend="reference" stops at this line in a debugger',
+    )
+
+
+@functools.cache
+def _of_both(builtin: type[Exception]) -> type[StepError]:
+    """StepError, for whoever also expects the error that torch itself raises."""
+    return type("StepError", (StepError, builtin), {"__module__": StepError.__module__, "__doc__": StepError.__doc__})
 
 
 KEEP = (
@@ -58,9 +115,8 @@ def _uses_value(where: str, line: str) -> StepError:
     return StepError(
         f"the step uses the value of a tensor in Python{where}:\n    {line}\n"
         "A step is captured once for all steps and rows, so it can't branch on, print or convert what a tensor "
-        "holds. Write torch.where(condition, a, b) instead of `if`, keep counts in an sl.State instead of "
-        ".item(), index with i.view(1) (index_select, index_copy) where i is a tensor without axes, and use "
-        "sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. " + _REFERENCE
+        "holds. Write torch.where(condition, a, b) instead of `if` and of x[mask], keep counts in an sl.State instead "
+        "of .item(), and use sl.memory.Masked(step)(x, where=mask) to run a step only for some rows. " + _REFERENCE
     )
 
 

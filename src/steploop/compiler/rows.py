@@ -829,7 +829,7 @@ PACKET_RULES: dict[str, Callable] = {
     "diagonal": _diagonal, "unfold": _unfold, "unfold_backward": _unfold_backward,
     **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros",
                      "new_ones", "new_full", "new_empty", "bernoulli", "randint_like", "normal_functional",
-                     "bernoulli_p", "exponential", "uniform", "geometric", "cauchy", "log_normal",
+                     "bernoulli_p", "exponential", "uniform", "geometric", "cauchy", "log_normal", "random",
                      "new_empty_strided"], _like),
     **dict.fromkeys(["native_dropout", "rrelu_with_noise_functional"], _pointwise_tuple),
     **dict.fromkeys(["normal", "poisson", "binomial", "_standard_gamma"], _pointwise),

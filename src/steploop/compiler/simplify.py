@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .forget import forget_shapes
 from .graph import Size, StepGraph, expression
 
 aten = torch.ops.aten
@@ -25,6 +26,7 @@ _END = 2**63 - 1
 def simplify(step: StepGraph) -> None:
     for one_pass in PASSES:
         one_pass(step)
+    forget_shapes()
 
 
 # -- helpers -------------------------------------------------------------------------------------------------

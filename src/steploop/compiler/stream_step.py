@@ -21,6 +21,7 @@ from . import captures, forward_mode
 from .absorb import VIEWS
 from .batch import OncePiece
 from .captured import Capture
+from .dependencies import function_modes
 from .graph import Rows, op_name
 from .guards import same_content
 from .lower import copied, lower_forward, mixing_reasons
@@ -30,6 +31,7 @@ from .recording import CudaRecorder, Recording, reasons_against, settings, types
 
 is_jit_tracing = torch._C._is_tracing
 dispatch_modes = torch._C._len_torch_dispatch_stack
+_STRIDED = torch.strided
 
 
 class StreamStep:
@@ -61,7 +63,9 @@ class StreamStep:
         if torch.is_grad_enabled() or quick_settings(self.device) != self.settings or not self.dependencies.unchanged():
             return None
         for x, (shape, dtype) in zip(xs, self.types):
-            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or x.device != self.device:
+            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype:
+                return None
+            if x.device != self.device or x.layout is not _STRIDED:
                 return None
         return self._run(xs, states)
 
@@ -79,7 +83,8 @@ def quick_settings(device: torch.device) -> tuple[Any, ...]:
         or is_jit_tracing()
         or dispatch_modes() > 0
     )
-    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), watched
+    modes = function_modes()
+    return autocast, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), modes, watched
 
 
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
@@ -87,6 +92,8 @@ def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
     tensors = [*call.xs, *call.initial, *call.constants]
     device = _device(call)
     if backend not in ("auto", "cpu", "eager") or any(t.device != device or type(t) is not Tensor for t in tensors):
+        return None
+    if device.type not in ("cpu", "cuda"):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) or forward_mode.active():
         return None  # casts stand in the captured graph; running it under autocast would cast again

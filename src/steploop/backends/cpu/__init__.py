@@ -3,7 +3,7 @@
 lower.py, ops_*.py   ATen calls on batches -> the loop language (language.py), one row's program
 fuse.py              statements -> phases of loop nests
 emit.py              phases -> C++;  kernels/ holds what every kernel includes
-build.py             C++ -> a library, kept per user
+build.py, cache.py   C++ -> a library, kept per user; what is safe to load
 runner.py            calls it
 interpret.py         what the loop language means, in plain torch
 """
@@ -14,7 +14,9 @@ import functools
 import warnings
 from collections.abc import Callable
 
-from ...compiler.graph import LoopProgram
+from torch import Tensor
+
+from ...compiler.graph import LoopProgram, line_of
 from .build import BuildError, compiler, folder, problem, what_to_install, wide_vectors
 from .lower import lower
 from .runner import Runner
@@ -29,7 +31,18 @@ def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
     if trouble:
         _warn_once(trouble)
         return [(trouble, "")]
-    return _lowered(loop)[1]
+    elsewhere = _elsewhere(loop)
+    return elsewhere or _lowered(loop)[1]
+
+
+def _elsewhere(loop: LoopProgram) -> list[tuple[str, str]]:
+    """Native code takes the addresses of tensors: they must be those of this machine's memory."""
+    for node in loop.calls:
+        value = node.meta.get("val")
+        for tensor in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+                return [(f"its values are on {tensor.device}, and native loops run on the CPU", line_of(node))]
+    return []
 
 
 @functools.cache

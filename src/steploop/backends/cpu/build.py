@@ -1,26 +1,25 @@
 """Builds a kernel with the C++ compiler of the machine, and keeps what was built.
 
-The cache belongs to the user (mode 0700). A library's name is the digest of everything that it depends on:
-its text, the compiler's version, the flags and the CPU. It is written under a temporary name and then
-renamed, so that nobody ever sees half of one: builds may be killed, run twice at the same time, or find the
-folder full or read-only (then a folder for this process takes its place).
+A library's name is the digest of everything that it depends on: its text, the compiler's version, the flags and
+the CPU. It is written under a temporary name and then renamed, so that nobody ever sees half of one: builds may be
+killed, run twice at the same time, or find the folder full or read-only (then a folder for this process takes
+its place). `cache.py` says which folders and libraries are safe to load code from.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
-import tempfile
 from pathlib import Path
 
 from ...errors import BuildError
+from . import cache
+from .cache import folder
 
 FLAGS = (
     "-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
@@ -92,40 +91,6 @@ def wide_vectors() -> bool:
     return using is not None and using.arch == NATIVE and "avx512f" in cpu()
 
 
-def folder() -> Path:
-    """Where libraries are kept: STEPLOOP_CACHE, or steploop in the user's cache folder."""
-    named = os.environ.get("STEPLOOP_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "steploop"
-
-
-@functools.cache
-def _own_folder(_pid: int) -> Path:
-    """A folder for this process alone, where the cache can't be written."""
-    path = Path(tempfile.mkdtemp(prefix="steploop-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
-
-
-def _private(path: Path) -> bool:
-    """Makes a cache folder and says whether it is safe to load code from: ours, and nobody else may write."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = path.stat()
-    except OSError:
-        return False
-    if hasattr(os, "getuid") and about.st_uid != os.getuid():
-        return False
-    if stat.S_IMODE(about.st_mode) & 0o022:
-        try:
-            path.chmod(0o700)
-        except OSError:
-            return False
-    return True
-
-
 _loaded: dict[str, ctypes.CDLL] = {}
 
 
@@ -141,22 +106,18 @@ def build(text: str) -> ctypes.CDLL:
 
 
 def _find(digest: str) -> ctypes.CDLL | None:
-    for place in (folder(), _own_folder(os.getpid())):
-        path = place / f"{digest}.so"
-        if _private(place) and path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:  # damaged: built anew and replaced
-                continue
-    return None
+    library = folder() / f"{digest}.so"
+    if not cache.is_whole(library):
+        return None
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # a library for another system: built anew and replaced
+        return None
 
 
 def _make(digest: str, text: str, using: Compiler) -> ctypes.CDLL:
     problems = []
-    for place in (folder(), _own_folder(os.getpid())):
-        if not _private(place):
-            problems.append(f"{place} can't be used")
-            continue
+    for place in cache.places():
         try:
             return _build_in(place, digest, text, using)
         except OSError as error:
@@ -165,17 +126,14 @@ def _make(digest: str, text: str, using: Compiler) -> ctypes.CDLL:
 
 
 def _build_in(place: Path, digest: str, text: str, using: Compiler) -> ctypes.CDLL:
-    work = Path(tempfile.mkdtemp(prefix=".build-", dir=place))
-    try:
+    with cache.building_in(place) as work:
         source, library = work / "kernel.cpp", work / "kernel.so"
         source.write_text(text)
         _compile(source, library, using)
         loaded = ctypes.CDLL(str(library))  # loads before it is published: what the cache holds works
         os.replace(source, place / f"{digest}.cpp")
-        os.replace(library, place / f"{digest}.so")
+        cache.publish(library, place / f"{digest}.so")
         return loaded
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _compile(source: Path, library: Path, using: Compiler) -> None:

@@ -316,11 +316,24 @@ class Lowering:
             return
         name = self._operation = op_name(node)
         self._check_batch(node, name)
-        value = TABLE.get(name, decomposed)(self, node)
+        try:
+            value = TABLE.get(name, decomposed)(self, node)
+        except geometry.NotAffine:
+            raise Unsupported(f"no native form of {node.target}".replace(".default", "")) from None
+        self._check_types(node, value)
         if isinstance(value, (tuple, list)):
             self.values[node] = list(value)
         else:
             self.values[node] = self._settle(node, value)
+
+    def _check_types(self, node: fx.Node, value: Any) -> None:
+        """One packet may hold operations that differ: view(dtype) is no view. What comes out tells."""
+        given, wanted = value, node.meta["val"]
+        pairs = zip(given, wanted) if isinstance(given, (tuple, list)) else [(given, wanted)]
+        for found, like in pairs:
+            if isinstance(found, Expr) and isinstance(like, Tensor):
+                if found.dtype != like.dtype or not same_shape(found.shape, self.sizes(like.shape)):
+                    raise Unsupported(f"no native form of {node.target}".replace(".default", ""))
 
     def _check_batch(self, node: fx.Node, name: str) -> None:
         """A value without batch axis made of values with one mixes rows."""

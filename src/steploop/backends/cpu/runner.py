@@ -16,6 +16,7 @@ from torch import Tensor
 from ...compiler import blocks
 from ...compiler.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.schedule import Span, Unpacked
+from ...errors import InputError, without_memory
 from .. import eager
 from . import checks, products, threads
 from .build import build
@@ -104,9 +105,9 @@ class Runner:
         full = schedule.full or not batched
         total = span.total if batched else span.stop - span.start
         given, places = self._laid_out(inputs, span)
-        before = [s.contiguous() for s in states]
+        before = [in_memory(s) for s in states]
         resets = schedule.resets if reset_to is not None else None
-        back = before if resets is None else [r.contiguous() for r in reset_to]
+        back = before if resets is None else [in_memory(r) for r in reset_to]
         after = [torch.empty_like(s) if full and total else s.clone() for s in before]
         into = into or [None] * len(self._kept_rows)
         kept = [
@@ -133,7 +134,7 @@ class Runner:
         for value, arrange, rows in zip(inputs, self._arrange, self._in_rows):
             place = None
             if isinstance(value, Unpacked):
-                if rows and arrange is Tensor.contiguous and value.values.is_contiguous():
+                if rows and arrange is in_memory and value.values.is_contiguous() and not value.values.is_neg():
                     value, place = value.values, span.schedule.source.data_ptr()
                 else:
                     value = value.cut(span)
@@ -145,7 +146,7 @@ class Runner:
         self, held: list[Tensor | None], places: list[int | None], numbers: list[int], sizes: dict[str, int]
     ) -> None:
         fault = ctypes.c_int64(0)
-        addresses = [None if t is None else t.data_ptr() for t in held]
+        addresses = [None if t is None else t.data_ptr() or no_memory(t) for t in held]
         pointers = self._pointers(*addresses, ctypes.addressof(fault), *self.products, *places)
         self._kernel(pointers, (ctypes.c_int64 * len(numbers))(*numbers), threads.entry())
         if fault.value:
@@ -208,18 +209,29 @@ def first_of_tail(program: Program) -> int:
     return len(program.inputs) + 3 * len(program.prevs) + len(program.kept)
 
 
+def in_memory(value: Tensor) -> Tensor:
+    """The numbers of a tensor one after the other. (A tensor may be marked as the negative of what it holds.)"""
+    return value.contiguous().resolve_neg()
+
+
+def no_memory(value: Tensor) -> None:
+    """For an address that is null: right for a tensor without numbers, and no others."""
+    if value.numel():
+        raise InputError(without_memory(value))
+
+
 def _arrangement(rows: Rows | None, buffer: Buffer) -> Callable[[Tensor], Tensor]:
     """Lays out an input as the kernel wants it: rows first, each row's numbers together."""
     if buffer.order is not None:
-        return lambda value: value.permute(buffer.order).contiguous()
+        return lambda value: in_memory(value.permute(buffer.order))
     if rows is None or (rows.dim == 0 and rows.outer == 1):
-        return Tensor.contiguous
+        return in_memory
 
     def move(value: Tensor) -> Tensor:
         if rows.inner == 0:
             return value  # no numbers at all
         wide = value.unflatten(rows.dim, (rows.outer, -1, rows.inner))
-        return wide.movedim(rows.dim + 1, 0).contiguous()
+        return in_memory(wide.movedim(rows.dim + 1, 0))
 
     return move
 

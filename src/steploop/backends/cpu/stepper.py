@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, threads
 from .emit import NUMBERS, TAIL
-from .runner import Runner, first_of_tail
+from .runner import Runner, first_of_tail, in_memory, no_memory
 
 try:
     from torch._C._dynamo.guards import _empty_strided_cpu as empty_strided  # a third of a microsecond less
@@ -46,7 +46,7 @@ class Stepper:
         self._pointers[at : at + len(last)] = array.array("Q", last)
         self.set_constants(constants)
         kept = [runner._empty(b, rows, batch, sizes) for b, rows in zip(program.kept, runner._kept_rows)]
-        nexts = [torch.empty(batch, *runner._shape(b, sizes)[1:], dtype=b.dtype) for b in program.prevs]
+        nexts = [torch.empty(batch, *runner._shape(b, sizes)[1:], dtype=b.dtype, device="cpu") for b in program.prevs]
         self.run = self._written(runner, xs, states, outputs, nexts, kept)
 
     def set_constants(self, constants: Sequence[Tensor | None]) -> None:
@@ -54,7 +54,7 @@ class Stepper:
         self.held = [None if c is None else arrange(c) for c, arrange in zip(constants, self._arrange)]
         for i, value in enumerate(self.held):
             if value is not None:
-                self._pointers[i] = value.data_ptr()
+                self._pointers[i] = value.data_ptr() or no_memory(value) or 0
 
     def _written(
         self, runner: Runner, xs: Sequence[int], states: Sequence[int], outputs: Sequence[int],
@@ -64,18 +64,20 @@ class Stepper:
         known: dict[str, Any] = {
             "kernel": runner._kernel, "pointers": self._pointers, "entry": threads.entry,
             "torch": torch, "at": self._pointers.buffer_info()[0], "numbers": ctypes.addressof(self._numbers),
+            "none": lambda tensor: no_memory(tensor) or 0,
         }  # fmt: skip
         first, count = len(runner.program.inputs), len(runner.program.prevs)
         lines = [f"{', '.join(f'x{i}' for i in range(len(xs)))}, = xs"] if xs else []
         lines += [f"{', '.join(f's{i}' for i in range(len(states)))}, = states"] if states else []
         for i, place in enumerate(xs):
             if place >= 0:
-                known[f"arrange{i}"] = self._arrange[place]
-                lines += [f"x{i} = arrange{i}(x{i})", f"pointers[{place}] = x{i}.data_ptr()"]
+                known[f"arrange{i}"] = arrange = self._arrange[place]
+                inline = f"x{i}.contiguous().resolve_neg()" if arrange is in_memory else f"arrange{i}(x{i})"
+                lines += [f"x{i} = {inline}", f"pointers[{place}] = x{i}.data_ptr() or none(x{i})"]
         for i, place in enumerate(states):
             # Nothing resets here; the place for the states to go back to must hold something, though.
             here = f"pointers[{first + place}] = pointers[{first + count + place}]"
-            lines += [f"s{i} = s{i}.contiguous()", f"{here} = s{i}.data_ptr()"]
+            lines += [f"s{i} = s{i}.contiguous().resolve_neg()", f"{here} = s{i}.data_ptr() or none(s{i})"]
         for name, values, start in (("a", nexts, first + 2 * count), ("k", kept, first + 3 * count)):
             for i, like in enumerate(values):
                 known[f"new_{name}{i}"], text = _maker(like)

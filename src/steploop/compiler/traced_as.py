@@ -1,0 +1,159 @@
+"""What is traced in the place of torch functions that look at values, which a trace does not have.
+
+    x[mask] = value        where(mask, value, x), where the value is the same for every place that is written
+    x[i], x[:, i] = value  with i a tensor without axes: index_select, and a comparison with arange
+    lstm_cell, gru_cell    their formulas, on devices where torch has one kernel for them
+    linalg.solve, one_hot  without their checks: singular matrices give inf and nan, no class is out of range
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _unchecked(name: str, results: int = 1) -> Callable[..., Any]:
+    function = getattr(torch.linalg, name)
+    if results > 1:
+        return lambda *args, **kwargs: tuple(function(*args, **kwargs))[:results]
+    return lambda *args, **kwargs: function(*args, **kwargs)[0]
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes <= 0 or tensor.dtype != torch.int64:
+        return F.one_hot(tensor, num_classes)
+    return tensor.new_zeros((*tensor.shape, num_classes)).scatter(-1, tensor.unsqueeze(-1), 1)
+
+
+def _lstm_cell(x: Tensor, hx: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Any:
+    """torch's own formula on the CPU. Elsewhere torch has one kernel for it, of which no part can leave the loop."""
+    if x.device.type == "cpu":
+        return torch.lstm_cell(x, hx, w_ih, w_hh, *biases)
+    b_ih, b_hh = biases or (None, None)
+    i, f, g, o = (F.linear(x, w_ih, b_ih) + F.linear(hx[0], w_hh, b_hh)).chunk(4, 1)
+    c = torch.sigmoid(f) * hx[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Tensor:
+    """As `_lstm_cell`."""
+    if x.device.type == "cpu":
+        return torch.gru_cell(x, h, w_ih, w_hh, *biases)
+    b_ih, b_hh = biases or (None, None)
+    x_r, x_z, x_n = F.linear(x, w_ih, b_ih).chunk(3, 1)
+    h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, 1)
+    z, n = torch.sigmoid(x_z + h_z), torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    return n + z * (h - n)
+
+
+# -- indexing ------------------------------------------------------------------------------------------------
+
+
+def _is_number(index: Any) -> bool:
+    """An integer that is a tensor: torch takes it for the place itself, and reads it."""
+    integer = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex())
+    return integer and index.dim() == 0 and index.dtype not in (torch.bool, torch.uint8)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() > 0
+
+
+def _split(tensor: Tensor, index: Any) -> tuple[tuple[Any, ...], int, Any] | None:
+    """(the index with the one tensor that is read as the full slice, the axis of that, the tensor); None where there is
+    none, or something else that torch has to look at with it."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    chosen = [i for i, part in enumerate(parts) if isinstance(part, Tensor)]
+    if len(chosen) != 1 or any(isinstance(part, (list, tuple)) for part in parts):
+        return None
+    (at,) = chosen
+    found = parts[at]
+    if not (_is_number(found) or _is_mask(found)):
+        return None
+    count = found.dim() if _is_mask(found) else 1
+    parts[at : at + 1] = [slice(None)] * count
+    if any(part is Ellipsis for part in parts):
+        place = next(i for i, part in enumerate(parts) if part is Ellipsis)
+        used = sum(part is not None and part is not Ellipsis and not isinstance(part, bool) for part in parts)
+        parts[place : place + 1] = [slice(None)] * (tensor.dim() - used)
+        at += tensor.dim() - used - 1 if place < at else 0
+    if any(isinstance(part, bool) for part in parts):
+        return None
+    axis = sum(part is None or isinstance(part, slice) for part in parts[:at])
+    return tuple(parts), axis, found
+
+
+def _get_item(tensor: Tensor, index: Any) -> Tensor:
+    split = _split(tensor, index)
+    if split is None or not _is_number(split[2]):
+        return tensor[index]
+    parts, axis, number = split
+    seen = tensor[parts]
+    number = torch.where(number < 0, number + seen.shape[axis], number)
+    return seen.index_select(axis, number.reshape(1)).squeeze(axis)
+
+
+def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
+    split = _split(tensor, index)
+    if split is None or not _written(tensor, *split, value, False):
+        tensor[index] = value
+
+
+def _index_put_(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+    split = _split(tensor, tuple(slice(None) if i is None else i for i in indices))
+    if split is None or not _written(tensor, *split, values, accumulate):
+        return tensor.index_put_(indices, values, accumulate)
+    return tensor
+
+
+def _index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+    copy = tensor.clone()
+    split = _split(copy, tuple(slice(None) if i is None else i for i in indices))
+    if split is None or not _written(copy, *split, values, accumulate):
+        return tensor.index_put(indices, values, accumulate)
+    return copy
+
+
+def _written(tensor: Tensor, parts: tuple[Any, ...], axis: int, found: Tensor, value: Any, accumulate: bool) -> bool:
+    """Writes a value to a place, or to all where a mask is true; says whether it could."""
+    seen = tensor[parts]
+    count = found.dim() if _is_mask(found) else 1
+    if _is_mask(found):
+        if tuple(found.shape) != tuple(seen.shape[axis : axis + count]):
+            return False  # torch has the better message
+        mask = found
+    else:
+        number = torch.where(found < 0, found + seen.shape[axis], found)
+        mask = torch.arange(seen.shape[axis], device=seen.device) == number
+    mask = mask.reshape(mask.shape + (1,) * (seen.dim() - axis - count))
+    if isinstance(value, Tensor):
+        behind, many = seen.dim() - axis - count, _is_mask(found)
+        value = value.to(seen.dtype)
+        while value.dim() > seen.dim() - count + many and value.shape[0] == 1:
+            value = value[0]
+        if value.dim() > behind:
+            # The axis of the places that are written stands where the mask's axes stood.
+            before = value.dim() - behind - many
+            if many and value.shape[before] != 1:
+                return False  # a value for every place: how many there are a trace can't know
+            value = value.reshape(value.shape[:before] + (1,) * count + value.shape[before + many :])
+    if accumulate:
+        value = seen + value
+    seen.copy_(torch.where(mask, value, seen))
+    return True
+
+
+TRACED_AS: dict[Any, Callable[..., Any]] = {
+    torch.linalg.solve: _unchecked("solve_ex"), torch.linalg.inv: _unchecked("inv_ex"),
+    torch.inverse: _unchecked("inv_ex"), Tensor.inverse: _unchecked("inv_ex"),
+    torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
+    Tensor.cholesky: _unchecked("cholesky_ex"), F.one_hot: _one_hot, torch.lstm_cell: _lstm_cell,
+    torch.gru_cell: _gru_cell,
+    torch.linalg.lu_factor: _unchecked("lu_factor_ex", 2), torch.linalg.ldl_factor: _unchecked("ldl_factor_ex", 2),
+    Tensor.__getitem__: _get_item, Tensor.__setitem__: _set_item, Tensor.index_put_: _index_put_,
+    Tensor.index_put: _index_put, torch.index_put: _index_put, torch.index_put_: _index_put_,
+}  # fmt: skip

@@ -1,0 +1,67 @@
+"""Dtypes that torch's tracer lets pass and torch itself refuses: a product of float32 and float64, for example.
+
+The tracer computes shapes, and many of its rules do not look at dtypes. So every call of a captured step whose
+arguments are not all of one floating dtype is tried once on real zeros, each combination once per process.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from .graph import Size, StepGraph, expression, size_at
+
+_OF_DTYPES = re.compile(r"dtype|scalar type|[Ee]xpected .* type|not implemented for|of type|operator, with two bool")
+_known: dict[Any, str] = {}
+
+
+def refused_dtypes(step: StepGraph, sizes: Mapping[str, int]) -> tuple[fx.Node, str] | None:
+    """The first call that torch refuses for its dtypes, and what it says; None where there is none."""
+    for node in step.graph.nodes:
+        key = _key(node)
+        if key is None:
+            continue
+        if key not in _known:
+            _known[key] = _try(node, sizes)
+        if _known[key]:
+            return node, _known[key]
+    return None
+
+
+def _key(node: fx.Node) -> Any:
+    """What a trial stands for; None where none is needed."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    tags = node.target.tags
+    if torch.Tag.nondeterministic_seeded in tags or not node.target.namespace.startswith("aten"):
+        return None
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    dtypes = tuple(t.dtype for t in tensors)
+    if len(tensors) != len(values) or any(t.device.type != "cpu" or t.layout is not torch.strided for t in tensors):
+        return None
+    if not dtypes or (len(set(dtypes)) == 1 and dtypes[0] in (torch.float32, torch.float64)):
+        return None
+    plain = [a for a in tree_flatten((node.args, node.kwargs))[0] if isinstance(a, (bool, float, torch.dtype))]
+    return node.target, dtypes, tuple(t.dim() for t in tensors), tuple(map(type, plain))
+
+
+def _try(node: fx.Node, sizes: Mapping[str, int]) -> str:
+    def real(argument: fx.Node) -> Tensor:
+        value = argument.meta["val"]
+        shape = [size_at(expression(n), sizes) for n in value.shape]
+        return torch.zeros((), dtype=value.dtype).expand(shape)
+
+    args, kwargs = tree_map_only(fx.Node, real, (node.args, node.kwargs))
+    args, kwargs = tree_map_only(Size, lambda size: size_at(size.expr, sizes), (args, kwargs))
+    try:
+        with torch.no_grad():
+            node.target(*args, **kwargs)
+    except Exception as error:
+        return str(error) if _OF_DTYPES.search(str(error)) else ""
+    return ""
