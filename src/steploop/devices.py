@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .closed_over import trainable
 from .compiler.program import Call, Program
-from .errors import InputError, SteploopError, message, raised_at
+from .errors import InputError, StepError, SteploopError, message, raised_at
 from .tree import flatten
 
 # What torch says where an operation gets tensors of several devices: its kernels, its fake tensors, cuDNN.
@@ -64,7 +64,8 @@ class explained:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, SteploopError) and _MIXED.search(str(error)):
+        ours = isinstance(error, SteploopError) and not isinstance(error, StepError)
+        if isinstance(error, (RuntimeError, StepError)) and not ours and _MIXED.search(str(error)):
             raise InputError(self._text(error)) from error
 
     def _text(self, error: BaseException) -> str:
@@ -79,7 +80,7 @@ class explained:
             "The step brings tensors of several devices together.",
             expected="the step's parameters, buffers and other tensors on the device of what it is given",
             found=found,
-            at=raised_at(error) or None,
+            at=raised_at(error.__cause__ or error) or None,
             fix=fix,
         )
 

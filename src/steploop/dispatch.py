@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from . import kinds
 from .backends import BACKENDS, reference
 from .compiler.program import Call, Program, Result
-from .errors import InputError, SteploopError, UnsupportedError, describe, message
+from .errors import InputError, StepError, UnsupportedError, describe, message
 
 SAVE = ("auto", "states", "all")
 
@@ -33,8 +33,8 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
 
     try:
         return pipeline.run(program, call, backend=backend, save=save)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, SteploopError) or not kinds.run_lazy(error, program, call):
+    except (RuntimeError, ValueError, StepError):
+        if not kinds.run_lazy(program, call):
             raise
     return pipeline.run(program, call, backend=backend, save=save)
 
@@ -55,14 +55,15 @@ def stream_step(program: Program, call: Call, backend: str) -> Any:
     return steps.prepare(program, call, backend)
 
 
-def is_traced(tensors: list[Tensor]) -> bool:
-    """Whether a tracer other than this library's own is at work."""
-    fake = any(type(t) is not Tensor and not isinstance(t, torch.nn.Parameter) for t in tensors)
-    if not fake and not torch._C._len_torch_dispatch_stack():
+def is_recorded() -> bool:
+    """Whether a tracer other than this library's own records what runs."""
+    if not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_exporting():
         return False
-    from .compiler import capture, loop_operator
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    return not capture.is_tracing() and loop_operator.traced(tensors)
+    from .compiler import capture
+
+    return not capture.is_tracing() and (get_proxy_mode() is not None or torch.compiler.is_exporting())
 
 
 def checked_backend(backend: str) -> str:

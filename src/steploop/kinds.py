@@ -5,11 +5,12 @@ The plain loop takes whatever torch takes. What is not one of these kinds is an 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .compiler.program import Call, Program
 from .errors import InputError, UnsupportedError, describe, describe_type, message, without_memory
@@ -107,10 +108,16 @@ def _refuse_unknown_marks(marks: Sequence[Tensor | None], tensors: Iterable[Tens
     )
 
 
-def run_lazy(error: Exception, program: Program, call: Call) -> bool:
-    """Whether a call failed because of parameters that take their shape from the first step: then runs one, which is
-    when the plain loop would make them."""
-    if "uninitialized parameter" not in str(error):
+def _own(root: nn.Module) -> Iterator[Tensor]:
+    yield from root.parameters()
+    yield from root.buffers()
+
+
+def run_lazy(program: Program, call: Call) -> bool:
+    """Whether the step has parameters that take their shape from the first step: then runs one, which is when the plain
+    loop would make them."""
+    root = program.root
+    if not isinstance(root, nn.Module) or not any(isinstance(t, UninitializedTensorMixin) for t in _own(root)):
         return False
     slices: list[Any] = [x[0] if x.shape[0] else x.new_zeros(x.shape[1:]) for x in call.xs]
     with torch.no_grad():

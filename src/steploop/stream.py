@@ -98,7 +98,7 @@ class Stream:
                 return unflatten(outputs, self._fast.out_spec)
             self._fast = None
         torchscript.refuse()
-        if dispatch.is_traced([x for x in xs if isinstance(x, Tensor)]):
+        if dispatch.is_recorded():
             raise UnsupportedError(
                 message(
                     "A stream was called while a tracer records (torch.export): its state would be a constant.",

@@ -231,11 +231,15 @@ def _nothing_checkpointed() -> Iterator[None]:
     """What a step checkpoints (in the reentrant way, which has a backward pass of its own) is run as it stands: what is
     kept for the backward is decided for the whole step."""
     function = torch.utils.checkpoint.CheckpointFunction
+    outer = vars(function).get("apply")  # that of a trace around this one
     function.apply = lambda run, _preserve, *args: run(*args)
     try:
         yield
     finally:
-        del function.apply
+        if outer is None:
+            del function.apply
+        else:
+            function.apply = outer
 
 
 @contextmanager
@@ -716,7 +720,7 @@ class _Lines(TorchFunctionMode):
 
 def _is_of_a_user(value: Any) -> bool:
     """Whether a tensor is of a subclass of the user's, which no tracer of torch takes."""
-    return isinstance(value, Tensor) and not type(value).__module__.startswith("torch.")
+    return isinstance(value, Tensor) and type(value).__module__.split(".")[0] != "torch"
 
 
 def _called(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:

@@ -233,7 +233,7 @@ class Invocation:
             value = node.meta["val"]
             shape = [_concrete(expression(s), sizes) for s in value.shape]
             full = [steps, *shape] if self.stacked else [steps, batch, *shape[1:]]
-            made.append(like.new_empty(full, dtype=value.dtype))
+            made.append(like.new_empty(full, dtype=value.dtype, device=value.device))
         return made + [torch.empty_like(s, memory_format=torch.contiguous_format) for s in parts["initial"]]
 
     def require_gradient(self, needs: Needs) -> None:

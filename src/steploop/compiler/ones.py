@@ -101,11 +101,11 @@ class _Values:
 
     def of(self, key: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         if key not in self.made:
-            generator = torch.Generator().manual_seed(len(self.made))
+            generator = torch.Generator("cpu").manual_seed(len(self.made))
             if dtype.is_floating_point or dtype.is_complex:
-                value = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+                value = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
             else:
-                value = torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
+                value = torch.randint(0, 2, tuple(shape), generator=generator, device="cpu").to(dtype)
             self.made[key] = value.to(device)
         return self.made[key]
 

@@ -66,7 +66,7 @@ class Patches:
     def _renew(self) -> None:
         self._versions = [*map(dict_version, self.dicts)] if dict_version is not None else None
         self.number = self._numbered(tuple(_code_in(where, names) for where, names in self._places))
-        found = [where.get(name) for where, names in self._places for name in names]
+        found = [_without_tracer(where.get(name)) for where, names in self._places for name in names]
         self.users = [f for f in found if _is_users(f)]
 
     def _numbered(self, found: tuple[tuple, ...]) -> int:
@@ -93,7 +93,14 @@ def _collect(places: dict[int, tuple[dict, set[str]]], variables: dict, names: t
 
 def _code_in(where: dict, names: Any) -> tuple:
     """The functions, classes and modules among some variables."""
-    return tuple(v for n in list(names) if _is_code(v := where.get(n)))
+    return tuple(v for n in list(names) if _is_code(v := _without_tracer(where.get(n))))
+
+
+def _without_tracer(value: Any) -> Any:
+    """While torch.fx traces, wrappers that hold its tracer stand in the place of some methods: what they wrap."""
+    if isinstance(value, types.FunctionType) and "_Patcher__fx_already_patched" in value.__dict__:
+        return value.__wrapped__
+    return value
 
 
 def _is_code(value: Any) -> bool:

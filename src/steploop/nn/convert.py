@@ -96,7 +96,7 @@ def _from_tf1_lstm(part: list[Any], forget_bias: float) -> list[Tensor]:
     kernel, bias = part
     w, r = _split_rows(kernel, kernel.shape[1] // 4)
     found = _ours("tf1", "lstm", [w.t(), r.t(), bias, None], TF1)
-    found[2] = found[2] + forget_bias * _forget_gate(len(found[2]))
+    found[2] = found[2] + forget_bias * _forget_gate(found[2])
     return found
 
 
@@ -116,7 +116,7 @@ def to_tf1(kind: str, weights: Mapping[str, Tensor], layer: int | None = None, f
         w, r, bias_ih, bias_hh = _theirs(part, kind, order)
         kernel, bias = torch.cat([w.t(), r.t()]), bias_ih + bias_hh
         if kind == "lstm":
-            gate = _forget_gate(len(bias)).reshape(4, -1)[[0, 2, 1, 3]].flatten()
+            gate = _forget_gate(bias).reshape(4, -1)[[0, 2, 1, 3]].flatten()
             made += [kernel, bias - forget_bias * gate]
         else:
             size = 2 * r.shape[1]
@@ -176,7 +176,7 @@ def _ours(owner: str, kind: str, part: Sequence[Tensor | None], order: str) -> l
     """[weight_ih, weight_hh, bias_ih, bias_hh] with our gates, of the same with gates in `order`."""
     w, r, bias_ih, bias_hh = part
     hidden, gates = r.shape[1], len(order)
-    zeros = torch.zeros(gates * hidden, dtype=r.dtype)
+    zeros = torch.zeros(gates * hidden, dtype=r.dtype, device=r.device)
     found = [w, r, zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh]
     if any(len(t) != gates * hidden or t.dim() != d for t, d in zip(found, (2, 2, 1, 1))):
         raise InputError(
@@ -198,9 +198,9 @@ def _reordered(tensor: Tensor, old: str, new: str) -> Tensor:
     return tensor.reshape(len(old), -1, *tensor.shape[1:])[[old.index(gate) for gate in new]].flatten(0, 1)
 
 
-def _forget_gate(size: int) -> Tensor:
+def _forget_gate(bias: Tensor) -> Tensor:
     """1 where our forget gate is, 0 elsewhere; (4H,)."""
-    gate = torch.zeros(4, size // 4)
+    gate = torch.zeros(4, len(bias) // 4, dtype=bias.dtype, device=bias.device)
     gate[1] = 1
     return gate.flatten()
 
@@ -279,7 +279,7 @@ def _parts(kind: str, weights: Mapping[str, Tensor], layer: int | None) -> list[
         if len(w) != len(GATES[kind]) * r.shape[1]:
             found = f"{describe(w)}, {describe(r)}"
             raise InputError(message(f"These are not the weights of one {kind.upper()}.", found=found))
-        zeros = torch.zeros(len(w), dtype=w.dtype)
+        zeros = torch.zeros(len(w), dtype=w.dtype, device=w.device)
         parts.append([w, r, *(given.get(name + suffix, zeros) for name in NAMES[2:])])
     return parts
 

@@ -142,7 +142,7 @@ def _as_probability(p: Any) -> Tensor:
     """A 0-d tensor; that of the caller where it is one, so that what is written into it later is seen."""
     tensor = p.detach() if isinstance(p, Tensor) else None
     if isinstance(p, (int, float)) and not isinstance(p, bool):
-        tensor = torch.tensor(float(p))
+        tensor = torch.tensor(float(p), device="cpu")
     if tensor is None or tensor.numel() != 1 or not tensor.is_floating_point() or not 0 <= float(tensor) <= 1:
         raise InputError(
             message(

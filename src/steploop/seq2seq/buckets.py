@@ -57,7 +57,8 @@ def lengths_of(dataset: Sequence[Any]) -> Tensor:
                 found=str(sorted({len(row) for row in lengths})),
             )
         )
-    return torch.tensor(lengths, dtype=torch.int64).reshape(len(lengths), len(lengths[0]) if lengths else 1)
+    parts = len(lengths[0]) if lengths else 1
+    return torch.tensor(lengths, dtype=torch.int64, device="cpu").reshape(len(lengths), parts)
 
 
 def pad_to_longest(examples: Sequence[Any], pad: float = 0) -> Any:
@@ -195,9 +196,10 @@ def _padded(examples: Sequence[Any], size: Size | None, pad: float) -> Any:
 
 def _pad(sequences: Sequence[Any], size: int | None, pad: float) -> Padded:
     tensors = [s if isinstance(s, Tensor) else torch.from_numpy(np.asarray(s)) for s in sequences]
-    lengths = torch.tensor([len(t) for t in tensors], dtype=torch.int64)
+    lengths = torch.tensor([len(t) for t in tensors], dtype=torch.int64, device="cpu")
     some = next((t for t in tensors if len(t)), tensors[0])  # an empty list does not say its dtype
-    values = torch.full((size or int(lengths.max()), len(tensors), *some.shape[1:]), pad, dtype=some.dtype)
+    shape = (size or int(lengths.max()), len(tensors), *some.shape[1:])
+    values = torch.full(shape, pad, dtype=some.dtype, device=some.device)
     for column, tensor in enumerate(tensors):
         values[: len(tensor), column] = tensor
     return Padded(values, lengths)

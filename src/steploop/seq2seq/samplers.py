@@ -55,7 +55,7 @@ class _BatchSampler(Sampler[list[int]]):
         if self.drop_last:
             made = [batch for batch in made if len(batch) == self.batch_size]
         if self.shuffle:
-            made = [made[k] for k in torch.randperm(len(made), generator=generator).tolist()]
+            made = [made[k] for k in torch.randperm(len(made), generator=generator, device="cpu").tolist()]
         share = len(made) // self.replicas if self.drop_last else -(-len(made) // self.replicas)
         wanted = share * self.replicas
         if made:
@@ -72,7 +72,7 @@ class _BatchSampler(Sampler[list[int]]):
         return len(self.batches())
 
     def _order(self, count: int, generator: torch.Generator) -> list[int]:
-        return torch.randperm(count, generator=generator).tolist() if self.shuffle else list(range(count))
+        return torch.randperm(count, generator=generator, device="cpu").tolist() if self.shuffle else list(range(count))
 
 
 class LengthBatchSampler(_BatchSampler):

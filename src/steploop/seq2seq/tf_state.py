@@ -70,8 +70,9 @@ def output_size(cell: Step) -> int:
 
 
 def zero_state(cell: Step, batch_size: int, dtype: torch.dtype | None = None) -> Any:
-    """A TF state of zeros."""
-    return pytree.tree_map(lambda n: torch.zeros(batch_size, n, dtype=dtype), state_size(cell))
+    """A TF state of zeros, on the device of the cell's parameters."""
+    device = next((p.device for p in cell.parameters()), torch.device("cpu"))
+    return pytree.tree_map(lambda n: torch.zeros(batch_size, n, dtype=dtype, device=device), state_size(cell))
 
 
 def pack(cell: Step, values: Sequence[Tensor]) -> Any:

@@ -160,7 +160,7 @@ def _given(scope: _Scope, options: dict[str, Any], labels: int) -> tuple[Step, d
             return cell.cell, options
         if projection is None:
             raise InputError(_needs_projection(scope, cell, labels))
-        projection = torch.zeros(output_size(cell), labels), torch.zeros(labels)
+        projection = torch.zeros(output_size(cell), labels, device="cpu"), torch.zeros(labels, device="cpu")
     return cell, {**options, "output_projection": projection}
 
 
