@@ -192,6 +192,17 @@ def stream(scale: Scale) -> list[Job]:
     return [{**job, "action": "stream", "work": STREAM.as_dict(), "calls": scale.calls, **limits}]
 
 
+def guards(scale: Scale) -> list[Job]:
+    """The check that a kept capture still holds, for an LSTM and a layer-norm LSTM."""
+    return [
+        {
+            "action": "guards", "case": "guards", "work": work.as_dict(), "modes": ("forward",),
+            "peers": ("steploop",), "calls": scale.calls, "timeout": min(scale.timeout, 300.0),
+        }
+        for work in (STREAM, replace(STREAM, kind="lnlstm"))
+    ]  # fmt: skip
+
+
 def memory(scale: Scale) -> list[Job]:
     """Peak memory of a training step of the layer-norm LSTM (torch.nn: its LSTM), each in its own process."""
     jobs = []
@@ -210,7 +221,7 @@ def memory(scale: Scale) -> list[Job]:
 CASES: dict[str, Callable[[Scale], list[Job]]] = {
     f.__name__: f
     for f in (
-        lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, memory, first,
+        lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, guards, memory, first,
         unrolled, grid,
     )  # fmt: skip
 }

@@ -188,6 +188,15 @@ def stream(job: dict[str, Any], emit: Emit) -> None:
     _measure(job, work.as_dict(), "forward", ready, blanks, emit)
 
 
+def guards(job: dict[str, Any], emit: Emit) -> None:
+    """Seconds of the check that a kept capture still holds."""
+    work = workload_of(job)
+    from . import guards
+
+    for row in guards.rows(work, job["calls"]):
+        emit(row)
+
+
 def memory(job: dict[str, Any], emit: Emit) -> None:
     """Peak memory of one training step of one peer, after a short run that loads and compiles everything."""
     work = workload_of(job)
@@ -277,6 +286,7 @@ def _files(folder: str | None) -> int:
 ACTIONS: dict[str, Callable[[dict[str, Any], Emit], None]] = {
     "compare": compare_peers,
     "stream": stream,
+    "guards": guards,
     "memory": memory,
     "first_call": first_call,
 }

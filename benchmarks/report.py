@@ -75,7 +75,7 @@ def markdown(run: Run, images: list[tuple[str, str]]) -> str:
     parts = [_head(meta), _target_table(results)]
     parts += [f"![{title}]({path})" for title, path in images]
     parts += [_case_table(results, case) for case in TABLES]
-    parts += [_stream(results), _memory(results), _first(results), _unrolled(results), _grid(results)]
+    parts += [_stream(results), _guards(results), _memory(results), _first(results), _unrolled(results), _grid(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -212,6 +212,19 @@ def _stream(results: Results) -> str:
         shown = "" if compared is None else f"{compared:.2f}"
         lines.append(f"| {title} | {seconds(r['median'])} | {shown} |")
     return "\n".join(lines + _footnotes(rows))
+
+
+def _guards(results: Results) -> str:
+    rows = [r for r in results if r["case"] == "guards" and "blank" not in r]
+    if not rows:
+        return ""
+    lines = ["## Guards", "", "The check that a kept capture still holds, part of every call and streamed step.", ""]
+    lines += ["| | call | streamed step |", "|---|---:|---:|"]
+    for kind in dict.fromkeys(r["work"]["kind"] for r in rows):
+        found = {r["peer"]: seconds(r["median"]) for r in rows if r["work"]["kind"] == kind}
+        title = {"lstm": "LSTM", "lnlstm": "layer-norm LSTM"}.get(kind, kind)
+        lines.append(f"| {title} | {found.get('call', '')} | {found.get('streamed step', '')} |")
+    return "\n".join(lines)
 
 
 def _memory(results: Results) -> str:

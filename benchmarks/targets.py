@@ -121,6 +121,14 @@ def _memory(ours: str, theirs: str) -> Callable[[Results], float | None]:
     return value
 
 
+def _guards(what: str) -> Callable[[Results], float | None]:
+    def value(results: Results) -> float | None:
+        found = [r["median"] for r in pick(results, case="guards", peer=what) if r["work"]["kind"] == "lstm"]
+        return 1e6 * found[0] if found else None
+
+    return value
+
+
 def _all() -> list[Target]:
     made = [Target("LSTM / torch.nn: forward", 0.9, _ratio("lstm", "forward", "torch.nn"))]
     for mode in ("training", "training_x"):
@@ -164,6 +172,8 @@ def _all() -> list[Target]:
     made.append(Target(text, 1.25, _growth_with_time))
     made.append(Target("kernels compiled for a new T or B", 0, _compiled_anew, unit=""))
     made.append(Target("one streamed step / torch.nn.LSTMCell", 0.5, _ratio("stream", "forward", "torch.nn")))
+    for what, limit in (("call", 15.0), ("streamed step", 3.0)):
+        made.append(Target(f"guards of a {what}, LSTM", limit, _guards(what), unit=" us"))
     text = "peak memory, layer-norm LSTM training / torch.nn.LSTM's"
     made.append(Target(text, 1.0, _memory("steploop", "torch.nn")))
     text = 'peak memory, layer-norm LSTM training, save="states" / eager loop'

@@ -1,0 +1,62 @@
+"""What it costs to see that a kept capture still holds: of a call, and of a streamed step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+
+import steploop as sl
+from steploop.compiler import captures
+
+from .data import Workload
+from .measure import timed
+from .models import make_model
+
+ROUNDS = 15
+
+
+def costs(work: Workload, calls: int) -> Iterator[tuple[str, list[float]]]:
+    """("call" or "streamed step", seconds in each round)."""
+    torch.manual_seed(0)
+    loop = sl.Loop(make_model(work))
+    yield "call", _of_a_call(loop, work, calls)
+    with torch.no_grad():
+        yield "streamed step", _of_a_streamed_step(loop, work, calls)
+
+
+def _of_a_call(loop: sl.Loop, work: Workload, calls: int) -> list[float]:
+    xs = torch.randn(2, work.B, work.I)
+    loop(xs)
+    prepared = loop.prepare(xs)
+    return _rounds(lambda: captures.find(prepared.program, prepared.call), calls)
+
+
+def _of_a_streamed_step(loop: sl.Loop, work: Workload, calls: int) -> list[float]:
+    """A step by the short way, less the same step by its kernel alone, turn by turn."""
+    stream, x = loop.stream(work.B), torch.randn(work.B, work.I)
+    for _ in range(3):
+        stream(x)
+    short, states = stream._fast, stream._values
+    kernel = short._run.run
+    pairs = [
+        (_rounds(lambda: short([x], states), calls, 1)[0], _rounds(lambda: kernel([x], states), calls, 1)[0])
+        for _ in range(ROUNDS)
+    ]
+    return [max(whole - alone, 0.0) for whole, alone in pairs]
+
+
+def _rounds(run: Callable[[], object], calls: int, rounds: int = ROUNDS) -> list[float]:
+    def several() -> None:
+        for _ in range(calls):
+            run()
+
+    return [timed(several)[0] / calls for _ in range(rounds)]
+
+
+def rows(work: Workload, calls: int) -> Iterator[dict[str, object]]:
+    """Results as the report takes them."""
+    common = {"action": "guards", "work": work.as_dict(), "mode": "forward"}
+    for what, seconds in costs(work, calls):
+        yield {**common, "peer": what, "times": seconds, "median": statistics.median(seconds)}
