@@ -25,7 +25,6 @@ WRONG = {
     "a difference of flags": (lambda x, h: (x > 0) - (h > 0), RuntimeError, "bool"),
     "dtypes of a copy": (lambda x, h: h.index_copy(1, torch.arange(4), x.double()), RuntimeError, "Double"),
     "a loss": (lambda x, h: F.nll_loss(x, x.long()), RuntimeError, "nll_loss"),
-    "devices": (lambda x, h: x + torch.zeros(4, device="meta"), RuntimeError, "cpu and meta"),
     "an equation": (lambda x, h: torch.einsum("bij,bj->bi", x, h), RuntimeError, "einsum"),
 }
 

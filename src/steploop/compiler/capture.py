@@ -281,7 +281,7 @@ class _Tracer:
                 return function(*arguments[:count])
 
         try:
-            leaves = self._fakes()
+            leaves = [*self._fakes(), *self.floats.symbols]
             # (lazy: nobody runs the traced module, so torch need not compile it, nor keep its source)
             with enable_python_dispatcher(), self.mode, _use_lazy_graph_module(True):
                 functional = dispatch_functionalize(traced, FunctionalTensorMode())
