@@ -19,6 +19,7 @@ from torch.utils._device import _device_constructors
 import steploop
 
 EVERY_DEVICE = ("oracle",)
+ON_THE_CPU = ("test_forward_mode", "test_legacy_vs_tf")  # what they compare with is made there as they are loaded
 _LIBRARY = str(Path(steploop.__file__).parent)
 _CONSTRUCTORS = ("__init__", "reset_parameters")
 _here = torch.device("cpu")
