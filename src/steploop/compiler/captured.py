@@ -57,6 +57,7 @@ class Capture:
     pinned: objects that its key names by their id.
     batch: the only B it holds for, or None.
     like: for B = 0 and B = 1, whether the step does the same as with several rows, once that was asked.
+    by_tracing: the paths of Python values that a trace changes, and no run of the step for real.
     """
 
     program: Facts
@@ -75,6 +76,7 @@ class Capture:
     joint_slots: list[Slot] = field(default_factory=list)
     plans: dict[Hashable, Any] = field(default_factory=dict)
     like: dict[int, bool] = field(default_factory=dict)
+    by_tracing: frozenset[str] = frozenset()
 
     @property
     def out_spec(self) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,7 @@ class _Maker:
     signature: Signature
     call: Call
     free: list[Number]
+    by_tracing: set[str] = field(default_factory=set)
 
     def make(self, known: Sequence[Reads]) -> tuple[Capture, Dependencies]:
         program, signature = self.program, self.signature
@@ -106,6 +107,7 @@ class _Maker:
             key=dependencies.key, floats=_settled_floats(dependencies, self.free), facts=dependencies.facts,
             slots=_settle(trace, dependencies), pinned=dependencies.pinned,
             batch=None if symbolic or signature.batch is None else signature.batch, inline=frozenset(inline),
+            by_tracing=frozenset(self.by_tracing),
         ), dependencies  # fmt: skip
 
     def _first_trace(self, inline: set[int]) -> tuple[Trace, bool, Recorder]:
@@ -170,12 +172,14 @@ class _Maker:
         return first, recorder
 
     def _watched_again(self, trace: Callable[[Observed], Trace]) -> tuple[Trace, Recorder]:
+        """Once more, after the step's first run for real has kept what it keeps. What changes now is kept for each type
+        of tensor that the step meets, and the tracer's is forgotten."""
         before, recorder, seed = _snapshot(self.program), Recorder(), torch.initial_seed()
         first = trace(Observed(recorder, self.free))
         with _disable_current_modes():
             if changed := _checked(before, recorder, seed):
                 before.restore()
-                raise _changes(changed)
+                self.by_tracing |= set(changed)
         return first, recorder
 
     def _first_step_for_real(self, before: Snapshot, changed: list[str]) -> None:
@@ -201,6 +205,7 @@ class _Maker:
 
 def _checked(before: Snapshot, recorder: Recorder, seed: int) -> list[str]:
     """The Python values that a trace has changed. Raises for what no step may do even once."""
+    before.put_back_recomputed()
     changed = before.changes()
     tensors = [c for c in changed if c.startswith("the tensor ")]
     moved = before.resumed(recorder.resumed)
@@ -298,7 +303,8 @@ def _add_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:
     with _disable_current_modes():
         if changed := _checked(before, recorder, seed):
             before.restore()
-            raise _changes(changed)
+            if not capture.by_tracing.issuperset(changed):
+                raise _changes(changed)
     _check_same(capture.forward, joint)
     joint.keep_alive.extend(use_whole_histories(joint.graph))
     return _with_more_reads(capture, dependencies, joint, recorder)

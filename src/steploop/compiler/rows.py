@@ -100,6 +100,7 @@ def _annotate_call(node: fx.Node, step: StepGraph, mixing: dict[fx.Node, str], f
     except Mixed as reason:
         mixing[node] = str(reason)
         node.meta["rows"] = _visible_rows(node, step.batch)
+        node.meta["varies"] = True  # it is computed at every step, on the rows of that step
         return
     if isinstance(axis, tuple):
         node.meta["rows"] = tuple(a if isinstance(a, Rows) else None for a in axis)
@@ -698,6 +699,16 @@ def _diagonal(node: fx.Node, batch: sympy.Symbol) -> Axis:
     return Rows(rows.dim - sum(d < rows.dim for d in (a, b)), rows.outer, rows.inner)
 
 
+def _diagonal_scatter(node: fx.Node, batch: sympy.Symbol) -> Axis:
+    base, part = node.args[0].meta["rows"], node.args[1].meta["rows"]
+    a, b = (d % len(_shape(node)) for d in (*node.args[3:], *(0, 1)[len(node.args[3:]) :]))
+    if base is None or part is None or base.dim in (a, b):
+        raise Mixed("writes into a diagonal of the batch")
+    if part != Rows(base.dim - sum(d < base.dim for d in (a, b)), base.outer, base.inner):
+        raise Mixed("writes into a diagonal of the batch")
+    return base
+
+
 def _unfold(node: fx.Node, batch: sympy.Symbol) -> Axis:
     rows = node.args[0].meta["rows"]
     if node.args[1] % len(_shape(node.args[0])) == rows.dim:
@@ -826,7 +837,7 @@ PACKET_RULES: dict[str, Callable] = {
     "constant_pad_nd": _pad, "repeat": _repeat,
     "select_backward": _grown, "slice_backward": _grown,
     "select_scatter": _select_scatter, "slice_scatter": _slice_scatter,
-    "diagonal": _diagonal, "unfold": _unfold, "unfold_backward": _unfold_backward,
+    "diagonal": _diagonal, "diagonal_scatter": _diagonal_scatter, "unfold": _unfold, "unfold_backward": _unfold_backward,
     **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros",
                      "new_ones", "new_full", "new_empty", "bernoulli", "randint_like", "normal_functional",
                      "bernoulli_p", "exponential", "uniform", "geometric", "cauchy", "log_normal", "random",

@@ -46,6 +46,7 @@ class Snapshot:
         self._tensors: list[tuple[Tensor, str, Tensor, int]] = []
         self._generators: list[Any] = []
         self._frames: list[tuple[int, str]] = []
+        self._recomputed: list[tuple[dict, str, Any]] = []
         self._queue: collections.deque[tuple[Any, str]] = collections.deque((root, "") for root in roots)
         while self._queue and len(self._seen) < _MOST:
             self._visit(*self._queue.popleft())
@@ -64,12 +65,19 @@ class Snapshot:
 
     def restore(self) -> None:
         """Puts everything back, as far as it can be."""
+        self.put_back_recomputed()
         for tensor, _, held, version in self._tensors:
             if not _same_memory(tensor, held) or tensor._version != version:
                 tensor.data = held
         for held in self._held:
             if held.changes():
                 held.restore()
+
+    def put_back_recomputed(self) -> None:
+        """Puts back weights that hooks compute anew before every use: what a trace left there is no tensor of torch's."""
+        for where, name, value in self._recomputed:
+            if value is not MISSING:
+                where[name] = value
 
     def drawn(self) -> bool:
         """Whether a random generator of Python's or numpy's has moved."""
@@ -136,9 +144,11 @@ class Snapshot:
             self._held.append(_Position(value, path, _position))
         attributes = attributes_of(value)
         if attributes is not None:
-            self._held.append(_Entries(attributes, path, _ADDED))
+            made = recomputed(value) if isinstance(value, nn.Module) else frozenset()
+            self._recomputed += [(attributes, name, attributes.get(name, MISSING)) for name in made]
+            self._held.append(_Entries(attributes, path, _ADDED | made))
             for name, item in list(attributes.items()):
-                if name != "_steploop_kept":
+                if name != "_steploop_kept" and name not in made:
                     self._follow(item, f"{path}.{name}" if path else str(name))
         for slot in slots_of(type(value)):
             item = getattr(value, slot, MISSING)
@@ -185,6 +195,13 @@ class Snapshot:
             value = variables.get(name, MISSING)
             if value is not MISSING and not isinstance(value, types.ModuleType):
                 self._follow(value, f"{path}.{name}" if path else name)
+
+
+def recomputed(module: nn.Module) -> frozenset[str]:
+    """Attributes that torch.nn.utils' own hooks (weight_norm, prune, spectral_norm) assign before every forward."""
+    hooks = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils.")]
+    names = [getattr(h, "name", None) or getattr(h, "_tensor_name", None) for h in hooks]
+    return frozenset(n for n in names if isinstance(n, str))
 
 
 # -- one thing that can change each ----------------------------------------------------------------------------

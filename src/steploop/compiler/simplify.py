@@ -131,6 +131,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
             if source.target is aten.view.default and target is not aten.reshape.default:
                 node.args = (source.args[0], args[1])
         return None
+    if not args or not isinstance(args[0], fx.Node):
+        return None
     if target is aten._to_copy.default:
         source = args[0].meta["val"]
         return args[0] if (source.dtype, source.device) == (node.meta["val"].dtype, node.meta["val"].device) else None
