@@ -10,7 +10,9 @@ import ast
 import contextlib
 import dataclasses
 import enum
+import errno
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -19,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from .errors import DataError, InputError, SteploopError
+from .errors import DataError, InputError, SteploopError, raised_at
 
 try:
     import typer
@@ -63,6 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (error.name or "").split(".")[0] not in ("lightning", "matplotlib", "tensorboard", "rich", "safetensors"):
             raise
         sys.exit(_complain(f"This command needs the package {error.name}.\n  fix:      {EXTRAS}"))
+    except OSError as error:
+        sys.exit(_complain(_of_a_file(error)))
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        sys.exit(_complain("A checkpoint could not be written.\n  fix:      free space where --out is, then --resume"))
+
+
+def _of_a_file(error: OSError) -> str:
+    named = f": {error.filename}" if error.filename else ""
+    what = "free space there, then --resume" if error.errno == errno.ENOSPC else "another --out, or its permissions"
+    return f"{error.strerror or type(error).__name__}{named}\n  fix:      {what}"
 
 
 def _complain(message: str) -> int:
@@ -92,14 +106,23 @@ def _application() -> typer.Typer:
 
 # --- train, compare ---------------------------------------------------------------------------------------
 
+
+
+def _finite(value: float | None) -> float | None:
+    """A typer callback: nan and inf pass every other check."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"a finite number is expected; got {value}")
+    return value
+
+
 if typer is not None:
     Data = Annotated[Path | None, typer.Option(help="A UTF-8 text; without it, the Shakespeare texts.")]
     Streams = Annotated[int, typer.Option(min=1, help="Places of the text that are read side by side (B).")]
     Steps = Annotated[
         int, typer.Option(min=1, help="Characters per window; gradients stop at its border (T).")
     ]
-    Rate = Annotated[float, typer.Option(help="The highest learning rate of the run.")]
-    Seed = Annotated[int, typer.Option(help="Of the weights, dropout and windows.")]
+    Rate = Annotated[float, typer.Option(min=0, callback=_finite, help="The highest learning rate of the run.")]
+    Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights, dropout and windows.")]
     UsedBackend = Annotated[Backend, typer.Option(help="What runs the loops.")]
     UsedDevice = Annotated[Device, typer.Option(help="Where the model is trained.")]
     Overwrite = Annotated[bool, typer.Option("--overwrite", help="A model that is in --out may be replaced.")]
@@ -107,17 +130,21 @@ if typer is not None:
 
 def train_charlm(
     data: Data = None,
-    out: Annotated[Path, typer.Option(help="Checkpoints, logs and the curve go here.")] = Path("runs/charlm"),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Checkpoints, logs and the curve go here.")
+    ] = Path("runs/charlm"),
     cell: Annotated[Cell | None, typer.Option(help="[default: gru]")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="[default: 2]")] = None,
     units: Annotated[int | None, typer.Option(min=1, help="Per layer. [default: 256]")] = None,
     embedding: Annotated[int | None, typer.Option(min=1, help="[default: 128]")] = None,
-    dropout: Annotated[float | None, typer.Option(min=0, max=0.99, help="[default: 0.1]")] = None,
+    dropout: Annotated[float | None, typer.Option(min=0, max=0.99, callback=_finite, help="[default: 0.1]")] = None,
     streams: Streams = 64,
     steps: Steps = 64,
     learning_rate: Rate = 4e-3,
-    minutes: Annotated[float | None, typer.Option(help="[default: 9, or none with --max-steps]")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Windows to train on, instead of a time.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, callback=_finite, help="[default: 9, or none with --max-steps]")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Windows to train on, instead of a time.")] = None,
     seed: Seed = 1,
     backend: UsedBackend = Backend.auto,
     device: UsedDevice = Device.cpu,
@@ -168,17 +195,20 @@ def train_charlm(
 
 def compare(
     data: Data = None,
-    out: Annotated[Path, typer.Option(help="One folder per model, and compare.png.")] = Path("runs/compare"),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="One folder per model, and compare.png.")
+    ] = Path("runs/compare"),
     cell: Annotated[Cell, typer.Option()] = Cell.gru,
     layers: Annotated[str, typer.Option(help="Numbers of layers to try.")] = "1,2,3",
     units: Annotated[str, typer.Option(help="Numbers of units to try.")] = "128,256",
     embedding: Annotated[int, typer.Option(min=1)] = 128,
-    dropout: Annotated[float, typer.Option(min=0, max=0.99)] = 0.1,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, callback=_finite)] = 0.1,
     streams: Streams = 64,
     steps: Steps = 64,
     learning_rate: Rate = 4e-3,
     minutes: Annotated[
-        float | None, typer.Option(help="For each model. [default: 1, or none with --characters]")
+        float | None,
+        typer.Option(min=0, callback=_finite, help="For each model. [default: 1, or none with --characters]"),
     ] = None,
     characters: Annotated[
         int | None, typer.Option(min=1, help="Characters that each model reads, instead of a time.")
@@ -261,14 +291,14 @@ def sample(
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "\n",
     length: Annotated[int, typer.Option(min=0, help="Characters to write.")] = 500,
     temperature: Annotated[
-        float, typer.Option(help="Below 1 bolder, above 1 wilder; 0: always the likeliest.")
+        float, typer.Option(callback=_finite, help="Below 1 bolder, above 1 wilder; 0: always the likeliest.")
     ] = 0.8,
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest only; 0: from all.")] = 0,
     top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest with this probability together.")
+        float, typer.Option(callback=_finite, help="Draw from the likeliest with this probability together.")
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(help="The same seed writes the same text. [default: random]")
+        int | None, typer.Option(min=0, help="The same seed writes the same text. [default: random]")
     ] = None,
     interactive: Annotated[
         bool,
@@ -406,7 +436,22 @@ def _plan(target: str, init: str, shapes: list[str], backend: str) -> Any:
     else:
         step, inputs, constants = _example(module, file, name)
     loop = step if isinstance(step, sl.Loop) else sl.Loop(step, backend=backend)
-    return loop.plan(*inputs, **constants)
+    with _users_errors(file):
+        return loop.plan(*inputs, **constants)
+
+
+@contextlib.contextmanager
+def _users_errors(file: str | Path) -> Iterator[None]:
+    """What the user's file raises, as a message with its line instead of a traceback."""
+    try:
+        yield
+    except SteploopError:
+        raise
+    except SyntaxError as error:
+        raise InputError(f"{error.filename}:{error.lineno}: {error.msg}\n  {(error.text or '').strip()}") from error
+    except (Exception, SystemExit) as error:
+        at = raised_at(error) or str(file)
+        raise InputError(f"{at}: {type(error).__name__}: {error}") from error
 
 
 def _load(file: Path) -> Any:
@@ -419,7 +464,8 @@ def _load(file: Path) -> Any:
         raise InputError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
+    with _users_errors(file):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -441,10 +487,13 @@ def _make(module: Any, file: str, name: str, init: str) -> Any:
         raise InputError(f"{file} was asked for {name!r}, {what}.\n  found:    {there}")
     positional, named = _arguments(init)
     try:
-        return found(*positional, **named)
-    except TypeError as error:
+        with _users_errors(file):
+            return found(*positional, **named)
+    except InputError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
         raise InputError(
-            f'{name}({init}): {error}\n  fix:      --init "8, 16" with what {name} takes'
+            f'{name}({init}): {error.__cause__}\n  fix:      --init "8, 16" with what {name} takes'
         ) from error
 
 
@@ -486,7 +535,8 @@ def _example(module: Any, file: str, name: str) -> tuple[Any, tuple, dict[str, A
             f"{file} has no example(), so the shape of the input is not known.\n"
             f'  fix:      steploop explain {file}:{name or "Class"} --init "..." --input "T,B,I"'
         )
-    made = function()
+    with _users_errors(file):
+        made = function()
     if not (isinstance(made, tuple) and len(made) in (2, 3)):
         raise InputError(f"{file}: example() returns (step_or_loop, inputs[, constants]), got {type(made).__name__}")
     step, inputs, constants = (*made, {}) if len(made) == 2 else made

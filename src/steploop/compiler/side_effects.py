@@ -74,7 +74,7 @@ class Snapshot:
                 held.restore()
 
     def put_back_recomputed(self) -> None:
-        """Puts back weights that hooks compute anew before every use: what a trace left there is no tensor of torch's."""
+        """Puts back weights that hooks compute before every use: what a trace left there is no tensor of torch's."""
         for where, name, value in self._recomputed:
             if value is not MISSING:
                 where[name] = value
