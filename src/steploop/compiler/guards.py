@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ except ImportError:  # not a public interface: without it, every entry is compar
 
 MISSING = object()
 _contents = attrgetter("cell_contents")
-_code_of = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_code, _defaults, _kwdefaults = map(attrgetter, ("__code__", "__defaults__", "__kwdefaults__"))
 
 
 class Watched:
@@ -131,8 +130,10 @@ class Guards:
         self._objects, self._types = [o for o, _ in self.objects], [t for _, t in self.objects]
         self._cells = [cell for cell, _ in self.cells]
         self._contents = [id(value) for _, value in self.cells]
-        self._code = [*chain.from_iterable(map(_code_of, self.functions))]  # keeps the ids taken
-        self._code_ids = [*map(id, self._code)]
+        self._code = [*map(_code, self.functions)]
+        defaults = [*map(_defaults, self.functions), *map(_kwdefaults, self.functions)]
+        self._defaults = defaults  # keeps the ids taken
+        self._default_ids = [*map(id, defaults)]
         self._sequences = [(value, [*map(id, copy)]) for value, copy in self.sequences if copy]
         self._tensors = list(tensors)
         self._metadata = [metadata(t) for t in tensors]
@@ -159,7 +160,10 @@ class Guards:
                 self._versions = now
         if [*map(type, self._objects)] != self._types:
             return False
-        if [*map(id, chain.from_iterable(map(_code_of, self.functions)))] != self._code_ids:
+        functions = self.functions
+        if [*map(_code, functions)] != self._code:
+            return False
+        if [*map(id, map(_defaults, functions)), *map(id, map(_kwdefaults, functions))] != self._default_ids:
             return False
         if self._cells:
             try:
