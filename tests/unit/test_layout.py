@@ -12,7 +12,7 @@ import steploop
 ROOT = Path(steploop.__file__).parent
 FRONT = {
     "arguments", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "loop", "packed",
-    "scan", "replay", "share", "sizing", "state", "states", "step", "step_program", "stream", "tree", "verify",
+    "scan", "replay", "share", "sizing", "state", "states", "step", "step_program", "stream", "tree", "until", "verify",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}
 # What the modules of a part may import besides errors and their own part.
