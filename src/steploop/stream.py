@@ -167,7 +167,7 @@ class Stream:
     def _start(self, xs: list[Tensor]) -> None:
         tensors, structure, batched, named = constant_leaves(self.constants)
         check_constants(tensors, batched, structure, self.batch_size)
-        own = own_values(self._tree, self.batch_size, xs, tensors, named)
+        own = self._tree.with_copies(own_values(self._tree, self.batch_size, xs, tensors, named))
         if self._given is None:
             self._values = require(own, self._tree.names)
         else:

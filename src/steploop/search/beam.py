@@ -1,0 +1,254 @@
+"""Beam search, which says whether what it found is the best there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, message
+from ..loop import Loop
+from ..state import State
+from ..step import Step
+from .copies import picked
+from .hypotheses import Hypotheses
+from .penalties import LengthPenalty, coverage_options, coverage_score
+from .penalties import length_penalty as as_penalty
+from .run import run_search
+from .search import NEVER, Search, whole
+
+
+class Beam(Search):
+    """The K best hypotheses of each row, best first. One that has ended keeps its place while it is among them.
+
+    sl.Loop(Beam(model, start=bos, end=eos, max_steps=60, size=8), until="done"); see `Search` for further options.
+
+    size:   K.  n_best: how many are wanted; `stop="exact"` looks at those.
+    length_penalty: None (sums of log-probabilities), ("gnmt", alpha), ("average",), ("per_label", reward), "returnn", or
+            a function (log_prob, length) -> score whose attribute `monotone` says whether it is (see penalties.py).
+            length: labels without the end.
+    coverage: ("gnmt", beta, weights): beta * sum_s log(min(sum_t weights_ts, 1)) is added (Wu et al. 2016); weights: a
+            key, an index or a function of the model's output: (B, S).
+    groups, diversity: K / groups hypotheses in each of `groups` groups, which are chosen one after the other; a label
+            that earlier groups took at the same step costs `diversity` each time (Vijayakumar et al. 2018, Hamming).
+    stop:   "exact": when nothing open can come before the n best any more (Huang et al. 2017); "all": when all K have
+            ended; ("patience", p): when p * K hypotheses have ended, those that fell out of the beam since included
+            (Kasai et al. 2022).
+
+    State `bound` (B,): no hypothesis that was given up can have a better score.
+    """
+
+    def __init__(
+        self,
+        model: Step | Loop,
+        start: int,
+        end: int | None,
+        max_steps: int,
+        size: int = 8,
+        *,
+        n_best: int = 1,
+        length_penalty: Any = None,
+        coverage: Any = None,
+        groups: int = 1,
+        diversity: float = 0.0,
+        stop: Any = "exact",
+        **options: Any,
+    ) -> None:
+        _check_counts(whole("size", size, 1), whole("n_best", n_best, 1), whole("groups", groups, 1))
+        first = torch.full((size,), NEVER, device="cpu")
+        first[:: size // groups] = 0.0  # all hypotheses of a group are the same at first: one is enough
+        super().__init__(model, start, end, max_steps, copies=size, first=first, **options)
+        self.n_best, self.groups, self.diversity = n_best, groups, float(diversity)
+        self.penalty: LengthPenalty = as_penalty(length_penalty)
+        self.coverage = coverage_options(coverage)
+        self.most_ends = _ends_to_stop(stop, size)
+        self.exact = stop == "exact" and self._bounded()
+        self.bound = State(init=NEVER)
+        self.ends = State(init=0, dtype=torch.int64)
+        self.covered = None if self.coverage is None else State(...)
+
+    def _bounded(self) -> bool:
+        """Whether the penalty's bound holds: what labels and coverage still add must not be positive."""
+        return all(weight >= 0 for weight in self.weights) and (self.coverage is None or self.coverage[0] >= 0)
+
+    @property
+    def provable(self) -> bool:
+        """Whether there is a bound on everything that was given up."""
+        return self._bounded() and self.penalty.monotone and self.groups == 1
+
+    def size_own(self, output: Any) -> None:
+        if self.covered is not None:
+            weights = picked(output, self.coverage[1])
+            self.covered.sized(self.copies, *weights.shape[1:], like=weights)
+
+    def choose(self, gains: Tensor, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ended, step, size = self.ended.prev, self.taken.prev, gains.shape[2]
+        totals = self.total.prev.unsqueeze(2) + gains
+        is_end = torch.arange(size, device=gains.device) == (-1 if self.end is None else self.end)
+        lengths = (self.length.prev + 1).unsqueeze(2) - is_end.to(torch.int64)
+        values = self.penalty.candidates(totals, lengths)
+        if self.covered is not None:
+            covered, more = self._coverage(output)
+            values = values + more.unsqueeze(2)
+        values = torch.where(totals == NEVER, NEVER, values)
+        held = self.penalty.carried(self.score.prev, step.unsqueeze(1)).unsqueeze(2)
+        values = torch.where(ended.unsqueeze(2), torch.where(is_end, held, NEVER), values)
+        totals = torch.where(ended.unsqueeze(2), self.total.prev.unsqueeze(2), totals)
+        index, rest = self._chosen(values)
+        score, total = values.flatten(1).gather(1, index), totals.flatten(1).gather(1, index)
+        parent = torch.div(index, size, rounding_mode="floor")
+        label = index - parent * size
+        self._give_up(rest, totals, ended.unsqueeze(2) | is_end)
+        newly = ~ended.gather(1, parent) & (label == (-1 if self.end is None else self.end)) & (score > NEVER)
+        self.ends.next = self.ends.prev + newly.sum(1)
+        if self.covered is not None:
+            self.covered.next = covered.gather(1, parent.unsqueeze(2).expand(covered.shape))
+        return parent, label, score, total
+
+    def _coverage(self, output: Any) -> tuple[Tensor, Tensor]:
+        """(what each hypothesis has looked at (B, K, S), the penalty (B, K))."""
+        weights = self._by_row(picked(output, self.coverage[1]))
+        before = self.covered.sized(self.copies, *weights.shape[2:], like=weights)
+        covered = before + torch.where(self.ended.prev.unsqueeze(2), torch.zeros_like(weights), weights)
+        return covered, coverage_score(covered, self.coverage[0])
+
+    def _chosen(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K) the best of (B, K, V), numbered over K * V; and the values with -inf in those places."""
+        size, count = values.shape[2], self.copies // self.groups
+        if self.groups == 1:
+            index, rest = best(values.flatten(1), count)
+            return index, rest.reshape(values.shape)
+        places = torch.arange(size, device=values.device)
+        taken = torch.zeros_like(values[:, 0])
+        found, left = [], []
+        for g in range(self.groups):
+            own = values[:, g * count : (g + 1) * count]
+            index, rest = best((own - self.diversity * taken.unsqueeze(1)).flatten(1), count)
+            alive = own.flatten(1).gather(1, index) > NEVER
+            if self.end is not None:
+                alive = alive & (index % size != self.end)
+            chosen = (index % size).unsqueeze(2) == places
+            taken = taken + (chosen & alive.unsqueeze(2)).to(taken.dtype).sum(1)
+            found.append(index + g * count * size)
+            left.append(torch.where(rest.reshape(own.shape) == NEVER, NEVER, own))
+        return torch.cat(found, 1), torch.cat(left, 1)
+
+    def _give_up(self, rest: Tensor, totals: Tensor, closed: Tensor) -> None:
+        """Raise the bound to what the candidates that are left out could still have become."""
+        steps = self.taken.prev + 1
+        there = rest > NEVER
+        growing = torch.where(there & ~closed, totals, NEVER).amax((1, 2))
+        complete = torch.where(there & closed, rest, NEVER).amax((1, 2))
+        bound = self.penalty.bound(growing, steps, self.limit.prev)
+        bound = torch.maximum(bound, self.penalty.comparable(complete, steps))
+        self.bound.next = torch.maximum(self.bound.prev, bound)
+
+    def finished_early(self) -> Tensor:
+        if self.most_ends is not None:
+            return self.ends.next >= self.most_ends
+        if not self.exact:
+            return torch.zeros_like(self.done.prev)
+        ended, steps = self.ended.next, self.taken.next
+        growing = torch.where(ended, NEVER, self.total.next).amax(1)
+        bound = self.penalty.bound(growing, steps, self.limit.prev)
+        score = self.penalty.comparable(self.score.next, steps.unsqueeze(1))
+        settled = ended & (score > NEVER) & (score >= bound.unsqueeze(1))
+        return settled.sum(1) >= self.n_best
+
+    def final_scores(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
+        return self.penalty.final(state["score"], state["taken"], state["length"])
+
+    def final_bound(self, state: dict[str, Tensor]) -> Tensor:
+        if not self.provable:
+            return torch.full_like(state["bound"], float("inf"))
+        is_open = ~state["ended"] & (state["taken"] < state["limit"]).unsqueeze(1)
+        growing = torch.where(is_open, state["total"], NEVER).amax(1)
+        return torch.maximum(state["bound"], self.penalty.bound(growing, state["taken"], state["limit"]))
+
+
+def best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(B, count) where the largest of (B, N) are, the first of equal ones first; and the values with -inf there."""
+    places = torch.arange(values.shape[1], device=values.device)
+    found = []
+    for _ in range(count):
+        at = values.argmax(1, keepdim=True)
+        found.append(at)
+        values = torch.where(places == at, NEVER, values)
+    return torch.cat(found, 1), values
+
+
+def _check_counts(size: int, n_best: int, groups: int) -> None:
+    if n_best > size or size % groups:
+        raise InputError(
+            message(
+                "A beam search's numbers do not fit together.",
+                expected="n_best <= size, and size a multiple of groups",
+                found=f"size={size}, n_best={n_best}, groups={groups}",
+            )
+        )
+
+
+def _ends_to_stop(stop: Any, size: int) -> int | None:
+    """How many hypotheses have to end, by `stop`; None: something else decides."""
+    if stop in ("exact", "all"):
+        return None
+    if isinstance(stop, (tuple, list)) and len(stop) == 2 and stop[0] == "patience" and stop[1] > 0:
+        return math.ceil(stop[1] * size)
+    raise InputError(
+        message("There is no such stop rule.", expected='"exact", "all" or ("patience", p), p > 0', found=repr(stop))
+    )
+
+
+def beam(
+    model: Step | Loop,
+    *,
+    start: int | Tensor,
+    end: int | None,
+    max_steps: int | Tensor,
+    size: int = 8,
+    n_best: int = 1,
+    length_penalty: Any = None,
+    coverage: Any = None,
+    groups: int = 1,
+    diversity: float = 0.0,
+    scorers: Sequence[tuple[float, Step]] = (),
+    stop: Any = "exact",
+    min_steps: int | Tensor = 0,
+    prefix: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    suppress: Any = (),
+    allowed: Any = None,
+    no_repeat: int = 0,
+    keep: Any = (),
+    scores: Any = None,
+    normalised: bool = False,
+    xs: tuple[Any, ...] = (),
+    state: Any = None,
+    batch_size: int | None = None,
+    backend: str = "auto",
+    **constants: Any,
+) -> Hypotheses:
+    """Beam search: `hyps = sl.search.beam(model, start=bos, end=eos, max_steps=60, size=8, memory=memory)`.
+
+    size, n_best, length_penalty, coverage, groups, diversity, stop: see `Beam`.  All others: see `greedy`.
+
+    Hypotheses of a search that stops by length are results like those that ended (`finished` says which). Where fewer
+    than n_best exist the others have score -inf.
+
+    Returns Hypotheses with N = n_best. `proved_best` says where no label sequence whatever within the limits has a
+    better score: everything that was given up is bounded, by its log-probability and the penalty (Huang et al. 2017,
+    arXiv:1704.01314, for the stop rule). It is False with groups, with penalties that give no bound, and with
+    scorers of negative weight.
+    """
+    options = {
+        "n_best": n_best, "length_penalty": length_penalty, "coverage": coverage, "groups": groups,
+        "diversity": diversity, "stop": stop, "suppress": suppress, "allowed": allowed, "no_repeat": no_repeat,
+        "scorers": scorers, "keep": keep, "scores": scores, "normalised": normalised, "size": size,
+    }  # fmt: skip
+    return run_search(
+        Beam, model, options, n_best, start=start, end=end, max_steps=max_steps, min_steps=min_steps, prefix=prefix,
+        prefix_lengths=prefix_lengths, xs=xs, state=state, batch_size=batch_size, backend=backend, constants=constants,
+    )  # fmt: skip
