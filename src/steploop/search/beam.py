@@ -27,8 +27,8 @@ class Beam(Search):
     sl.Loop(Beam(model, start=bos, end=eos, max_steps=60, size=8), until="done"); see `Search` for further options.
 
     size:   K.  n_best: how many are wanted; `stop="exact"` looks at those.
-    length_penalty: None (sums of log-probabilities), ("gnmt", alpha), ("average",), ("per_label", reward), "returnn", or
-            a function (log_prob, length) -> score whose attribute `monotone` says whether it is (see penalties.py).
+    length_penalty: None (sums of log-probabilities), ("gnmt", alpha), ("average",), ("per_label", reward), "returnn",
+            or a function (log_prob, length) -> score whose attribute `monotone` says whether it is (see penalties.py).
             length: labels without the end.
     coverage: ("gnmt", beta, weights): beta * sum_s log(min(sum_t weights_ts, 1)) is added (Wu et al. 2016); weights: a
             key, an index or a function of the model's output: (B, S).
@@ -97,8 +97,8 @@ class Beam(Search):
         held = self.penalty.carried(self.score.prev, step.unsqueeze(1)).unsqueeze(2)
         values = torch.where(ended.unsqueeze(2), torch.where(is_end, held, NEVER), values)
         totals = torch.where(ended.unsqueeze(2), self.total.prev.unsqueeze(2), totals)
-        index, rest = self._chosen(values)
-        score, total = values.flatten(1).gather(1, index), totals.flatten(1).gather(1, index)
+        index, score, rest = self._chosen(values)
+        total = torch.where(score > NEVER, totals.flatten(1).gather(1, index), NEVER)
         parent = torch.div(index, size, rounding_mode="floor")
         label = index - parent * size
         self._give_up(rest, totals, ended.unsqueeze(2) | is_end)
@@ -115,26 +115,27 @@ class Beam(Search):
         covered = before + torch.where(self.ended.prev.unsqueeze(2), torch.zeros_like(weights), weights)
         return covered, coverage_score(covered, self.coverage[0])
 
-    def _chosen(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K) the best of (B, K, V), numbered over K * V; and the values with -inf in those places."""
+    def _chosen(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, K) the best of (B, K, V), numbered over K * V; their values; all values with -inf in those places."""
         size, count = values.shape[2], self.copies // self.groups
         if self.groups == 1:
-            index, rest = best(values.flatten(1), count)
-            return index, rest.reshape(values.shape)
+            index, score, rest = best(values.flatten(1), count)
+            return index, score, rest.reshape(values.shape)
         places = torch.arange(size, device=values.device)
         taken = torch.zeros_like(values[:, 0])
-        found, left = [], []
+        found, scores, left = [], [], []
         for g in range(self.groups):
             own = values[:, g * count : (g + 1) * count]
-            index, rest = best((own - self.diversity * taken.unsqueeze(1)).flatten(1), count)
-            alive = own.flatten(1).gather(1, index) > NEVER
+            index, alive, rest = best((own - self.diversity * taken.unsqueeze(1)).flatten(1), count)
+            alive = alive > NEVER
+            scores.append(torch.where(alive, own.flatten(1).gather(1, index), NEVER))
             if self.end is not None:
                 alive = alive & (index % size != self.end)
             chosen = (index % size).unsqueeze(2) == places
             taken = taken + (chosen & alive.unsqueeze(2)).to(taken.dtype).sum(1)
             found.append(index + g * count * size)
             left.append(torch.where(rest.reshape(own.shape) == NEVER, NEVER, own))
-        return torch.cat(found, 1), torch.cat(left, 1)
+        return torch.cat(found, 1), torch.cat(scores, 1), torch.cat(left, 1)
 
     def _give_up(self, rest: Tensor, totals: Tensor, closed: Tensor) -> None:
         """Raise the bound to what the candidates that are left out could still have become."""
@@ -159,7 +160,8 @@ class Beam(Search):
         return settled.sum(1) >= self.n_best
 
     def final_scores(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
-        return self.penalty.final(state["score"], state["taken"], state["length"])
+        cut = (~state["ended"]).any(1) & (state["taken"] >= state["limit"])
+        return self.penalty.final(state["score"], state["taken"], cut)
 
     def final_bound(self, state: dict[str, Tensor]) -> Tensor:
         if not self.provable:
@@ -169,15 +171,19 @@ class Beam(Search):
         return torch.maximum(state["bound"], self.penalty.bound(growing, state["taken"], state["limit"]))
 
 
-def best(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(B, count) where the largest of (B, N) are, the first of equal ones first; and the values with -inf there."""
+def best(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, count) where the largest of (B, N) are, the first of equal ones first; what they are; the rest.
+
+    The rest is the values with -inf in those places. Where there are fewer above -inf, some place comes with -inf.
+    """
     places = torch.arange(values.shape[1], device=values.device)
-    found = []
+    found, largest = [], []
     for _ in range(count):
         at = values.argmax(1, keepdim=True)
         found.append(at)
+        largest.append(values.gather(1, at))
         values = torch.where(places == at, NEVER, values)
-    return torch.cat(found, 1), values
+    return torch.cat(found, 1), torch.cat(largest, 1), values
 
 
 def _check_counts(size: int, n_best: int, groups: int) -> None:

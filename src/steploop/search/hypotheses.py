@@ -25,8 +25,8 @@ class Hypotheses:
     finished: (B, N) bool, whether it ended, by the end label; else it was cut.
     proved_best: (B,) bool: no label sequence whatever within the limits has a better score than the first.
     bound:    (B,): no sequence that is not here has a better score; +inf where nothing is known.
-    kept:     what `keep` asked for, by its name (its place in `keep` for functions): (B, N, L, ...); zeros after the end.
-    state:    the model's States, rows B * N, after the labels (the end is not read); `sl.Loop(model)` goes on from them.
+    kept:     what `keep` asked for, by its name: (B, N, L, ...); zeros after the end.
+    state:    the model's States, rows B * N, before the last label was read; what goes on from them starts with that.
     end:      the end label, or None.
     """
 

@@ -36,10 +36,10 @@ class LengthPenalty:
         """Scores after `steps` steps, so that those of different steps can be compared."""
         return score
 
-    def final(self, score: Tensor, steps: Tensor, length: Tensor) -> tuple[Tensor, Tensor | float]:
+    def final(self, score: Tensor, steps: Tensor, cut: Tensor) -> tuple[Tensor, Tensor | float]:
         """(scores (B, K) as they are given back, what a comparable score is multiplied with to be one of them).
 
-        steps (B,) that each row took, length (B, K).
+        steps (B,) that each row took; cut (B,): whether some of its hypotheses had to stop before their end.
         """
         return score, 1.0
 
@@ -65,11 +65,11 @@ class Returnn(LengthPenalty):
     def comparable(self, score: Tensor, steps: Tensor) -> Tensor:
         return score / steps.clamp(min=1).to(score.dtype)
 
-    def final(self, score: Tensor, steps: Tensor, length: Tensor) -> tuple[Tensor, Tensor | float]:
-        if not score.numel():
-            return score, 1.0
-        # There all rows go on until the last has ended, and share one longest length: one factor for all.
-        factor = steps.max().to(score.dtype) / (length.max() + 1).to(score.dtype)
+    def final(self, score: Tensor, steps: Tensor, cut: Tensor) -> tuple[Tensor, Tensor | float]:
+        # There all rows of a batch go on until the last hypothesis has ended, and are divided by one longest length with
+        # the end. Of hypotheses that were cut the end is counted too, though they have none.
+        longest = torch.where(cut, steps, 0).amax() if len(steps) else steps.sum()
+        factor = torch.where(longest > 0, longest / (longest + 1), 1.0).to(score.dtype)
         return self.comparable(score, steps.unsqueeze(1)) * factor, factor
 
     def bound(self, log_prob: Tensor, length: Tensor, limit: Tensor) -> Tensor:
