@@ -3,8 +3,10 @@
 from .beam import Beam, beam
 from .greedy import Greedy, greedy
 from .hypotheses import Hypotheses
+from .rescore import rescore
 from .sample import Sample, SampleWithoutReplacement, sample
 from .scheduled_sampling import ScheduledSampling
+from .started import Started
 
 __all__ = [
     "Beam",
@@ -13,7 +15,9 @@ __all__ = [
     "Sample",
     "SampleWithoutReplacement",
     "ScheduledSampling",
+    "Started",
     "beam",
     "greedy",
+    "rescore",
     "sample",
 ]

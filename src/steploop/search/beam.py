@@ -129,8 +129,8 @@ class Beam(Search):
             index, alive, rest = best((own - self.diversity * taken.unsqueeze(1)).flatten(1), count)
             alive = alive > NEVER
             scores.append(torch.where(alive, own.flatten(1).gather(1, index), NEVER))
-            if self.end is not None:
-                alive = alive & (index % size != self.end)
+            parent = torch.div(index, size, rounding_mode="floor") + g * count
+            alive = alive & ~self.ended.prev.gather(1, parent)
             chosen = (index % size).unsqueeze(2) == places
             taken = taken + (chosen & alive.unsqueeze(2)).to(taken.dtype).sum(1)
             found.append(index + g * count * size)

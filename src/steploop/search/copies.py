@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..errors import InputError, message
 from ..frame import Frame, run_in, running
 from ..nn._constants import constants_for
 from ..state import State
@@ -101,5 +101,16 @@ def picked(output: Any, which: Any) -> Tensor:
     """The part of a model's output that a key, an index or a function names; None: the output itself."""
     if which is None:
         return output
-    picker: Callable[[Any], Tensor] = which if callable(which) else lambda tree: tree[which]
-    return picker(output)
+    if callable(which):
+        return which(output)
+    there = list(output) if isinstance(output, dict) else range(len(output)) if isinstance(output, (tuple, list)) else ()
+    if which not in there:
+        raise InputError(
+            message(
+                f"The model's output has no {which!r}.",
+                expected=", ".join(map(repr, there)) or "no key or index: the output is no tree",
+                found=repr(which),
+                fix="a key of a dict, an index of a tuple, or a function of the output",
+            )
+        )
+    return output[which]

@@ -66,8 +66,8 @@ class Returnn(LengthPenalty):
         return score / steps.clamp(min=1).to(score.dtype)
 
     def final(self, score: Tensor, steps: Tensor, cut: Tensor) -> tuple[Tensor, Tensor | float]:
-        # There all rows of a batch go on until the last hypothesis has ended, and are divided by one longest length with
-        # the end. Of hypotheses that were cut the end is counted too, though they have none.
+        # There all rows of a batch go on until the last hypothesis has ended, and are divided by one longest length
+        # with the end. Of hypotheses that were cut the end is counted too, though they have none.
         longest = torch.where(cut, steps, 0).amax() if len(steps) else steps.sum()
         factor = torch.where(longest > 0, longest / (longest + 1), 1.0).to(score.dtype)
         return self.comparable(score, steps.unsqueeze(1)) * factor, factor

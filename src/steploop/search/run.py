@@ -17,7 +17,8 @@ from ..nn._constants import _begins_with, _takes, check_constants_used
 from ..states import States
 from ..step import Step, survey
 from .hypotheses import Hypotheses, of_slot, traced_back
-from .search import NEVER, Search, checked_step
+from .search import NEVER, Search
+from .started import taken_apart
 
 _KEPT = 16  # searches that are kept per model: their captures are used again
 FREE = ("temperature", "top_p", "min_p", "diversity")  # numbers that may differ at every call
@@ -25,8 +26,9 @@ FREE = ("temperature", "top_p", "min_p", "diversity")  # numbers that may differ
 
 def run_search(kind: type[Search], model: Any, options: dict[str, Any], count: int, **given: Any) -> Hypotheses:
     """Search with `kind(model, ..., **options)`; count: N.  given: see `_Run`."""
+    model, given["state"], given["constants"] = taken_apart(model, given["state"], given["constants"])
     with torch.no_grad():
-        return _Run(kind, checked_step(model, "the model"), options, count, **given).hypotheses()
+        return _Run(kind, model, options, count, **given).hypotheses()
 
 
 class _Run:
@@ -38,7 +40,7 @@ class _Run:
         self.model, self.count, self.end, self.constants = model, count, end, constants
         self.xs = xs if isinstance(xs, (tuple, list)) else (xs,)
         self.backend = dispatch.checked_backend(backend)
-        self.start, self.least, self.given = start, min_steps, state
+        self.start, self.least, self.given = start, _counts("min_steps", min_steps), state
         self.prefix = None if prefix is None else _Prefix(prefix, prefix_lengths, end)
         if self.prefix is not None and self.xs:
             raise InputError(message("A search over given sequences has no prefix.", expected="xs= or prefix="))
@@ -168,15 +170,18 @@ class _Run:
         final, factor = search.final_scores(state)
         scores, finished = of_slot(final, slot), of_slot(ended, slot)
         labels, log_probs, kept = traced_back(outputs, taken, slot, self.end)
-        finished = finished & (scores > NEVER)
+        there = scores > NEVER
+        finished = finished & there
         bound = search.final_bound(state) * factor
-        lengths = of_slot(state["length"], slot)
+        lengths = torch.where(there, of_slot(state["length"], slot), 0)
+        labels = torch.where(there.unsqueeze(2), labels, 0 if self.end is None else self.end)
+        log_probs = torch.where(there.unsqueeze(2), log_probs, 0.0)
         inside = torch.arange(labels.shape[2], device=labels.device) < (lengths + finished.to(lengths.dtype)).unsqueeze(
             2
         )
         return Hypotheses(
             labels=labels, lengths=lengths, scores=scores, log_probs=of_slot(state["log_prob"], slot),
-            label_log_probs=log_probs, finished=finished, proved_best=(scores[:, 0] >= bound) & (scores[:, 0] > NEVER),
+            label_log_probs=log_probs, finished=finished, proved_best=(scores[:, 0] >= bound) & there[:, 0],
             bound=bound, state=self._states(state, slot), kept=_named(kept, inside), end=self.end,
         )  # fmt: skip
 
