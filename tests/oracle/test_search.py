@@ -143,7 +143,7 @@ def test_scores_that_are_nan_are_an_error_that_says_where(search):
     table[2] = float("nan")
     with pytest.raises(sl.InputError, match="scores that are NaN(.|\n)*row 1 at step 1"):
         start = torch.tensor([0, 1]) if search != "none" else 1
-        table[0] = torch.tensor([50.0, 0.0, -math.inf])
+        table[0] = torch.tensor([50.0, -math.inf, -math.inf])
         run(Chain(table), start=start, end=0, max_steps=5, **more)
 
 
