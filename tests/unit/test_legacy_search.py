@@ -41,7 +41,10 @@ def test_greedy_search_gives_what_is_fed_back(name):
     model = models()[name]
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    for inputs, lengths in [(torch.randint(0, NE, (4, B)), None), (torch.randint(0, NE, (6, B)), torch.tensor([6, 2, 3]))]:
+    for inputs, lengths in [
+        (torch.randint(0, NE, (4, B)), None),
+        (torch.randint(0, NE, (6, B)), torch.tensor([6, 2, 3])),
+    ]:
         start, given = torch.tensor([1, 2, 0]), torch.zeros(STEPS, B, dtype=torch.int64)
         given[0] = start
         search = {"start": start, "end": None, "max_steps": STEPS, "backend": "reference"}
