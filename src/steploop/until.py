@@ -191,7 +191,9 @@ def _frozen(program: Program, until: int, states: int) -> Program:
         outputs, nexts = program.run(xs, constants[:count], safe)
         frozen.out_spec = program.out_spec
         outputs = [torch.where(_wide(ended, o), torch.zeros_like(o), o) for o in outputs]
-        nexts = [torch.where(_wide(ended, p), p, n) for n, p in zip(nexts, prevs, strict=True)]
+        # A State that no step writes needs no loop.
+        frozen_nexts = zip(nexts, prevs, safe, strict=True)
+        nexts = [p if n is s else torch.where(_wide(ended, p), p, n) for n, p, s in frozen_nexts]
         return [*outputs, ~ended], nexts
 
     frozen = replace(

@@ -18,7 +18,7 @@ from .hypotheses import Hypotheses
 from .penalties import LengthPenalty, coverage_options, coverage_score
 from .penalties import length_penalty as as_penalty
 from .run import run_search
-from .search import NEVER, Search, whole
+from .search import NEVER, Choice, Search, whole
 
 
 class Beam(Search):
@@ -38,7 +38,7 @@ class Beam(Search):
             ended; ("patience", p): when p * K hypotheses have ended, those that fell out of the beam since included
             (Kasai et al. 2022).
 
-    State `bound` (B,): no hypothesis that was given up can have a better score.
+    Each step gives `bound` (B,) too: no hypothesis that it gave up can have a better score.
     """
 
     def __init__(
@@ -66,8 +66,7 @@ class Beam(Search):
         self.coverage = coverage_options(coverage)
         self.most_ends = _ends_to_stop(stop, size)
         self.exact = stop == "exact" and self._bounded()
-        self.bound = State(init=NEVER)
-        self.ends = State(init=0, dtype=torch.int64)
+        self.ends = None if self.most_ends is None else State(init=0, dtype=torch.int64)
         self.covered = None if self.coverage is None else State(...)
 
     def _bounded(self) -> bool:
@@ -84,15 +83,16 @@ class Beam(Search):
             weights = picked(output, self.coverage[1])
             self.covered.sized(self.copies, *weights.shape[1:], like=weights)
 
-    def choose(self, gains: Tensor, output: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def choose(self, gains: Tensor, output: Any) -> Choice:
         ended, step, size = self.ended.prev, self.taken.prev, gains.shape[2]
         totals = self.total.prev.unsqueeze(2) + gains
         is_end = torch.arange(size, device=gains.device) == (-1 if self.end is None else self.end)
-        lengths = (self.length.prev + 1).unsqueeze(2) - is_end.to(torch.int64)
+        lengths = (step + 1).reshape(-1, 1, 1) - is_end.to(torch.int64)  # of what is open: one label at every step
+        lengths = lengths.expand(totals.shape)
         values = self.penalty.candidates(totals, lengths)
         if self.covered is not None:
-            covered, more = self._coverage(output)
-            values = values + more.unsqueeze(2)
+            covered, reward = self._coverage(output)
+            values = values + reward.unsqueeze(2)
         values = torch.where(totals == NEVER, NEVER, values)
         held = self.penalty.carried(self.score.prev, step.unsqueeze(1)).unsqueeze(2)
         values = torch.where(ended.unsqueeze(2), torch.where(is_end, held, NEVER), values)
@@ -101,12 +101,13 @@ class Beam(Search):
         total = torch.where(score > NEVER, totals.flatten(1).gather(1, index), NEVER)
         parent = torch.div(index, size, rounding_mode="floor")
         label = index - parent * size
-        self._give_up(rest, totals, ended.unsqueeze(2) | is_end)
-        newly = ~ended.gather(1, parent) & (label == (-1 if self.end is None else self.end)) & (score > NEVER)
-        self.ends.next = self.ends.prev + newly.sum(1)
+        more = {"bound": self._given_up(rest, totals, ended.unsqueeze(2) | is_end)}
+        if self.ends is not None:
+            newly = ~ended.gather(1, parent) & (label == (-1 if self.end is None else self.end)) & (score > NEVER)
+            self.ends.next = self.ends.prev + newly.sum(1)
         if self.covered is not None:
             self.covered.next = covered.gather(1, parent.unsqueeze(2).expand(covered.shape))
-        return parent, label, score, total
+        return parent, label, score, total, more
 
     def _coverage(self, output: Any) -> tuple[Tensor, Tensor]:
         """(what each hypothesis has looked at (B, K, S), the penalty (B, K))."""
@@ -137,15 +138,14 @@ class Beam(Search):
             left.append(torch.where(rest.reshape(own.shape) == NEVER, NEVER, own))
         return torch.cat(found, 1), torch.cat(scores, 1), torch.cat(left, 1)
 
-    def _give_up(self, rest: Tensor, totals: Tensor, closed: Tensor) -> None:
-        """Raise the bound to what the candidates that are left out could still have become."""
+    def _given_up(self, rest: Tensor, totals: Tensor, closed: Tensor) -> Tensor:
+        """(B,) the best score that any candidate which is left out could still have reached."""
         steps = self.taken.prev + 1
         there = rest > NEVER
         growing = torch.where(there & ~closed, totals, NEVER).amax((1, 2))
         complete = torch.where(there & closed, rest, NEVER).amax((1, 2))
         bound = self.penalty.bound(growing, steps, self.limit.prev)
-        bound = torch.maximum(bound, self.penalty.comparable(complete, steps))
-        self.bound.next = torch.maximum(self.bound.prev, bound)
+        return torch.maximum(bound, self.penalty.comparable(complete, steps))
 
     def finished_early(self) -> Tensor:
         if self.most_ends is not None:
@@ -163,12 +163,14 @@ class Beam(Search):
         cut = (~state["ended"]).any(1) & (state["taken"] >= state["limit"])
         return self.penalty.final(state["score"], state["taken"], cut)
 
-    def final_bound(self, state: dict[str, Tensor]) -> Tensor:
+    def final_bound(self, outputs: dict[str, Any], state: dict[str, Tensor], taken: Tensor) -> Tensor:
+        bounds = torch.where(taken, outputs["bound"], NEVER)
         if not self.provable:
-            return torch.full_like(state["bound"], float("inf"))
+            return torch.full_like(state["score"][:, 0], float("inf"))
         is_open = ~state["ended"] & (state["taken"] < state["limit"]).unsqueeze(1)
         growing = torch.where(is_open, state["total"], NEVER).amax(1)
-        return torch.maximum(state["bound"], self.penalty.bound(growing, state["taken"], state["limit"]))
+        bound = self.penalty.bound(growing, state["taken"], state["limit"])
+        return torch.maximum(bound, bounds.amax(0)) if len(bounds) else bound
 
 
 def best(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -103,7 +103,9 @@ def picked(output: Any, which: Any) -> Tensor:
         return output
     if callable(which):
         return which(output)
-    there = list(output) if isinstance(output, dict) else range(len(output)) if isinstance(output, (tuple, list)) else ()
+    there = (
+        list(output) if isinstance(output, dict) else range(len(output)) if isinstance(output, (tuple, list)) else ()
+    )
     if which not in there:
         raise InputError(
             message(

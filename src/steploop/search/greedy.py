@@ -11,7 +11,7 @@ from ..loop import Loop
 from ..step import Step
 from .hypotheses import Hypotheses
 from .run import run_search
-from .search import NEVER, Search
+from .search import Choice, Search
 
 
 class Greedy(Search):
@@ -23,16 +23,16 @@ class Greedy(Search):
     def __init__(self, model: Step | Loop, start: int, end: int | None, max_steps: int, **options: Any) -> None:
         super().__init__(model, start, end, max_steps, copies=1, **options)
 
-    def choose(self, gains: Tensor, output: Any) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    def choose(self, gains: Tensor, output: Any) -> Choice:
         label = gains.argmax(-1)
         return going_on(self, gains, label)
 
 
-def going_on(search: Search, gains: Tensor, label: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+def going_on(search: Search, gains: Tensor, label: Tensor) -> Choice:
     """Each hypothesis with one label more; what has ended stays as it was."""
     gain = gains.gather(2, label.unsqueeze(2)).squeeze(2)
     total = torch.where(search.ended.prev, search.total.prev, search.total.prev + gain)
-    return None, label, total, torch.where(total == NEVER, NEVER, total)
+    return None, label, total, total, {}
 
 
 def greedy(

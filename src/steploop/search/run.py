@@ -78,7 +78,7 @@ class _Run:
             prepared = loop.prepare(*xs, state=self._first_states(own, prepared), **arguments)
             result = dispatch.run(prepared.program, prepared.call, self.backend)
             outputs, state = prepared.finish(result)
-        self._check_nan(state)
+        self._check_nan(outputs["nan"])
         return self._found(outputs, state, result.taken)
 
     # before
@@ -150,15 +150,15 @@ class _Run:
 
     # after
 
-    def _check_nan(self, state: States) -> None:
-        bad = state["nan"] >= 0
+    def _check_nan(self, bad: Tensor) -> None:
+        """bad: (T, B), where an open hypothesis got a score that is NaN."""
         if bool(bad.any()):
-            row = int(bad.nonzero()[0, 0])
+            step, row = bad.nonzero()[0].tolist()
             raise InputError(
                 message(
                     "The model gave scores that are NaN.",
                     expected="numbers; -inf for a label that cannot come",
-                    found=f"NaN in row {row} at step {int(state['nan'][row])}",
+                    found=f"NaN in row {row} at step {step}",
                 )
             )
 
@@ -172,15 +172,16 @@ class _Run:
         labels, log_probs, kept = traced_back(outputs, taken, slot, self.end)
         there = scores > NEVER
         finished = finished & there
-        bound = search.final_bound(state) * factor
-        lengths = torch.where(there, of_slot(state["length"], slot), 0)
+        bound = search.final_bound(outputs, state, taken) * factor
         labels = torch.where(there.unsqueeze(2), labels, 0 if self.end is None else self.end)
         log_probs = torch.where(there.unsqueeze(2), log_probs, 0.0)
+        counted = taken.T.unsqueeze(1) & there.unsqueeze(2)
+        lengths = (counted if self.end is None else counted & (labels != self.end)).sum(2)
         inside = torch.arange(labels.shape[2], device=labels.device) < (lengths + finished.to(lengths.dtype)).unsqueeze(
             2
         )
         return Hypotheses(
-            labels=labels, lengths=lengths, scores=scores, log_probs=of_slot(state["log_prob"], slot),
+            labels=labels, lengths=lengths, scores=scores, log_probs=torch.where(there, log_probs.sum(2), NEVER),
             label_log_probs=log_probs, finished=finished, proved_best=(scores[:, 0] >= bound) & there[:, 0],
             bound=bound, state=self._states(state, slot), kept=_named(kept, inside), end=self.end,
         )  # fmt: skip

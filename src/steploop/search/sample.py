@@ -17,7 +17,7 @@ from .beam import best
 from .greedy import going_on
 from .hypotheses import Hypotheses
 from .run import run_search
-from .search import NEVER, Search, whole
+from .search import NEVER, Choice, Search, whole
 
 
 class Sample(Search):
@@ -50,7 +50,7 @@ class Sample(Search):
         self.top_k = None if top_k is None else whole("top_k", top_k, 1)
         check_filters(temperature, top_p, min_p)
 
-    def choose(self, gains: Tensor, output: Any) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    def choose(self, gains: Tensor, output: Any) -> Choice:
         draw = torch.rand(self.label.prev.shape, device=gains.device)
         label = drawn(self.filtered(gains).softmax(-1), draw.to(gains.dtype))
         return going_on(self, gains, label)
@@ -95,7 +95,7 @@ class SampleWithoutReplacement(Sample):
         super().__init__(model, start, end, max_steps, samples, first=first, **options)
         self.noisy, self.drawn_log_prob = State(samples, init=first), State(samples, init=first)
 
-    def choose(self, gains: Tensor, output: Any) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    def choose(self, gains: Tensor, output: Any) -> Choice:
         ended, size = self.ended.prev.unsqueeze(2), gains.shape[2]
         own = torch.where(gains == NEVER, NEVER, torch.log_softmax(self.filtered(gains), -1))
         log_prob = self.drawn_log_prob.prev.unsqueeze(2) + own
@@ -111,7 +111,7 @@ class SampleWithoutReplacement(Sample):
         total = totals.flatten(1).gather(1, index)
         total = torch.where(self.noisy.next == NEVER, NEVER, total)
         parent = torch.div(index, size, rounding_mode="floor")
-        return parent, index - parent * size, total, total
+        return parent, index - parent * size, total, total, {}
 
 
 def conditioned(values: Tensor, largest: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from .copies import Copies, picked, spread
 
 NEVER = float("-inf")
 
+Choice = tuple[Tensor | None, Tensor, Tensor, Tensor, dict[str, Tensor]]
+
 
 class Search(Step):
     """K hypotheses of each row, all of them extended by one label at every step. Subclasses choose the labels.
@@ -82,13 +84,11 @@ class Search(Step):
         self.permits = None if is_step else allowed
         count = self.copies
         self.label = State(count, init=start, dtype=torch.int64)
-        self.log_prob, self.total, self.score = State(count), State(count, init=first), State(count, init=first)
+        self.total, self.score = State(count, init=first), State(count, init=first)
         self.ended = State(count, init=False, dtype=torch.bool)
-        self.length = State(count, init=0, dtype=torch.int64)
         self.taken = State(init=0, dtype=torch.int64)
         self.limit = State(init=self.max_steps, dtype=torch.int64)
         self.least = State(init=whole("min_steps", min_steps, 0), dtype=torch.int64)
-        self.nan = State(init=-1, dtype=torch.int64)  # the first step at which some score was no number
         self.done = State(init=self.max_steps == 0, dtype=torch.bool)
         self.remembers = shows or self.no_repeat > 0 or self.permits is not None
         if self.remembers:
@@ -110,7 +110,6 @@ class Search(Step):
         output, held = self._run(self.model, rows, spread(xs, self.copies), constants)
         scores = picked(output, self.picks)
         self._check_scores(scores)
-        self._note_nan(scores)
         log_probs = scores if self.normalised else torch.log_softmax(scores, -1)
         log_probs = self._by_row(torch.where(torch.isnan(log_probs), NEVER, log_probs)).to(self.score.prev.dtype)
         gains = log_probs
@@ -123,15 +122,15 @@ class Search(Step):
         if permitted is not None:
             gains = torch.where(permitted, gains, NEVER)
         gains = torch.where(torch.isnan(gains), NEVER, gains)
-        parent, label, score, total = self.choose(gains, output)
+        parent, label, score, total, more = self.choose(gains, output)
         ended, log_prob = self._go_on(parent, label, score, total, log_probs)
         for copies in everything:
             copies.keep(ended)
             copies.write(parent)
-        return self._result(parent, log_prob, output)
+        return self._result(parent, log_prob, output) | {"nan": self._nan(scores, ended), **more}
 
-    def choose(self, gains: Tensor, output: Any) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """(parent or None where each hypothesis goes on, label, score, total), (B, K) each.
+    def choose(self, gains: Tensor, output: Any) -> Choice:
+        """(parent or None where each hypothesis goes on, label, score, total), (B, K) each; what else the step gives.
 
         gains: (B, K, V), what each label adds to the total log-probability; -inf where it may not come.
         """
@@ -164,15 +163,13 @@ class Search(Step):
         log-probabilities of the labels."""
         before = self.ended.prev
         own = log_probs.gather(2, label.unsqueeze(2)).squeeze(2) if parent is None else _of(log_probs, parent, label)
-        carried, length, log_prob = (_from(s.prev, parent) for s in (self.ended, self.length, self.log_prob))
+        carried = _from(before, parent)
         dead = score == NEVER
         own = torch.where(carried | dead, torch.zeros_like(own), own)
         at_end = torch.zeros_like(carried) if self.end is None else label == self.end
         label = torch.where(carried | dead, label.new_full((), self.end or 0), label)
         self.label.next = label
         self.ended.next = carried | dead | at_end
-        self.length.next = length + (~carried & ~dead & ~at_end).to(length.dtype)
-        self.log_prob.next = torch.where(dead, score, log_prob + own)
         self.total.next, self.score.next = total, score
         self.taken.next = self.taken.prev + 1
         if self.remembers:
@@ -200,7 +197,9 @@ class Search(Step):
         kept = {name: pytree.tree_map(self._by_row, picked(output, name)) for name in self.keep}
         found = {"label": label, "parent": parent, "log_prob": log_prob, "kept": kept}
         if self.shows:
-            found |= {"labels": self.labels.next, "lengths": self.length.next, "scores": self.score.next}
+            labels = self.labels.next
+            there = labels >= 0 if self.end is None else (labels >= 0) & (labels != self.end)
+            found |= {"labels": labels, "lengths": there.sum(2), "scores": self.score.next}
         return found
 
     # what is left when the loop has ended
@@ -209,7 +208,7 @@ class Search(Step):
         """(scores (B, K), what a bound is multiplied with to be compared with them)."""
         return state["score"], 1.0
 
-    def final_bound(self, state: dict[str, Tensor]) -> Tensor:
+    def final_bound(self, outputs: dict[str, Any], state: dict[str, Tensor], taken: Tensor) -> Tensor:
         """(B,): no hypothesis that was given up, or is open still, can have a better score."""
         return torch.full_like(state["score"][:, 0], float("inf"))
 
@@ -287,10 +286,9 @@ class Search(Step):
                 )
             )
 
-    def _note_nan(self, scores: Tensor) -> None:
-        bad = self._by_row(torch.isnan(scores).any(-1)) & ~self.ended.prev
-        first = bad.any(-1) & (self.nan.prev < 0)
-        self.nan.next = torch.where(first, self.taken.prev, self.nan.prev)
+    def _nan(self, scores: Tensor, ended: Tensor) -> Tensor:
+        """(B,) whether a hypothesis that was open got a score that is no number."""
+        return (self._by_row(torch.isnan(scores).any(-1)) & ~ended).any(-1)
 
 
 class NextLabels(Step):
