@@ -3,7 +3,8 @@
 How many steps there will be is known only when they have run, but everything outside the loops runs for many steps at
 once. So a call runs in pieces of some steps. Within a piece, rows that have ended are frozen by the step itself
 (`freezing`); between pieces they are left out, as rows of length 0 are, and the call ends when no row is left. A piece
-is at most a quarter of what has run before it: that bounds what is computed for nothing.
+is at most as long as all that has run before it: that bounds what is computed for nothing, and how often what is the
+same at every step is computed again.
 
 Gradients: the pieces only find out which steps run. Then the call runs once more as one with a mask, with everything
 that holds for those: what stands at a step that no row took reaches no gradient. A step that draws random numbers
@@ -23,7 +24,7 @@ from .backends.reference import last_of, valid_steps
 from .compiler.program import Call, Program, Result
 from .errors import StateError, UnsupportedError, describe, message
 
-FIRST_PIECE = 8  # steps
+FIRST_PIECE = 16  # steps
 
 Run = Callable[[Program, Call], Result]
 
@@ -137,7 +138,7 @@ class _Pieces:
         if not len(left):
             return None
         start = self.stop
-        most = int(left[0]) + max(FIRST_PIECE, start // 4)  # steps before the first that a row takes cost nothing
+        most = int(left[0]) + max(FIRST_PIECE, start)  # steps before the first that a row takes cost nothing
         self.stop = start + min(most, int(left[-1]) + 1)
         piece = slice(start, self.stop)
         self.resets = None if self.all_resets is None else self.all_resets[piece]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import steploop as sl
+from steploop.search.beam import best
 
 LABELS, STEPS, START, END = 3, 3, 1, 0
 
@@ -134,12 +135,38 @@ ONE_LOOP = {
 )
 def test_compiled_searches_do_the_same(option, backend):
     torch.manual_seed(1)
-    options = {option: OPTIONS[option]} if option in OPTIONS else ONE_LOOP
+    options = {option: OPTIONS[option]} if option in OPTIONS else dict(ONE_LOOP)
+    if options.pop("scorers", False):
+        options["scorers"] = [(0.6, Bigram().double())]
     model = Model().double()
     for batch, size in [(3, 4), (1, 4)] if option == "all" and backend == "cpu" else [(3, 4)]:
         memory = torch.randn(batch, size, 4, dtype=torch.float64)
-        hyps, everything = both(model, memory, options, backend)
-        compare(hyps, everything, 4)
+        found, expected = (
+            sl.search.beam(
+                model, start=START, end=END, max_steps=6, size=3, n_best=3, scores="scores", keep="weights",
+                memory=memory, backend=name, **options,
+            )
+            for name in (backend, "reference")
+        )  # fmt: skip
+        for name in ("labels", "lengths", "scores", "log_probs", "label_log_probs", "finished", "proved_best", "bound"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+        torch.testing.assert_close((found.kept, dict(found.state)), (expected.kept, dict(expected.state)))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 20])
+@pytest.mark.parametrize("size", [1, 5, 32, 33, 200])
+def test_the_best_come_in_order_and_of_equal_ones_the_first(size, count):
+    for kind in range(3):
+        values = torch.randn(6, size) if kind == 0 else torch.randint(0, 3, (6, size)).float()
+        if kind == 2:
+            values[values == 0] = -math.inf
+        index, largest, rest = best(values, count)
+        ordered = torch.sort(values, dim=1, descending=True, stable=True)
+        there = min(count, size)
+        alive = ordered.values[:, :there] > -math.inf
+        assert torch.equal(largest[:, :there], ordered.values[:, :there]) and (largest[:, there:] == -math.inf).all()
+        assert torch.equal(index[:, :there][alive], ordered.indices[:, :there][alive])
+        assert torch.equal(rest, values.scatter(1, ordered.indices[:, :there], -math.inf))
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=["average", "per_label", "monotone", "function"])

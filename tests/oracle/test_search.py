@@ -161,7 +161,8 @@ def test_labels_that_do_not_exist_and_options_that_do_not_fit():
         ({"stop": "soon"}, "no such stop rule"), ({"length_penalty": ("gnmt",)}, "no such length penalty"),
         ({"coverage": 3}, "no such coverage penalty"), ({"size": 0}, "`size` is a whole number"),
         ({"min_steps": -1}, "`min_steps` is a number"), ({"memory": torch.zeros(1)}, "no cell in it takes: `memory`"),
-        ({"prefix": torch.zeros(3)}, "A prefix is a sequence of labels"), ({"scores": "logits"}, "output has no 'logits'"),
+        ({"prefix": torch.zeros(3)}, "A prefix is a sequence of labels"),
+        ({"scores": "logits"}, "output has no 'logits'"),
     ]:  # fmt: skip
         with pytest.raises((sl.SteploopError, IndexError, TypeError), match=text):
             sl.search.beam(model, end=0, **common, **wrong)
@@ -332,7 +333,8 @@ def min_p(scores):
 FILTERS = {
     "plain": ({}, lambda scores: scores.softmax(-1)),
     "temperature": ({"temperature": 2.0}, lambda scores: (scores / 2).softmax(-1)),
-    "top_k": ({"top_k": 2, "temperature": 0.7}, top_k), "top_p": ({"top_p": 0.6}, top_p), "min_p": ({"min_p": 0.5}, min_p),
+    "top_k": ({"top_k": 2, "temperature": 0.7}, top_k),
+    "top_p": ({"top_p": 0.6}, top_p), "min_p": ({"min_p": 0.5}, min_p),
 }  # fmt: skip
 
 
