@@ -459,3 +459,20 @@ def test_stop_rules(backend):
     early = sl.search.beam(model, stop=("patience", 0.25), **arguments)
     assert exact.to_lists() == full.to_lists() and exact.labels.shape[2] <= full.labels.shape[2]
     assert early.labels.shape[2] <= full.labels.shape[2]
+
+
+def test_new_functions_at_every_call_are_seen():
+    model = chain()
+    given = {"start": 1, "end": None, "max_steps": 3, "batch_size": 1, **PLAIN}
+    for shift in (0.0, 9.0):
+        bonus = shift * (torch.arange(5) == 3)
+        hyps = sl.search.greedy(model, scores=lambda output, bonus=bonus: output + bonus, **given)
+        assert (hyps.labels == 3).all() == (shift > 0)
+        kept = sl.search.greedy(model, keep=lambda output, shift=shift: output[:, :1] * 0 + shift, **given).kept
+        assert (next(iter(kept.values())) == shift).all()
+        scored = sl.search.beam(model, length_penalty=lambda total, length, shift=shift: total + shift, size=2, **given)
+        assert float(scored.scores[0, 0]) == pytest.approx(float(scored.log_probs[0, 0]) + shift)
+        few = sl.search.greedy(
+            model, allowed=lambda so_far, at=int(shift) % 5: (torch.arange(5) == at).expand(1, 5), **given
+        )
+        assert (few.labels == int(shift) % 5).all()

@@ -21,6 +21,7 @@ from .search import NEVER, Search
 from .started import taken_apart
 
 _KEPT = 16  # searches that are kept per model: their captures are used again
+REPLACED = ("scores", "allowed")  # functions that may be new ones at every call
 FREE = ("temperature", "top_p", "min_p", "diversity")  # numbers that may differ at every call
 
 
@@ -260,7 +261,7 @@ def _kept_search(kind: type[Search], model: Step, options: dict[str, Any], end: 
         options.get("allowed") is not None and not isinstance(options["allowed"], Step)
     )
     least = room if remembers else 1
-    key = (kind, end, least, *((name, _key(value)) for name, value in sorted(fixed.items())))
+    key = (kind, end, least, *((name, _key(value, name in REPLACED)) for name, value in sorted(fixed.items())))
     found = kept.get(key)
     if found is None:
         if len(kept) >= _KEPT:
@@ -269,7 +270,7 @@ def _kept_search(kind: type[Search], model: Step, options: dict[str, Any], end: 
     for name, value in free.items():
         if getattr(found, name) != value:
             setattr(found, name, value)
-    if callable(options.get("scores")):  # a new function of the same code needs no new capture
+    if _is_function(options.get("scores")):  # a new function of the same code needs no new capture
         found.picks = options["scores"]
     if _is_function(options.get("allowed")):
         found.permits = options["allowed"]
@@ -280,14 +281,15 @@ def _is_function(value: Any) -> bool:
     return isinstance(value, types.FunctionType)
 
 
-def _key(value: Any) -> Any:
+def _key(value: Any, by_code: bool) -> Any:
+    """What tells an option from another. by_code: functions of the same code are alike; the last one given is used."""
     if isinstance(value, (list, tuple)):
-        return tuple(_key(v) for v in value)
+        return tuple(_key(v, by_code) for v in value)
     if isinstance(value, Tensor):
         return tuple(value.tolist())
     if isinstance(value, (int, float, str, type(None))):
         return type(value), value
-    return value.__code__ if _is_function(value) else id(value)
+    return value.__code__ if by_code and _is_function(value) else id(value)
 
 
 def _kept_loop(search: Search, backend: str) -> Loop:
