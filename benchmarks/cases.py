@@ -48,9 +48,7 @@ class Scale:
 FULL_GRID = ((1, 16, 64, 128), (64, 512, 2048), (64, 256, 512))
 QUICK_GRID = ((1, 16), (16, 64), (64, 128))
 SCALES = {
-    "full": Scale(
-        "full", None, 64, None, 90.0, 5, 21, 900.0, FULL_GRID, (64, 4096), (4, 8, 16, 32), 200.0, 2000
-    ),
+    "full": Scale("full", None, 64, None, 90.0, 5, 21, 900.0, FULL_GRID, (64, 4096), (4, 8, 16, 32), 200.0, 2000),
     "quick": Scale("quick", 50, 16, None, 3.0, 3, 5, 300.0, QUICK_GRID, (16, 256), (4,), 90.0, 100),
     "tiny": Scale(
         "tiny",
@@ -76,6 +74,7 @@ GRU = replace(LSTM, kind="gru")
 STRANGER = replace(LSTM, kind="stranger")
 LN_LSTM = replace(LSTM, kind="lnlstm", resets=True)
 DECODER = Workload("decoder", 50, 64, 256, 256, S=50)
+SEARCH = Workload("decoder", 50, 64, 256, 256, S=50, V=1000)
 SEQ2SEQ = Workload("seq2seq", 50, 64, 256, 256, S=50, V=10_000)
 RAGGED = replace(LSTM, ragged=True)
 STREAM = Workload("lstm", 64, 1, 128, 128)
@@ -203,6 +202,21 @@ def guards(scale: Scale) -> list[Job]:
     ]  # fmt: skip
 
 
+def search(scale: Scale) -> list[Job]:
+    """Greedy search, sampling and beam search (8) of a decoder with attention."""
+    return _searches("search", scale, SEARCH)
+
+
+def search_one_row(scale: Scale) -> list[Job]:
+    """The same for one row."""
+    return _searches("search_one_row", scale, replace(SEARCH, B=1))
+
+
+def _searches(case: str, scale: Scale, work: Workload) -> list[Job]:
+    modes = ("greedy", "sample", "beam")
+    return [{**compare(case, scale, work, (mode,), ("eager", *OURS)), "action": "search"} for mode in modes]
+
+
 def memory(scale: Scale) -> list[Job]:
     """Peak memory of a training step of the layer-norm LSTM (torch.nn: its LSTM), each in its own process."""
     jobs = []
@@ -221,7 +235,7 @@ def memory(scale: Scale) -> list[Job]:
 CASES: dict[str, Callable[[Scale], list[Job]]] = {
     f.__name__: f
     for f in (
-        lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, guards, memory, first,
-        unrolled, grid,
+        lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, guards, search,
+        search_one_row, memory, first, unrolled, grid,
     )  # fmt: skip
 }

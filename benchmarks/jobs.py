@@ -167,14 +167,29 @@ def _note(runner: Any) -> str:
 def stream(job: dict[str, Any], emit: Emit) -> None:
     """Seconds of one step of a stream, without gradients."""
     work = workload_of(job)
-    from . import peers, streams
+    from . import streams
+
+    _run_peers(job, work, "forward", lambda name: streams.make_runner(name, work, job["calls"]), emit)
+
+
+def search(job: dict[str, Any], emit: Emit) -> None:
+    """Seconds of one search, without gradients."""
+    work = workload_of(job)
+    from . import searches
+
+    for mode in job["modes"]:
+        _run_peers(job, work, mode, lambda name, mode=mode: searches.make_runner(name, work, mode), emit)
+
+
+def _run_peers(job: dict[str, Any], work: Any, mode: str, make: Callable[[str], Any], emit: Emit) -> None:
+    from . import peers
 
     ready: dict[str, Any] = {}
     blanks: dict[str, str] = {}
     expected = None
     for name in job["peers"]:
         try:
-            runner = streams.make_runner(name, work, job["calls"])
+            runner = make(name)
             arrays = runner.arrays(runner.run())
         except Exception as error:  # a peer that fails is a blank
             blanks[name] = str(error) if isinstance(error, peers.Blank) else peers.short(error)
@@ -185,7 +200,7 @@ def stream(job: dict[str, Any], emit: Emit) -> None:
             blanks[name] = f"wrong result: {where} is off by {worst:.1e}"
         else:
             ready[name] = runner, 0.0, worst
-    _measure(job, work.as_dict(), "forward", ready, blanks, emit)
+    _measure(job, work.as_dict(), mode, ready, blanks, emit)
 
 
 def guards(job: dict[str, Any], emit: Emit) -> None:
@@ -287,6 +302,7 @@ ACTIONS: dict[str, Callable[[dict[str, Any], Emit], None]] = {
     "compare": compare_peers,
     "stream": stream,
     "guards": guards,
+    "search": search,
     "memory": memory,
     "first_call": first_call,
 }

@@ -75,7 +75,8 @@ def markdown(run: Run, images: list[tuple[str, str]]) -> str:
     parts = [_head(meta), _target_table(results)]
     parts += [f"![{title}]({path})" for title, path in images]
     parts += [_case_table(results, case) for case in TABLES]
-    parts += [_stream(results), _guards(results), _memory(results), _first(results), _unrolled(results), _grid(results)]
+    parts += [_stream(results), _search(results), _guards(results), _memory(results), _first(results)]
+    parts += [_unrolled(results), _grid(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -225,6 +226,20 @@ def _guards(results: Results) -> str:
         title = {"lstm": "LSTM", "lnlstm": "layer-norm LSTM"}.get(kind, kind)
         lines.append(f"| {title} | {found.get('call', '')} | {found.get('streamed step', '')} |")
     return "\n".join(lines)
+
+
+def _search(results: Results) -> str:
+    rows = [r for r in results if r["case"] in ("search", "search_one_row")]
+    if not rows:
+        return ""
+    lines = ["## Searches", "", "Decoder with attention; the beam is 8 wide. Seconds of a whole search.", ""]
+    lines += ["| | B | search | seconds | ratio to a batched loop by hand |", "|---|---:|---|---:|---:|"]
+    for r in (r for r in rows if "blank" not in r):
+        compared = targets.ratio(results, r["case"], r["mode"], r["peer"], "eager")
+        shown = "" if compared is None else f"{compared:.2f}"
+        title = "batched loop by hand" if r["peer"] == "eager" else title_of(r["peer"])
+        lines.append(f"| {title} | {r['work']['B']} | {r['mode']} | {seconds(r['median'])} | {shown} |")
+    return "\n".join(lines + _footnotes(rows))
 
 
 def _memory(results: Results) -> str:

@@ -154,7 +154,7 @@ def _in_cache(job: Job, cache: Path, start: Callable[..., dict[str, Any]]) -> tu
 def _summary(results: list[Result]) -> str:
     parts = []
     for result in results:
-        mode = {"forward": "f", "training": "t", "training_x": "tx"}[result["mode"]]
+        mode = {"forward": "f", "training": "t", "training_x": "tx"}.get(result["mode"], result["mode"])
         if "blank" in result:
             shown = "blank"
         elif "bytes" in result:

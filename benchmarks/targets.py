@@ -152,6 +152,10 @@ def _all() -> list[Target]:
     for peer, title, limit in (("eager", "eager loop", 0.5), ("jax", "JAX scan", 0.6)):
         text = f"EmbeddingAttentionSeq2Seq / {title}: training"
         made.append(Target(text, limit, _ratio("seq2seq", "training", peer)))
+    for case, rows, limits in (("search", 64, (0.3, 0.35, 0.35)), ("search_one_row", 1, (0.25, 0.25, 0.25))):
+        for mode, limit in zip(("greedy", "sample", "beam"), limits, strict=True):
+            text = f"search, B={rows} / batched loop by hand: {mode}"
+            made.append(Target(text, limit, _ratio(case, mode, "eager")))
     made.append(Target("LSTM / torch.nn, worst point of the grid", 1.1, _worst_on_grid(0)))
     made.append(Target("LSTM / torch.nn, worst point of the grid with H >= 512", 1.0, _worst_on_grid(512)))
     for mode, limit in (("forward", 55.0), ("training", 50.0), ("training_x", 50.0)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import kinds
+from . import kinds, until
 from .backends import BACKENDS, reference
 from .compiler.program import Call, Program, Result
 from .errors import InputError, StepError, UnsupportedError, describe, message
@@ -24,7 +24,9 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     _no_transforms()
     _no_jit_tracing()
     kinds.check(program, call)
-    whole = getattr(program.root, "run_whole", None)
+    if call.until is not None:
+        return until.run(program, call, lambda *piece: run(*piece, backend, save), wants_gradients)
+    whole = getattr(program.root, "run_whole", None) if program.stands_alone else None
     if whole is not None:
         _no_tangents((*call.xs, *call.constants, *call.initial, *program.root.parameters()))
         if (result := whole(program, call)) is not None:
@@ -39,10 +41,19 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     return pipeline.run(program, call, backend=backend, save=save)
 
 
-def plan(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
-    """The Plan by which `run` would run this call."""
+def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
+    """(whether a call is to be differentiated, and whether its step draws random numbers)."""
     from .compiler import pipeline
 
+    return pipeline.wants_gradients(program, call) if torch.is_grad_enabled() else (False, False)
+
+
+def plan(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
+    """The Plan by which `run` would run this call; of a loop that ends by itself, the whole call as one piece."""
+    from .compiler import pipeline
+
+    if call.until is not None:
+        program, call = until.whole(program, call)
     return pipeline.plan(program, call, backend=backend, save=save)
 
 

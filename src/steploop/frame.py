@@ -21,9 +21,11 @@ class Frame:
     names: the path of every State of the loop.  prev, next: values by State.  batch: B.
     called: the Steps that have been called in this step.  phase: "begin" or "step".
     sizing: set while a first step is run only to learn the shapes of States.
+    inlined: operations that remember run in their step form: their States do not just go on to the next step.
+    batched: by name of the loop's constants, a tree of bools: whether each tensor has B first.
     """
 
-    __slots__ = ("names", "prev", "next", "batch", "called", "phase", "sizing")
+    __slots__ = ("names", "prev", "next", "batch", "called", "phase", "sizing", "inlined", "batched")
 
     def __init__(
         self, names: dict[Any, str], prev: dict[Any, Tensor | None], phase: str, batch: Any = None
@@ -35,6 +37,8 @@ class Frame:
         self.called: dict[int, str] = {}
         self.phase = phase
         self.sizing: Any = None
+        self.inlined = False
+        self.batched: dict[str, Any] = {}
 
     def nexts(self, states: Sequence[Any]) -> list[Any]:
         """The states after the step: what was written, else what was there before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, sizing, torchscript, tracked
+from . import until as ending
 from .arguments import Arguments, check_on_masked, take_apart
+from .backends.reference import steps_of
 from .compiler.program import Call, Program, Result
 from .devices import check_call, explained
-from .errors import InputError, StepError, defined_at, describe, message
+from .errors import InputError, StepError, UnsupportedError, defined_at, describe, message
 from .initial import require
 from .inputs import (
     check_constants,
@@ -52,6 +55,10 @@ class Loop(nn.Module):
     reverse:     run from each row's last valid step to its first; outputs[t] still belongs to xs[t].
     backend:     "auto", "cpu", "eager" or "reference" (the plain Python loop).
     save:        what the forward keeps for the backward: "states", "all" or "auto".
+    until:       the path of a State (B,) bool that ends a row: it takes no step after the one that set it. The
+                 loop ends when every row has; `steps=`, or the sequences, are the limit. Outputs are (T', B, ...),
+                 T' the last step that any row took; where a row took none they are as at masked steps. A reset
+                 starts a row that has ended again. Of PackedSequences the outputs are as long as those.
 
     Raises StepError for something that is not a well-formed Step, InputError for an unknown choice.
     """
@@ -70,14 +77,24 @@ class Loop(nn.Module):
         reverse: bool = False,
         backend: str = "auto",
         save: str = "auto",
+        until: str | None = None,
     ) -> None:
         super().__init__()
         _check_step(step)
+        if until is not None and reverse:
+            raise UnsupportedError(
+                message(
+                    "A loop with reverse=True cannot end by itself: outputs belong to the steps counted from the end.",
+                    expected="until= or reverse=True",
+                    fix="flip the sequence: sl.Loop(step, until=...)(xs.flip(0))",
+                )
+            )
         self.step = step
         self.batch_first = batch_first
         self.reverse = reverse
         self.backend = dispatch.checked_backend(backend)
         self.save = dispatch.checked_save(save)
+        self.until = until
 
     def forward(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
         """Run the step over every step of `xs`.
@@ -92,7 +109,7 @@ class Loop(nn.Module):
         constants: the step's keyword arguments, (B, ...) unless wrapped in `sl.unbatched`.
 
         Returns (outputs, state): what the step returned, stacked over time; the States after the last valid
-        step.
+        step. `state.steps` (B,) int64 is how many steps each row took in this call.
         Raises InputError, StateError, StepError, UnsupportedError.
         """
         if torch.compiler.is_dynamo_compiling():
@@ -177,9 +194,7 @@ class Loop(nn.Module):
         time = sizes.time(time, steps)
         batch = sizes.batch(batch, batch_size)
         if arguments.constants:
-            check_constants(
-                arguments.constants, arguments.constant_batched, arguments.constant_structure, batch
-            )
+            check_constants(arguments.constants, arguments.constant_batched, arguments.constant_structure, batch)
         if lengths is not None:
             lengths = checked_lengths(lengths, time, batch)
         if mask is not None:
@@ -195,6 +210,7 @@ class Loop(nn.Module):
             initial = require(own, tree.names)
         else:
             initial = given_states(state, tree.names, own, batch)
+        ends = None if self.until is None else ending.checked(self.until, tree.names, initial)
         call = Call(
             xs=arguments.xs,
             constants=arguments.constants,
@@ -207,22 +223,18 @@ class Loop(nn.Module):
             resets=resets,
             reverse=self.reverse,
             on_masked=on_masked,
+            until=ends,
         )
         check_call(program, call)
         return Prepared(program, call, tree.names, own, self.batch_first, packed)
 
     def _time_major(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (
-            tuple(_turned(x) if not isinstance(x, PackedSequence) else x for x in xs)
-            if self.batch_first
-            else xs
-        )
+        return tuple(_turned(x) if not isinstance(x, PackedSequence) else x for x in xs) if self.batch_first else xs
 
     def extra_repr(self) -> str:
         shown = [f"{name}=True" for name in ("batch_first", "reverse") if getattr(self, name)]
-        shown += [
-            f"{name}={getattr(self, name)!r}" for name in ("backend", "save") if getattr(self, name) != "auto"
-        ]
+        shown += [f"{name}={getattr(self, name)!r}" for name in ("backend", "save") if getattr(self, name) != "auto"]
+        shown += [f"until={self.until!r}"] if self.until is not None else []
         return ", ".join(shown)
 
 
@@ -263,16 +275,36 @@ class Prepared:
         """(outputs, States) as the caller sees them."""
         outputs: list[Any] = result.outputs
         if self.packed is not None:
+            missing = self.call.steps - (0 if result.taken is None else len(result.taken))
+            if result.taken is not None and missing:  # what the caller packed is as long as it was
+                outputs = [torch.cat([o, o.new_zeros(missing, *o.shape[1:])]) for o in outputs]
             outputs = [pack(output, self.packed, self.call.lengths.cpu()) for output in outputs]
         elif self.batch_first:
             outputs = [output.transpose(0, 1) for output in outputs]
         structure = result.out_spec if result.out_spec is not None else self.program.out_spec
-        return unflatten(outputs, structure), self.states(result.states)
+        states = self.states(result.states)
+        states.count(_count_of(self.call, result))
+        return unflatten(outputs, structure), states
 
     def states(self, values: list[Tensor]) -> States:
         """States of these values that remember their own initial values."""
         own = {name: value for name, value in zip(self.names, self.own, strict=True) if value is not None}
         return States(zip(self.names, values, strict=True), own)
+
+
+def _count_of(call: Call, result: Result) -> Callable[[], Tensor]:
+    """Gives (B,) int64, the steps of a call that were valid for each row; few callers ask."""
+    marks = [None if m is None else m.clone() for m in (call.lengths, call.mask)]  # the caller may write into them
+    steps, batch, taken = call.steps, call.batch, result.taken
+    device = result.states[0].device if result.states else None
+
+    def count() -> Tensor:
+        valid = steps_of(steps, *marks) if taken is None else taken
+        if valid is None:
+            return torch.full((batch,), steps, dtype=torch.int64, device=device)
+        return valid.sum(0).to(device)
+
+    return count
 
 
 @dataclass
@@ -288,9 +320,7 @@ class _Sizes:
 
     def time(self, of_xs: Any, steps: Any) -> Any:
         if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0):
-            raise InputError(
-                message("`steps` is a number of steps.", expected="an int >= 0", found=describe(steps))
-            )
+            raise InputError(message("`steps` is a number of steps.", expected="an int >= 0", found=describe(steps)))
         if of_xs is not None:
             if steps is not None and steps != of_xs:
                 raise InputError(
@@ -308,9 +338,7 @@ class _Sizes:
             if isinstance(given, Tensor) and given.dim() == 2:
                 return given.shape[1 if self.batch_first else 0]
         raise InputError(
-            message(
-                "Nothing tells how many steps to run.", expected="a sequence, or steps=", fix="loop(steps=10)"
-            )
+            message("Nothing tells how many steps to run.", expected="a sequence, or steps=", fix="loop(steps=10)")
         )
 
     def batch(self, of_xs: Any, batch_size: Any) -> Any:

@@ -266,7 +266,7 @@ def begin(
     """
     own = own_values(tree, batch, arguments.xs, arguments.constants, named)
     if not tree.unsized:
-        return Begun(tree, own, given)
+        return Begun(tree, tree.with_copies(own), given)
     step = program.root
     dtype, device = dtype_and_device(tree, arguments.xs, arguments.constants)
     values = _given_values(tree, given)
@@ -286,7 +286,7 @@ def begin(
     for i, state in enumerate(tree.states):
         if state.unsized and own[i] is None:
             own[i] = start(state, sizes, batch, room, device)
-    return Begun(tree, own, given)
+    return Begun(tree, tree.with_copies(own), given)
 
 
 def _larger(a: Any, b: Any) -> Any:

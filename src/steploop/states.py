@@ -19,11 +19,21 @@ class States(dict[str, Tensor]):
     new States; tensors are never changed in place.
     """
 
-    def __init__(
-        self, values: Mapping[str, Tensor] | Any = (), own: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, values: Mapping[str, Tensor] | Any = (), own: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(values)
         self._own: dict[str, Tensor] = dict(own or {})
+        self._steps: Tensor | Callable[[], Tensor] | None = None
+
+    def count(self, steps: Tensor | Callable[[], Tensor] | None) -> None:
+        """Say what `steps` is, or how it is found when it is asked for."""
+        self._steps = steps
+
+    @property
+    def steps(self) -> Tensor | None:
+        """(B,) int64: how many valid steps each row took in the call that gave these; None where no call did."""
+        if callable(self._steps):
+            self._steps = self._steps()
+        return self._steps
 
     def detach(self) -> States:
         """The same values, cut from the autograd graph (truncated backpropagation)."""
@@ -46,7 +56,10 @@ class States(dict[str, Tensor]):
     def select(self, index: Any) -> States:
         """The rows at `index`: a tensor or list of row numbers, a bool mask, a slice, or one number."""
         chosen = _row_index(index)
-        return self._map(lambda value: value[_on_device(chosen, value)])
+        selected = self._map(lambda value: value[_on_device(chosen, value)])
+        if self.steps is not None:
+            selected.count(self.steps[_on_device(chosen, self.steps)])
+        return selected
 
     def reset_(self, rows: Any = None) -> States:
         """Put rows (as in `select`; None: all) back to the value before the first step. Returns self.
@@ -69,20 +82,30 @@ class States(dict[str, Tensor]):
         return self
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> States:
-        return States(
+        mapped = States(
             {name: function(value) for name, value in self.items()},
             {name: function(value) for name, value in self._own.items()},
         )
+        mapped.count(self._steps)
+        return mapped
 
     def __copy__(self) -> States:
-        return States(self, self._own)
+        return self.copy()
 
     def copy(self) -> States:
         """A shallow copy: another dict, the same tensors."""
-        return States(self, self._own)
+        copied = States(self, self._own)
+        copied.count(self._steps)
+        return copied
 
     def __reduce__(self) -> Any:
-        return (States, (dict(self), self._own))
+        return (_restored, (dict(self), self._own, self.steps))
+
+
+def _restored(values: dict[str, Tensor], own: dict[str, Tensor], steps: Tensor | None) -> States:
+    states = States(values, own)
+    states.count(steps)
+    return states
 
 
 def _flatten_states(states: States) -> tuple[list[Tensor], Any]:
@@ -95,7 +118,8 @@ def _unflatten_states(values: Any, context: Any) -> States:
     return States(zip(names, tensors, strict=False), dict(zip(own, tensors[len(names) :], strict=True)))
 
 
-torch.serialization.add_safe_globals([States])  # torch.load(weights_only=True) makes it of a dict of tensors
+# torch.load(weights_only=True) makes them of dicts of tensors.
+torch.serialization.add_safe_globals([States, _restored])
 
 
 def _names_from(dumped: list[list[str]]) -> Any:
@@ -142,8 +166,7 @@ def given_states(given: Any, names: Sequence[str], own: Sequence[Tensor | None],
         raise StateError(
             message(
                 "`state` is not a dictionary of states.",
-                expected="an sl.States from an earlier call: "
-                + (", ".join(names) or "(this step has no States)"),
+                expected="an sl.States from an earlier call: " + (", ".join(names) or "(this step has no States)"),
                 found=describe(given),
                 fix="outputs, state = loop(xs); loop(more_xs, state=state)",
             )

@@ -270,27 +270,42 @@ class Survey:
 
     names, states: every State with its path.  begins: every Step that defines `begin`, parents first.
     parameter: the first floating parameter, or None.
+    copies: by State, how many copies of it a row has (a search holds one per hypothesis); 0 where it is plain.
     """
 
     names: list[str]
     states: list[State]
     begins: list[Step]
     parameter: Tensor | None
+    copies: list[int] = field(default_factory=list)
 
     @property
     def unsized(self) -> bool:
         """Whether some State's shape is told by the first step only."""
         return any(state.unsized for state in self.states)
 
+    def with_copies(self, values: list[Tensor | None]) -> list[Tensor | None]:
+        """Values (B, ...) of the States with a row's copies: (B, K, ...), or (B, room, K, ...) of a history."""
+        if not any(self.copies):
+            return values
+        found = []
+        for value, state, copies in zip(values, self.states, self.copies, strict=True):
+            if value is not None and copies:
+                axis = 2 if state.grows_with is not None else 1
+                value = value.unsqueeze(axis)
+                value = value.expand(*value.shape[:axis], copies, *value.shape[axis + 1 :])
+            found.append(value)
+        return found
+
 
 def survey(root: nn.Module) -> Survey:
     """Walk a Step's tree. A Loop inside it has states of its own, which are left out."""
     found = Survey([], [], [], None)
-    _visit(root, "", found, set(), True)
+    _visit(root, "", found, set(), True, 0)
     return found
 
 
-def _visit(module: nn.Module, path: str, found: Survey, seen: set[int], ours: bool) -> None:
+def _visit(module: nn.Module, path: str, found: Survey, seen: set[int], ours: bool, copies: int) -> None:
     seen.add(id(module))
     if found.parameter is None:
         for parameter in module._parameters.values():
@@ -301,13 +316,15 @@ def _visit(module: nn.Module, path: str, found: Survey, seen: set[int], ours: bo
         if ours:
             found.names.append(path)
             found.states.append(module)
+            found.copies.append(copies)
         return
     if ours and isinstance(module, Step) and type(module).begin is not Step.begin:
         found.begins.append(module)
     inside = ours and not getattr(type(module), "_holds_own_states", False)
     for name, child in module._modules.items():
         if child is not None and id(child) not in seen:
-            _visit(child, f"{path}.{name}" if path else name, found, seen, inside)
+            own = module.copies if name in getattr(type(module), "_copied", ()) else copies
+            _visit(child, f"{path}.{name}" if path else name, found, seen, inside, own)
 
 
 def states_below(module: nn.Module) -> Iterator[tuple[str, State]]:

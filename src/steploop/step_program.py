@@ -35,7 +35,8 @@ def program_of(step: Step, tree: Survey, arguments: Arguments) -> Program:
 
 def _make(step: Step, tree: Survey, arguments: Arguments, key: Any) -> Program:
     x_names, constant_names = _names(step, arguments)
-    run = StepFunction(step, tree, arguments.x_structure, arguments.constant_structure)
+    batched = unflatten(arguments.constant_batched, arguments.constant_structure)
+    run = StepFunction(step, tree, arguments.x_structure, arguments.constant_structure, batched)
     program = Program(
         run=run,
         root=step,
@@ -69,19 +70,22 @@ class StepFunction:
     """run(xs, constants, prevs) -> (outputs, nexts): one call of a Step inside a Frame of its own."""
 
     def __init__(
-        self, step: Step, tree: Survey, x_structure: Structure, constant_structure: Structure
-    ) -> None:
+        self, step: Step, tree: Survey, x_structure: Structure, constant_structure: Structure,
+        batched: dict[str, Any],
+    ) -> None:  # fmt: skip
         self.step = step
         self.states = list(tree.states)
         self.names = dict(zip(tree.states, tree.names, strict=True))
         self.x_structure = x_structure
         self.constant_structure = constant_structure
+        self.batched = batched
         self.program: Program | None = None
 
     def __call__(
         self, xs: Sequence[Tensor], constants: Sequence[Tensor], prevs: Sequence[Tensor]
     ) -> StepOutput:
         frame = Frame(self.names, dict(zip(self.states, prevs, strict=True)), "step")
+        frame.batched = self.batched
         with run_in(frame):
             returned = self.step(
                 *unflatten(xs, self.x_structure), **unflatten(constants, self.constant_structure)

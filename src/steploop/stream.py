@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import dispatch, sizing, torchscript
+from . import dispatch, sizing, torchscript, until
 from .arguments import Arguments, check_on_masked, take_apart
-from .compiler.program import Call
+from .compiler.program import Call, Program
 from .devices import check_call, explained
 from .errors import InputError, UnsupportedError, describe, message
 from .initial import own_values, require
@@ -43,12 +43,11 @@ class Stream:
     A masked row keeps its state; its output is zero, or with on_masked="repeat" its last valid one. Streams
     run under the caller's grad mode: use `torch.no_grad()`, or `stream.state = stream.state.detach()`, where
     the graph is not to grow. `begin` runs once, when the stream is made or at its first step.
+    With `until`, a row that has ended stays where it ended, as if it were masked, up to a reset of it.
     Histories (`sl.memory.CausalSelfAttention` and the like) are preallocated, and doubled when they are full.
     """
 
-    def __init__(
-        self, loop: Loop, batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]
-    ) -> None:
+    def __init__(self, loop: Loop, batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
         if loop.reverse:
             raise UnsupportedError(
                 message(
@@ -79,6 +78,7 @@ class Stream:
         self._arguments: Arguments | None = None
         self._fast: Any = None  # runs single steps without gradients, once the first has gone the usual way
         self._count = -1
+        self._until: int | None = None  # which state ends a row
         self._taken = 0  # at least the number of entries that any history has in use
         if self._tree.parameter is not None and not self._tree.unsized:
             self._start([])
@@ -95,7 +95,7 @@ class Stream:
             done = self._fast(xs, self._values)
             if done is not None:
                 outputs, self._values = done
-                return unflatten(outputs, self._fast.out_spec)
+                return unflatten(outputs if self._until is None else outputs[:-1], self._fast.out_spec)
             self._fast = None
         torchscript.refuse()
         if dispatch.is_recorded():
@@ -118,9 +118,15 @@ class Stream:
         for x, name in zip(tensors, self._program.x_names, strict=True):
             if x.dim() == 0 or x.shape[0] != self.batch_size:
                 raise InputError(_wrong_rows(x, name, self.batch_size))
+        program, constants = self._program, self._arguments.constants
+        if self.loop.until is not None:
+            self._until = until.checked(self.loop.until, self._tree.names, self._values)
+            start = [value if own is None else own for value, own in zip(self._values, self._own, strict=True)]
+            program, start = until.freezing(program, self._until, start, None)
+            constants = [*constants, *start]
         call = Call(
             xs=[x.unsqueeze(0) for x in tensors],
-            constants=self._arguments.constants,
+            constants=constants,
             initial=self._values,
             steps=1,
             batch=self.batch_size,
@@ -130,27 +136,29 @@ class Stream:
         if resets is not None:
             call.resets = self._flags(resets, "resets")
             call.reset_to = require(self._own, self._tree.names)
-        check_call(self._program, call)
+        check_call(program, call)
         with explained(self.loop.step, xs, self.constants):
-            result = dispatch.run(self._program, call, self.loop.backend, self.loop.save)
+            result = dispatch.run(program, call, self.loop.backend, self.loop.save)
         if mask is None and resets is None and not torch.is_grad_enabled():
-            self._prepare(xs, call)
+            self._prepare(xs, program, call)
         self._values = result.states
         outputs = [output[0] for output in result.outputs]
+        if self._until is not None:
+            mask = outputs.pop().unsqueeze(0)  # which rows took the step
         if self.on_masked == "repeat":
             outputs = self._last = self._repeated(outputs, mask)
-        return unflatten(outputs, result.out_spec if result.out_spec is not None else self._program.out_spec)
+        return unflatten(outputs, result.out_spec if result.out_spec is not None else program.out_spec)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a stream was given and where it stands; what makes it fast is made again."""
         return {**vars(self), "_fast": None, "_program": None, "_structure": None, "_arguments": None, "_count": -1}
 
-    def _prepare(self, xs: tuple[Any, ...], call: Call) -> None:
+    def _prepare(self, xs: tuple[Any, ...], program: Program, call: Call) -> None:
         """From the next step on, take the short way where there is one."""
         plain = all(isinstance(x, Tensor) for x in xs) and type(self.loop.step).sequences_of is Step.sequences_of
         grows = any(state.grows_with is not None for state in self._tree.states)
         if plain and not grows and self.on_masked == "zero":
-            self._fast = dispatch.stream_step(self._program, call, self.loop.backend)
+            self._fast = dispatch.stream_step(program, call, self.loop.backend)
             self._count = len(xs)
 
     @property
@@ -183,7 +191,7 @@ class Stream:
     def _start(self, xs: list[Tensor]) -> None:
         tensors, structure, batched, named = constant_leaves(self.constants)
         check_constants(tensors, batched, structure, self.batch_size)
-        own = own_values(self._tree, self.batch_size, xs, tensors, named)
+        own = self._tree.with_copies(own_values(self._tree, self.batch_size, xs, tensors, named))
         if self._given is None:
             self._values = require(own, self._tree.names)
         else:
@@ -200,9 +208,7 @@ class Stream:
         constants, shape, batched, named = constant_leaves(self.constants)
         check_constants(constants, batched, shape, self.batch_size)
         arguments = replace(self._arguments, xs=[x.unsqueeze(0) for x in tensors])
-        begun = sizing.begin(
-            self._program, self._tree, arguments, named, self.batch_size, self._given, 1, _FIRST_ROOM
-        )
+        begun = sizing.begin(self._program, self._tree, arguments, named, self.batch_size, self._given, 1, _FIRST_ROOM)
         if begun.tree is not self._tree:
             self._tree = begun.tree
             self._set_up(xs, tensors, structure)

@@ -30,6 +30,9 @@ class _Run:
         self.xs = [x.unbind(0) for x in call.xs]
         self.states = list(call.initial)
         self.valid = valid_steps(call)
+        if call.until is not None:
+            everything = torch.ones(call.steps, call.batch, dtype=torch.bool, device="cpu")
+            self.valid = everything if self.valid is None else self.valid.clone()  # it is written into
         self.on_all_rows = False
         self.seen_xs: list[Tensor] | None = None
         self.structure: Structure | None = None
@@ -39,6 +42,10 @@ class _Run:
         outputs: dict[int, list[Tensor]] = {}
         last: list[Tensor] | None = None
         for t in reversed(steps) if self.call.reverse else steps:
+            if self.call.until is not None:
+                self._leave_out_ended(t)
+                if not self.valid[t:].any():
+                    break
             rows = self._rows(t)
             if rows is None:
                 outputs[t] = last = self._full_step(t)
@@ -49,6 +56,15 @@ class _Run:
         return self._result(outputs)
 
     # one step
+
+    def _leave_out_ended(self, t: int) -> None:
+        """A row that has ended takes no step from t on, up to a reset of it."""
+        ended = self.states[self.call.until].detach().cpu()
+        if self.call.resets is None:
+            self.valid[t:] &= ~ended
+        else:
+            again = (self.call.resets.cpu() & self.valid)[t:].cumsum(0) > 0
+            self.valid[t:] &= again | ~ended
 
     def _rows(self, t: int) -> Tensor | None:
         """The rows for which step t is valid; None where all are."""
@@ -78,9 +94,7 @@ class _Run:
         self.states = [s.index_copy(0, rows, n) for s, n in zip(self.states, after, strict=True)]
         return outputs
 
-    def _step_on(
-        self, rows: Tensor, xs: list[Tensor], before: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _step_on(self, rows: Tensor, xs: list[Tensor], before: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if not self.on_all_rows:
             constants = [
                 c.index_select(0, rows) if batched else c
@@ -137,9 +151,7 @@ class _Run:
                 batch = self.call.batch
                 self.seen_xs = [x[:1].expand(batch, *x.shape[1:]).index_copy(0, rows, x).detach() for x in xs]
             else:
-                self.seen_xs = [
-                    seen.index_copy(0, rows, x).detach() for seen, x in zip(self.seen_xs, xs, strict=True)
-                ]
+                self.seen_xs = [seen.index_copy(0, rows, x).detach() for seen, x in zip(self.seen_xs, xs, strict=True)]
 
     def _reset(self, t: int, rows: Tensor | None, states: list[Tensor]) -> list[Tensor]:
         if self.call.resets is None:
@@ -166,33 +178,48 @@ class _Run:
         return last if self.call.on_masked == "repeat" else [torch.zeros_like(o) for o in last]
 
     def _result(self, outputs: dict[int, list[Tensor]]) -> Result:
+        steps, taken = self.call.steps, None
+        if self.call.until is not None:
+            steps = last_of(self.valid)
+            taken = self.valid[:steps].to(self._device())
         if not outputs:
-            return self._nothing_ran()
+            return self._nothing_ran(steps, taken)
         some = next(iter(outputs.values()))
         # steps before the first valid one had no known structure yet
-        missing = [torch.zeros_like(o) for o in some] if len(outputs) < self.call.steps else []
-        at = [outputs.get(t, missing) for t in range(self.call.steps)]
+        missing = [torch.zeros_like(o) for o in some] if len(outputs) < steps else []
+        at = [outputs.get(t, missing) for t in range(steps)]
         stacked = [torch.stack([step[i] for step in at]) for i in range(len(some))]
-        return Result(stacked, self.states, self.structure)
+        return Result(stacked, self.states, self.structure, taken)
 
-    def _nothing_ran(self) -> Result:
+    def _nothing_ran(self, steps: int, taken: Tensor | None) -> Result:
         """No step is valid: the outputs' structure comes from one step on zeros, whose values are dropped."""
         call = self.call
         xs = [x.new_zeros(x.shape[1:]) for x in call.xs]
         with torch.no_grad():
             outputs, _ = self._step(xs, call.constants, call.initial)
-        empty = [o.new_zeros((call.steps, *o.shape)) for o in outputs]
-        return Result(empty, _clones(call.initial), self.structure)
+        empty = [o.new_zeros((steps, *o.shape)) for o in outputs]
+        return Result(empty, _clones(call.initial), self.structure, taken)
 
 
 def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
+def last_of(taken: Tensor) -> int:
+    """How many steps there are up to the last that any row took. taken: (T, B) bool."""
+    found = taken.any(1).nonzero()
+    return int(found[-1]) + 1 if len(found) else 0
+
+
 def valid_steps(call: Call) -> Tensor | None:
     """(T, B) bool on the CPU, True where a step is valid; None where all are."""
-    valid = None if call.mask is None else call.mask.detach().cpu()
-    if call.lengths is not None:
-        within = torch.arange(call.steps, device="cpu")[:, None] < call.lengths.detach().cpu()[None, :]
+    return steps_of(call.steps, call.lengths, call.mask)
+
+
+def steps_of(steps: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """`valid_steps` of a call with these."""
+    valid = None if mask is None else mask.detach().cpu()
+    if lengths is not None:
+        within = torch.arange(steps, device="cpu")[:, None] < lengths.detach().cpu()[None, :]
         valid = within if valid is None else valid & within
     return valid

@@ -80,6 +80,14 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     return Result(list(results[:count]), list(results[count : count + states]), capture.out_spec)
 
 
+def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
+    """(whether anything that a call reads requires a gradient, whether its step draws random numbers)."""
+    capture, dependencies = captures.find(program, call)
+    training = any(t.requires_grad for t in tensors_of(call, capture, dependencies))
+    seeded = torch.Tag.nondeterministic_seeded
+    return training, any(seeded in getattr(n.target, "tags", ()) for n in capture.forward.graph.graph.nodes)
+
+
 def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
     """A scan does not say where its batch is. If every leaf has the same first axis and rows turn out to be
     independent along it, that axis is the batch, and the outside pieces run on all rows of all steps at once."""

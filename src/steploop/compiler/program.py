@@ -36,6 +36,7 @@ class Program:
     x_names, constant_names: names of the leaves, for messages and plans.
     batched: True: axis 0 of every x, state and output is B. False: nothing is known of a batch axis.
     out_spec: the structure of what the step returned, set by every `run`; opaque to the compiler.
+    stands_alone: it is the root's own step and nothing more, so that the root may run it in another form.
     kept: what the compiler keeps of its last call; opaque to everybody else.
     """
 
@@ -49,6 +50,7 @@ class Program:
     batched: bool = True
     statics: list[tuple[list[Any], int, str]] = field(default_factory=list)
     out_spec: Any = None
+    stands_alone: bool = True
     kept: dict[str, Any] = field(init=False, default_factory=dict)
 
 
@@ -63,6 +65,7 @@ class Call:
     steps: T.  batch: B, None when the program is not batched.
     reverse: run from each row's last valid step to its first.
     on_masked: "zero" or "repeat", what outputs are at masked steps.
+    until: which state, (B,) bool, ends a row: the row takes no step after the one that set it. None: all steps run.
     """
 
     xs: list[Tensor]
@@ -76,12 +79,17 @@ class Call:
     resets: Tensor | None = None
     reverse: bool = False
     on_masked: str = "zero"
+    until: int | None = None
 
 
 @dataclass(eq=False)
 class Result:
-    """outputs: (T, B, ...) per output leaf.  states: (B, ...) per state, after each row's last valid step."""
+    """outputs: (T, B, ...) per output leaf.  states: (B, ...) per state, after each row's last valid step.
+
+    taken: (T, B) bool, which steps each row took; set where `until` was, and T is then the last of them.
+    """
 
     outputs: list[Tensor]
     states: list[Tensor]
     out_spec: Any = field(default=None)
+    taken: Tensor | None = None

@@ -73,7 +73,7 @@ class Memory(Step):
         return cls.sequence is not None and cls.sequence is not Memory.sequence
 
     def _step_inside(self, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
-        if self.inlined or not self.has_sequence():
+        if self.inlined or frame.inlined or not self.has_sequence():
             return self.step(*xs, **arguments)
         return opaque_step(self, frame, xs, arguments)
 

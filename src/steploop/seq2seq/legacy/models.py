@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...search.started import Started
 from ...step import Step
 from .. import tf_state
 from ..tf_cells import EmbeddingWrapper, OutputProjectionWrapper, build
@@ -17,6 +18,7 @@ from . import sequences
 from .attention import EmbeddingAttentionDecoder
 from .decoders import EmbeddingRNNDecoder, Model, RNNDecoder
 from .feeding import LoopFunction, Projection, checked_projection
+from .search_step import started
 
 
 class BasicRNNSeq2Seq(Model):
@@ -188,6 +190,14 @@ class EmbeddingRNNSeq2Seq(_FromLabels):
         feeding = self.feeding(feed_previous)
         return self.decoder(decoder_inputs, state, decoder_lengths=decoder_lengths, **feeding)
 
+    def search_step(self, encoder_inputs: Any, *, encoder_lengths: Any = None) -> Started:
+        """The decoder after these inputs, for searches: `sl.search.beam(model.search_step(inputs), start=GO, ...)`.
+
+        Arguments as for the model's call. Greedy search gives the labels that feed_previous=True feeds back.
+        """
+        _, values = self.encode(self.encoder, sequences.labels(encoder_inputs, "encoder_inputs"), encoder_lengths)
+        return started(self.decoder, values, {})
+
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         yield from self.encoder.tf_variables(joined(scope, "rnn"))
         yield from self.decoder.tf_variables(joined(scope, self.decoder.scope))
@@ -242,6 +252,15 @@ class EmbeddingTiedRNNSeq2Seq(_FromLabels):
         state = tf_state.pack(self.decoder.cell, values)
         feeding = self.feeding(feed_previous)
         return self.decoder(decoder_inputs, state, decoder_lengths=decoder_lengths, **feeding)
+
+    def search_step(self, encoder_inputs: Any, *, encoder_lengths: Any = None) -> Started:
+        """The decoder after these inputs, for searches: `sl.search.beam(model.search_step(inputs), start=GO, ...)`.
+
+        Arguments as for the model's call. Greedy search gives the labels that feed_previous=True feeds back.
+        """
+        inputs = sequences.labels(encoder_inputs, "encoder_inputs")
+        _, values = self.encode(self.decoder.one_step, inputs, encoder_lengths)
+        return started(self.decoder, values, {})
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         yield Variable(joined(scope, "embedding"), self.decoder.one_step.embedding)
@@ -323,6 +342,19 @@ class EmbeddingAttentionSeq2Seq(_FromLabels):
             decoder_lengths=decoder_lengths,
             **self.feeding(feed_previous),
         )
+
+    def search_step(
+        self, encoder_inputs: Any, *, attention_lengths: Any = None, encoder_lengths: Any = None
+    ) -> Started:
+        """The decoder after these inputs, for searches: `sl.search.beam(model.search_step(inputs), start=GO, ...)`.
+
+        Arguments as for the model's call. Greedy search gives the labels that feed_previous=True feeds back.
+        """
+        inputs = sequences.labels(encoder_inputs, "encoder_inputs")
+        outputs, values = self.encode(self.encoder, inputs, encoder_lengths)
+        lengths = encoder_lengths if attention_lengths is None else attention_lengths
+        state = tf_state.pack(self.encoder, values)
+        return started(self.decoder, *self.decoder.start(inputs, state, outputs.transpose(0, 1), lengths))
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         yield from self.encoder.tf_variables(joined(scope, "rnn"))

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError, StepError, describe, message
+from ...search.started import Started
 from ...step import Step
 from .. import tf_state
 from ..tf_cells import EmbeddingWrapper, OutputProjectionWrapper
 from ..tf_variables import Variable, joined
 from . import sequences
 from .decoders import EmbeddingRNNDecoder, Model
+from .search_step import started
 
 
 class One2ManyRNNSeq2Seq(Model):
@@ -80,6 +82,12 @@ class One2ManyRNNSeq2Seq(Model):
         for name, decoder in zip(self.names, self.decoders):
             outputs[name], states[name] = decoder(decoder_inputs_dict[name], state, **feeding)
         return outputs, states
+
+    def search_step(self, encoder_inputs: Any, *, encoder_lengths: Any = None) -> dict[str, Started]:
+        """Each decoder after these inputs, by name, for searches; see EmbeddingRNNSeq2Seq."""
+        inputs = sequences.labels(encoder_inputs, "encoder_inputs")
+        _, values = self.encode(self.encoder, inputs, encoder_lengths)
+        return {name: started(decoder, values, {}) for name, decoder in zip(self.names, self.decoders, strict=True)}
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         yield from self.encoder.tf_variables(joined(scope, "rnn"))

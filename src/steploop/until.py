@@ -1,0 +1,222 @@
+"""Loops that end by themselves: a row takes no step after the one that set the loop's `until` State.
+
+How many steps there will be is known only when they have run, but everything outside the loops runs for many steps at
+once. So a call runs in pieces of some steps. Within a piece, rows that have ended are frozen by the step itself
+(`freezing`); between pieces they are left out, as rows of length 0 are, and the call ends when no row is left. A piece
+is at most as long as all that has run before it: that bounds what is computed for nothing, and how often what is the
+same at every step is computed again.
+
+Gradients: the pieces only find out which steps run. Then the call runs once more as one with a mask, with everything
+that holds for those: what stands at a step that no row took reaches no gradient. A step that draws random numbers
+would draw others then; it is differentiated through its pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from .backends.reference import last_of, valid_steps
+from .compiler.program import Call, Program, Result
+from .errors import StateError, UnsupportedError, describe, message
+
+FIRST_PIECE = 16  # steps
+
+Run = Callable[[Program, Call], Result]
+
+
+def checked(name: str, names: Sequence[str], initial: Sequence[Tensor]) -> int:
+    """Which state `until` names. StateError unless it is one, (B,) bool."""
+    if name not in names:
+        raise StateError(
+            message(
+                f"until={name!r} names no State of this step.",
+                expected=", ".join(repr(n) for n in names) or "a State of the step, which has none",
+                found=repr(name),
+                fix="self.done = sl.State(init=False, dtype=torch.bool), then sl.Loop(step, until='done')",
+            )
+        )
+    value = initial[names.index(name)]
+    if value.dtype != torch.bool or value.dim() != 1:
+        raise StateError(
+            message(
+                f"The State {name!r} that ends the loop has one bool per row.",
+                expected="(B,) bool",
+                found=describe(value),
+                fix="self.done = sl.State(init=False, dtype=torch.bool)",
+            )
+        )
+    return names.index(name)
+
+
+def run(
+    program: Program, call: Call, run_piece: Run, wants_gradients: Callable[[Program, Call], tuple[bool, bool]]
+) -> Result:
+    """Run a call with `until`. run_piece: runs a call without it.
+
+    wants_gradients: (whether a call is to be differentiated, whether its step draws random numbers).
+    """
+    if _get_current_dispatch_mode_stack():
+        raise UnsupportedError(
+            message(
+                "A loop that ends by itself was called inside a step or under a tracer: its length is not known there.",
+                expected="a call outside of other loops, or a loop without until=",
+                fix="run the inner loop for steps=n, and mask what comes after its end",
+            )
+        )
+    training, random = wants_gradients(program, replace(call, until=None))
+    with torch.set_grad_enabled(training and random):
+        result = _in_pieces(program, call, run_piece)
+    if not training or random:
+        return result
+    return _again(program, call, result, run_piece)
+
+
+def _again(program: Program, call: Call, found: Result, run_piece: Run) -> Result:
+    """The same steps once more, which are known now."""
+    taken = found.taken
+    steps = len(taken)
+    inside = (taken[1:] <= taken[:-1]).all()  # no row pauses
+    lengths, mask = (taken.sum(0), None) if bool(inside) else (None, taken)
+    if steps and bool(taken.all()):
+        lengths = None
+    resets = None if call.resets is None else call.resets[:steps]
+    whole = replace(
+        call, xs=[x[:steps] for x in call.xs], steps=steps, lengths=lengths, mask=mask, resets=resets, until=None
+    )
+    return replace(run_piece(program, whole), taken=taken)
+
+
+def _in_pieces(program: Program, call: Call, run_piece: Run) -> Result:
+    frozen, constants = freezing(program, call.until, call.initial, call.reset_to)
+    constants = [*call.constants, *constants]
+    plan = _Pieces(call)
+    states, pieces = call.initial, []
+    while (piece := plan.next(states[call.until])) is not None:
+        part = replace(
+            call, xs=[x[piece] for x in call.xs], constants=constants, initial=states, steps=piece.stop - piece.start,
+            lengths=None, mask=plan.mask, resets=plan.resets, on_masked="zero", until=None,
+        )  # fmt: skip
+        result = run_piece(frozen, part)
+        states, structure = result.states, result.out_spec
+        pieces.append(result.outputs)
+    if not pieces:
+        empty = replace(call, xs=[x[:0] for x in call.xs], steps=0, lengths=None, mask=None, resets=None, reset_to=None)
+        result = run_piece(program, replace(empty, until=None))
+        return replace(result, states=list(call.initial), taken=plan.nothing(states[call.until]))
+    *outputs, taken = [torch.cat(steps) for steps in zip(*pieces, strict=True)]
+    steps = last_of(taken)
+    outputs = [output[:steps] for output in outputs]
+    if call.on_masked == "repeat":
+        outputs = [_repeated(output, taken[:steps]) for output in outputs]
+    return Result(outputs, states, structure, taken[:steps])
+
+
+class _Pieces:
+    """The pieces of a call, one after the other, and which of their steps are valid."""
+
+    def __init__(self, call: Call) -> None:
+        self.steps, self.batch = call.steps, call.batch
+        self.stop = 0
+        self.valid = valid_steps(call)
+        self.all_resets = None
+        if call.resets is not None:
+            self.all_resets = call.resets.cpu()
+            if self.valid is not None:
+                self.all_resets = self.all_resets & self.valid
+        self.mask: Tensor | None = None
+        self.resets: Tensor | None = None
+
+    def next(self, ended: Tensor) -> slice | None:
+        """The next steps that some row may take; sets mask and resets (or None) to theirs."""
+        ended = ended.detach().cpu()
+        left = self._left(ended).nonzero()[:, 0]
+        if not len(left):
+            return None
+        start = self.stop
+        most = int(left[0]) + max(FIRST_PIECE, start)  # steps before the first that a row takes cost nothing
+        self.stop = start + min(most, int(left[-1]) + 1)
+        piece = slice(start, self.stop)
+        self.resets = None if self.all_resets is None else self.all_resets[piece]
+        running = ~ended if self.resets is None else ~ended | self.resets.any(0)
+        self.mask = None if self.valid is None else self.valid[piece] & running
+        if self.valid is None and not bool(running.all()):
+            self.mask = running.expand(self.stop - start, self.batch)
+        return piece
+
+    def _left(self, ended: Tensor) -> Tensor:
+        """(steps that are left,) whether some row may take them."""
+        running = ~ended.expand(self.steps - self.stop, self.batch)
+        if self.all_resets is not None:
+            running = running | (self.all_resets[self.stop :].cumsum(0) > 0)
+        if self.valid is not None:
+            running = running & self.valid[self.stop :]
+        return running.any(1)
+
+    def nothing(self, like: Tensor) -> Tensor:
+        return torch.zeros(0, self.batch, dtype=torch.bool, device=like.device)
+
+
+def whole(program: Program, call: Call) -> tuple[Program, Call]:
+    """A program and call that stand for all pieces of a call: what its plan is made of."""
+    frozen, constants = freezing(program, call.until, call.initial, call.reset_to)
+    return frozen, replace(call, constants=[*call.constants, *constants], until=None)
+
+
+def freezing(
+    program: Program, until: int, initial: Sequence[Tensor], own: Sequence[Tensor] | None
+) -> tuple[Program, list[Tensor]]:
+    """(`program` with rows that have ended frozen, the constants to add for it).
+
+    It gives one output more, (B,) bool: whether the row took the step. Outputs of rows that did not are zero.
+    Such a row's step runs all the same. It sees the values that States start from, on which the step is known to run:
+    those after the end may lie outside of what it is made for (a position behind the end of a memory).
+    own: the States' own initial values where they are known. initial: else these.
+    """
+    start = list(own if own is not None else initial)
+    frozen = program.kept.get(("until", until))
+    if frozen is None:
+        frozen = program.kept["until", until] = _frozen(program, until, len(start))
+    return frozen, start
+
+
+def _frozen(program: Program, until: int, states: int) -> Program:
+    def run(xs: Sequence[Tensor], constants: Sequence[Tensor], prevs: Sequence[Tensor]) -> tuple[list, list]:
+        ended = prevs[until]
+        count = len(constants) - states
+        safe = [torch.where(_wide(ended, p), s, p) for s, p in zip(constants[count:], prevs, strict=True)]
+        outputs, nexts = program.run(xs, constants[:count], safe)
+        frozen.out_spec = program.out_spec
+        outputs = [torch.where(_wide(ended, o), torch.zeros_like(o), o) for o in outputs]
+        # A State that no step writes needs no loop.
+        frozen_nexts = zip(nexts, prevs, safe, strict=True)
+        nexts = [p if n is s else torch.where(_wide(ended, p), p, n) for n, p, s in frozen_nexts]
+        return [*outputs, ~ended], nexts
+
+    frozen = replace(
+        program, run=run, key=("until", until, program.key), stands_alone=False,
+        constant_names=[*program.constant_names, *program.state_names],
+        constant_batched=[*program.constant_batched, *[True] * states],
+    )  # fmt: skip
+    return frozen
+
+
+def _wide(mark: Tensor, value: Tensor) -> Tensor:
+    return mark.reshape(-1, *[1] * (value.dim() - 1))
+
+
+def _repeated(output: Tensor, taken: Tensor) -> Tensor:
+    """(T, B, ...) with each row's last valid value where it took no step; zeros before its first."""
+    time = torch.arange(len(taken), device=taken.device)[:, None].expand_as(taken)
+    held = torch.where(taken, time, -1)
+    held = torch.cummax(held, 0).values if len(taken) else held
+    index = held.clamp(min=0).reshape(*held.shape, *[1] * (output.dim() - 2)).expand(output.shape)
+    return torch.where(_wide_at(held >= 0, output), output.gather(0, index), torch.zeros_like(output))
+
+
+def _wide_at(mark: Tensor, value: Tensor) -> Tensor:
+    return mark.reshape(*mark.shape, *[1] * (value.dim() - 2))
