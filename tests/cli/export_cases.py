@@ -85,9 +85,7 @@ def strictly():
 
 @case
 def values_alone():
-    return Case(
-        Calls(sl.Loop(Cell(), backend="eager")), sequences(), XS, training=False
-    )
+    return Case(Calls(sl.Loop(Cell(), backend="eager")), sequences(), XS, training=False)
 
 
 @case
@@ -98,7 +96,7 @@ def float64():
 
 @case
 def bfloat16():
-    model = Calls(sl.Loop(Cell(torch.bfloat16), backend="eager"))
+    model = Calls(sl.Loop(Flat(Cell(torch.bfloat16)), backend="eager"))
     return Case(model, sequences(dtype=torch.bfloat16), XS)
 
 

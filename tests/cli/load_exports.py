@@ -1,6 +1,6 @@
 """Loads exported programs in a process that never saw their steps. Prints JSON: what went wrong with each, or "".
 
-    python load_exports.py FOLDER     with NAME.pt2 and NAME.pt (see test_exports.py)
+python load_exports.py FOLDER     with NAME.pt2 and NAME.pt (see test_exports.py)
 """
 
 from __future__ import annotations
@@ -54,24 +54,25 @@ def check(program: Any, calls: list[dict[str, Any]]) -> None:
 def gradients(outputs: list[torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Those of a weighted sum of the outputs; the weights are the same for the same outputs."""
     torch.manual_seed(1)
-    weighted = [(o * torch.randn_like(o)).sum() for o in outputs if o.is_floating_point()]
-    total = sum([w.double() for w in weighted if w.requires_grad], torch.zeros((), requires_grad=True))
+    weighted = [(o * torch.randn(o.shape, dtype=torch.float64)).sum() for o in outputs if o.is_floating_point()]
+    total = sum([w for w in weighted if w.requires_grad], torch.zeros((), requires_grad=True))
     found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(wanted, found))
 
 
 def compare(model: nn.Module, inputs: tuple, leaves: list[torch.Tensor], call: dict[str, Any]) -> None:
     outputs = pytree.tree_leaves(model(*inputs))
-    close = {"rtol": 2e-2, "atol": 2e-2} if any(o.dtype == torch.bfloat16 for o in outputs) else {}
+    close = {"rtol": 2e-2, "atol": 5e-2} if any(o.dtype == torch.bfloat16 for o in outputs) else {}
     torch.testing.assert_close([o.detach() for o in outputs], call["outputs"], **close)
     if call["gradients"] is None:
         return
     weights = dict(model.named_parameters(remove_duplicate=False))
     wanted = {**{str(i): t for i, t in enumerate(leaves) if t.requires_grad}, **weights}
     found = gradients(outputs, wanted)
-    assert set(found) >= set(call["gradients"]), (set(found), set(call["gradients"]))
-    for name, value in call["gradients"].items():
-        torch.testing.assert_close(found[name], value, msg=lambda text, n=name: f"gradient of {n}: {text}", **close)
+    for names, value in call["gradients"].items():
+        # A loaded program has a parameter for each name: where weights were tied, their gradients are parts of one sum.
+        total = torch.stack([found[name] for name in names.split(" + ")]).sum(0)
+        torch.testing.assert_close(total, value, msg=lambda text, n=names: f"gradient of {n}: {text}", **close)
 
 
 def main(folder: Path) -> None:

@@ -330,7 +330,7 @@ class Exported(Invocation):
                 )
         likely = {n: self.hints[n] if n == rows and v in (0, 1) else v for n, v in sizes.items()}
         ones = sorted(n for n, v in sizes.items() if v == 1)
-        none = any(n != rows and v == 0 for n, v in sizes.items())
+        none = steps > 0 and any(n != rows and v == 0 for n, v in sizes.items())
         if none or (ones and ones not in self.options.ones) or not self.trace.holds_for(likely):
             raise InputError(
                 message(
