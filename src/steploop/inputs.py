@@ -31,19 +31,24 @@ def sequences(xs: tuple[Any, ...]) -> tuple[list[Tensor], Structure]:
     return tensors, structure
 
 
+def refuse_proxy(value: Any) -> None:
+    """UnsupportedError for what torch.fx.symbolic_trace gives in the place of a tensor."""
+    if isinstance(value, torch.fx.Proxy):
+        raise UnsupportedError(
+            message(
+                "A loop was called under torch.fx.symbolic_trace, which gives it proxies in place of tensors.",
+                expected="torch.export.export, which takes a loop as one operation",
+                fix="or a tracer of your own whose is_leaf_module is true for sl.Loop",
+            )
+        )
+
+
 def check_plain(structure: Structure, what: str) -> None:
     """InputError if there is a NumPy array where a tensor should be; it would be taken for a fixed value."""
     if structure.count == len(structure.leaves):
         return
     for leaf in structure.leaves:
-        if isinstance(leaf, torch.fx.Proxy):
-            raise UnsupportedError(
-                message(
-                    "A loop was called under torch.fx.symbolic_trace, which gives it proxies in place of tensors.",
-                    expected="torch.export.export, which takes a loop as one operation",
-                    fix="or a tracer of your own whose is_leaf_module is true for sl.Loop",
-                )
-            )
+        refuse_proxy(leaf)
         if hasattr(leaf, "__array__") and not isinstance(leaf, (Tensor, bool, int, float)):
             raise InputError(
                 message(
@@ -67,9 +72,7 @@ def _no_nested_packed(xs: tuple[Any, ...]) -> None:
                     fix="loop(packed_a, packed_b)",
                 )
             )
-        stack.extend(
-            item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else ()
-        )
+        stack.extend(item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else ())
 
 
 def constant_leaves(constants: dict[str, Any]) -> tuple[list[Tensor], Structure, list[bool], dict[str, Any]]:

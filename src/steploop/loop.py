@@ -20,6 +20,7 @@ from .inputs import (
     check_constants,
     checked_lengths,
     checked_mask,
+    refuse_proxy,
     time_and_batch,
 )
 from .packed import last_of, pack, unpack
@@ -102,11 +103,17 @@ class Loop(nn.Module):
         return self._run(xs, arguments)
 
     def _run(self, xs: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[Any, States]:
-        torchscript.refuse()
+        torchscript.refuse(self.backend)
+        if type(xs) is not tuple:
+            refuse_proxy(xs)
         with explained(self.step, xs, arguments):
             prepared = self.prepare(*xs, **arguments)
             result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)
             return prepared.finish(result)
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for of every module."""
+        raise torchscript.error()
 
     @staticmethod
     def _as_one_node(module: Loop | Step, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
@@ -177,9 +184,7 @@ class Loop(nn.Module):
         time = sizes.time(time, steps)
         batch = sizes.batch(batch, batch_size)
         if arguments.constants:
-            check_constants(
-                arguments.constants, arguments.constant_batched, arguments.constant_structure, batch
-            )
+            check_constants(arguments.constants, arguments.constant_batched, arguments.constant_structure, batch)
         if lengths is not None:
             lengths = checked_lengths(lengths, time, batch)
         if mask is not None:
@@ -212,17 +217,11 @@ class Loop(nn.Module):
         return Prepared(program, call, tree.names, own, self.batch_first, packed)
 
     def _time_major(self, xs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (
-            tuple(_turned(x) if not isinstance(x, PackedSequence) else x for x in xs)
-            if self.batch_first
-            else xs
-        )
+        return tuple(_turned(x) if not isinstance(x, PackedSequence) else x for x in xs) if self.batch_first else xs
 
     def extra_repr(self) -> str:
         shown = [f"{name}=True" for name in ("batch_first", "reverse") if getattr(self, name)]
-        shown += [
-            f"{name}={getattr(self, name)!r}" for name in ("backend", "save") if getattr(self, name) != "auto"
-        ]
+        shown += [f"{name}={getattr(self, name)!r}" for name in ("backend", "save") if getattr(self, name) != "auto"]
         return ", ".join(shown)
 
 
@@ -288,9 +287,7 @@ class _Sizes:
 
     def time(self, of_xs: Any, steps: Any) -> Any:
         if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0):
-            raise InputError(
-                message("`steps` is a number of steps.", expected="an int >= 0", found=describe(steps))
-            )
+            raise InputError(message("`steps` is a number of steps.", expected="an int >= 0", found=describe(steps)))
         if of_xs is not None:
             if steps is not None and steps != of_xs:
                 raise InputError(
@@ -308,9 +305,7 @@ class _Sizes:
             if isinstance(given, Tensor) and given.dim() == 2:
                 return given.shape[1 if self.batch_first else 0]
         raise InputError(
-            message(
-                "Nothing tells how many steps to run.", expected="a sequence, or steps=", fix="loop(steps=10)"
-            )
+            message("Nothing tells how many steps to run.", expected="a sequence, or steps=", fix="loop(steps=10)")
         )
 
     def batch(self, of_xs: Any, batch_size: Any) -> Any:

@@ -14,20 +14,21 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 _JIT = (os.path.join(_TORCH, "jit") + os.sep, os.path.join(_TORCH, "_jit_internal"))
 
 
-def refuse() -> None:
-    """UnsupportedError under torch.jit.trace, which would record one run of a loop as numbers."""
-    if is_tracing():
+def refuse(backend: str) -> None:
+    """UnsupportedError under torch.jit.trace, which would record one run of a compiled loop as numbers."""
+    if backend != "reference" and is_tracing():
         raise error()
 
 
 def error() -> UnsupportedError:
     return UnsupportedError(
         message(
-            "A Loop can't go through TorchScript (torch.jit.trace, torch.jit.script, torch.onnx.export with "
-            "dynamo=False).",
+            "A Loop can't go through TorchScript (torch.jit.trace, as TensorBoard's add_graph does it, torch.jit.script, "
+            "torch.onnx.export with dynamo=False).",
             expected="torch.export.export(model, args), whose programs carry their loops",
             fix="torch.export.save(torch.export.export(model, args), path); to run it without Python's model, "
-            "torch._inductor.aoti_compile_and_package",
+            'torch._inductor.aoti_compile_and_package. Or sl.Loop(step, backend="reference"), of which torch.jit.trace '
+            "records the plain loop, for the T and B of the example alone",
         )
     )
 

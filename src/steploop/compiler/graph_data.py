@@ -55,6 +55,8 @@ _RELATIONS = {
 _TORCH_VALUES = {
     "dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format,
 }  # fmt: skip
+_POWERS = ("Pow", "PowByNatural")  # of which small data would make huge numbers
+_LARGEST = 1 << 63
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -81,6 +83,8 @@ def size_to_data(size: Any) -> Any:
 def size_from_data(data: Any, symbols: dict[str, Any]) -> Any:
     """The sympy expression (or int). symbols: by name."""
     if type(data) is int:
+        if abs(data) >= _LARGEST:
+            raise Damaged("a size that no tensor has")
         return data
     if isinstance(data, str):
         if data not in symbols:
@@ -95,6 +99,8 @@ def size_from_data(data: Any, symbols: dict[str, Any]) -> Any:
         return sympy.true if arguments[0] else sympy.false
     if name not in _FUNCTIONS:
         raise Damaged(f"a size computed with {name!r}")
+    if name in _POWERS and not (type(arguments[-1]) is int and abs(arguments[-1]) <= 8):
+        raise Damaged("a power that no size has")
     return _FUNCTIONS[name](*(sympy.sympify(size_from_data(a, symbols)) for a in arguments))
 
 
