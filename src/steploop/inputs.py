@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .errors import InputError, UnsupportedError, describe, message
+from . import torchscript
+from .errors import InputError, describe, message
 from .kinds import refuse_layout
 from .step import Unbatched
 from .tree import Structure, flatten, flatten_arguments
@@ -31,24 +32,12 @@ def sequences(xs: tuple[Any, ...]) -> tuple[list[Tensor], Structure]:
     return tensors, structure
 
 
-def refuse_proxy(value: Any) -> None:
-    """UnsupportedError for what torch.fx.symbolic_trace gives in the place of a tensor."""
-    if isinstance(value, torch.fx.Proxy):
-        raise UnsupportedError(
-            message(
-                "A loop was called under torch.fx.symbolic_trace, which gives it proxies in place of tensors.",
-                expected="torch.export.export, which takes a loop as one operation",
-                fix="or a tracer of your own whose is_leaf_module is true for sl.Loop",
-            )
-        )
-
-
 def check_plain(structure: Structure, what: str) -> None:
     """InputError if there is a NumPy array where a tensor should be; it would be taken for a fixed value."""
     if structure.count == len(structure.leaves):
         return
     for leaf in structure.leaves:
-        refuse_proxy(leaf)
+        torchscript.refuse_proxy(leaf)
         if hasattr(leaf, "__array__") and not isinstance(leaf, (Tensor, bool, int, float)):
             raise InputError(
                 message(

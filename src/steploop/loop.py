@@ -20,7 +20,6 @@ from .inputs import (
     check_constants,
     checked_lengths,
     checked_mask,
-    refuse_proxy,
     time_and_batch,
 )
 from .packed import last_of, pack, unpack
@@ -105,7 +104,7 @@ class Loop(nn.Module):
     def _run(self, xs: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[Any, States]:
         torchscript.refuse(self.backend)
         if type(xs) is not tuple:
-            refuse_proxy(xs)
+            torchscript.refuse_proxy(xs)
         with explained(self.step, xs, arguments):
             prepared = self.prepare(*xs, **arguments)
             result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)

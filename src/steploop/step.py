@@ -100,6 +100,8 @@ class Step(nn.Module):
         if frame is None:
             if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
                 return Step._loop_class._as_one_node(self, xs, arguments)
+            if type(xs) is not tuple:
+                torchscript.refuse_proxy(xs)
             return self.whole_sequence()(*xs, **arguments)
         return _one_step(self, frame, xs, arguments)
 

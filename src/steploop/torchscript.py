@@ -1,9 +1,11 @@
-"""TorchScript (torch.jit, and torch.onnx.export with dynamo=False) can't hold a loop: an error that says what can."""
+"""What can't hold a loop: TorchScript (torch.jit, torch.onnx.export with dynamo=False) and torch.fx.symbolic_trace. Their
+errors say what can."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -23,7 +25,7 @@ def refuse(backend: str) -> None:
 def error() -> UnsupportedError:
     return UnsupportedError(
         message(
-            "A Loop can't go through TorchScript (torch.jit.trace, as TensorBoard's add_graph does it, torch.jit.script, "
+            "A Loop can't go through TorchScript (torch.jit.trace and TensorBoard's add_graph, torch.jit.script, "
             "torch.onnx.export with dynamo=False).",
             expected="torch.export.export(model, args), whose programs carry their loops",
             fix="torch.export.save(torch.export.export(model, args), path); to run it without Python's model, "
@@ -31,6 +33,18 @@ def error() -> UnsupportedError:
             "records the plain loop, for the T and B of the example alone",
         )
     )
+
+
+def refuse_proxy(value: Any) -> None:
+    """UnsupportedError for what torch.fx.symbolic_trace gives in the place of a tensor."""
+    if isinstance(value, torch.fx.Proxy):
+        raise UnsupportedError(
+            message(
+                "A loop was called under torch.fx.symbolic_trace, which gives it proxies in place of tensors.",
+                expected="torch.export.export, which takes a loop as one operation",
+                fix="or a tracer of your own whose is_leaf_module is true for sl.Loop",
+            )
+        )
 
 
 def asks() -> bool:

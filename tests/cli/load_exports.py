@@ -66,7 +66,7 @@ def compare(model: nn.Module, inputs: tuple, leaves: list[torch.Tensor], call: d
     torch.testing.assert_close([o.detach() for o in outputs], call["outputs"], **close)
     if call["gradients"] is None:
         return
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights = dict(getattr(model, "_orig_mod", model).named_parameters(remove_duplicate=False))
     wanted = {**{str(i): t for i, t in enumerate(leaves) if t.requires_grad}, **weights}
     found = gradients(outputs, wanted)
     for names, value in call["gradients"].items():

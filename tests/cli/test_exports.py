@@ -13,7 +13,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -208,8 +208,7 @@ def test_other_tensors_are_refused(program):
 
 def test_gradients_that_were_not_exported():
     case = small()
-    with torch.no_grad():
-        values = reloaded(export(case))
+    values = reloaded(export(replace(case, training=False)))
     for weight in values.parameters():
         weight.requires_grad_()
     with pytest.raises(sl.UnsupportedError, match="exported for values only"):
@@ -268,7 +267,7 @@ def changes(data: dict) -> Iterator[tuple[str, dict]]:
         ["PowByNatural", 2, 1 << 40], 10**30, "os", "__import__('os')", [], {}, 1.5, None, -4, [["Add"], 1],
     ]:  # fmt: skip
         yield change("size", "graph", "inputs", 0, 1, 0, to=size)
-        yield change("condition", "conditions", to=[size, ["Eq", size, size]])
+        yield change("condition", "conditions", to=[size])
     for argument in [{"node": 10**6}, {"node": -1}, {"node": "x"}, {"dtype": "load"}, {"eval": "1"}, {"size": "os"},
                      {"device": "nowhere"}, {"loop": 0}, {"float": "__import__"}, {}]:  # fmt: skip
         yield change("argument", "graph", "calls", 0, 1, 0, to=argument)
@@ -317,7 +316,7 @@ def test_another_format(program):
 def models() -> dict[str, nn.Module]:
     return {
         "loop": sl.Loop(Flat(Cell())), "step": Flat(Cell()), "in a model": Calls(sl.Loop(Flat(Cell()))),
-        "lstm": sl.nn.LSTM(INPUT, HIDDEN), "both": sl.nn.Bidirectional(Flat(Cell()), Flat(Cell())),
+        "lstm": Calls(sl.nn.LSTM(INPUT, HIDDEN)), "both": sl.nn.Bidirectional(Flat(Cell()), Flat(Cell())),
         "memory": sl.memory.CumSum(),
     }  # fmt: skip
 

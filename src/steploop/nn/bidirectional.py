@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from .. import torchscript
 from ..errors import InputError, StateError, describe, message
-from ..inputs import refuse_proxy
 from ..loop import Loop
 from ..states import States
 from ..step import Step
@@ -61,7 +61,7 @@ class Bidirectional(nn.Module):
 
     def _split(self, state: Any) -> dict[str, States | None]:
         """The states of each direction, under their names in its own Loop."""
-        refuse_proxy(state)
+        torchscript.refuse_proxy(state)
         if state is None:
             return {"forward": None, "backward": None}
         if not isinstance(state, Mapping):

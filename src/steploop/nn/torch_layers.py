@@ -18,7 +18,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .. import torchscript
 from ..errors import InputError, StateError, describe, message
-from ..inputs import refuse_proxy
 from ..loop import Loop
 from ..state import State
 from ..step import Step, unbatched
@@ -435,7 +434,7 @@ class _Axes:
         self.packed = isinstance(input, PackedSequence)
         self.leaf = input.data if self.packed else input
         who = type(layer).__name__
-        refuse_proxy(self.leaf)
+        torchscript.refuse_proxy(self.leaf)
         if not isinstance(self.leaf, Tensor):
             raise InputError(
                 message(f"{who}: the input is no tensor and no PackedSequence.", found=describe(input))
