@@ -1,6 +1,6 @@
 """Loads exported programs in a process that never saw their steps. Prints JSON: what went wrong with each, or "".
 
-python load_exports.py FOLDER     with NAME.pt2 and NAME.pt (see test_exports.py)
+python load_exports.py FOLDER     with NAME.pt2 and NAME.pt (see test_exports.py); AOTInductor's are package*.pt2
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def load_another_one() -> None:
     torch.testing.assert_close(found["h"], loop(xs)[0]["h"])
 
 
-def check(program: Any, calls: list[dict[str, Any]]) -> None:
-    model = program.module()
+def check(model: Any, calls: list[dict[str, Any]]) -> None:
     for number, call in enumerate(calls):
         leaves, spec = pytree.tree_flatten(call["inputs"])
-        leaves = [t.requires_grad_() if t.is_floating_point() else t for t in leaves]
+        training = call["gradients"] is not None
+        leaves = [t.requires_grad_() if training and t.is_floating_point() else t for t in leaves]
         try:
             compare(model, pytree.tree_unflatten(leaves, spec), leaves, call)
         except Exception as error:
@@ -81,7 +81,9 @@ def main(folder: Path) -> None:
     report = {}
     for path in sorted(folder.glob("*.pt2")):
         try:
-            check(torch.export.load(path), torch.load(path.with_suffix(".pt")))
+            package = path.stem.startswith("package")
+            model = torch._inductor.aoti_load_package(str(path)) if package else torch.export.load(path).module()
+            check(model, torch.load(path.with_suffix(".pt")))
             report[path.stem] = ""
         except Exception:
             report[path.stem] = traceback.format_exc()

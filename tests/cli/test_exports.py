@@ -13,7 +13,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -60,6 +60,14 @@ def _expected_of(model: nn.Module, inputs: tuple, training: bool, low: bool) -> 
     return {"inputs": inputs, "outputs": outputs, "gradients": found}
 
 
+def loaded(folder: Path) -> dict[str, str]:
+    """What went wrong in another process with each program of a folder."""
+    command = [sys.executable, HERE / "load_exports.py", folder]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict[str, str]:
     """What went wrong with each case."""
@@ -72,10 +80,7 @@ def report(tmp_path_factory) -> dict[str, str]:
             torch.export.save(export(case), folder / f"{name}.pt2")
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
-    command = [sys.executable, HERE / "load_exports.py", folder]
-    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert ran.returncode == 0, ran.stderr
-    return {**json.loads(ran.stdout.splitlines()[-1]), **found}
+    return {**loaded(folder), **found}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,17 +118,18 @@ def test_a_model_exported_twice_gives_one_text(program):
 
 def test_decompositions_and_torch_compile(program):
     calls = expected(small())
-    check(program.run_decompositions(), calls)
+    check(program.run_decompositions().module(), calls)
     compiled = torch.compile(program.module(), backend="aot_eager", dynamic=True)
-    check(Holder(compiled), calls[:1] + calls[4:6])
+    check(compiled, calls[:1] + calls[4:6])
 
 
-@dataclass
-class Holder:
-    held: nn.Module
-
-    def module(self) -> nn.Module:
-        return self.held
+@pytest.mark.long
+def test_a_package_of_aotinductor_in_another_process(tmp_path):
+    case = replace(small(), training=False)
+    torch.save(expected(case), tmp_path / "package.pt")
+    program = export(case)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    assert loaded(tmp_path) == {"package": ""}
 
 
 def test_a_state_goes_from_one_call_to_the_next():
