@@ -1,5 +1,5 @@
-"""What can't hold a loop: TorchScript (torch.jit, torch.onnx.export with dynamo=False) and torch.fx.symbolic_trace. Their
-errors say what can."""
+"""What can't hold a loop: TorchScript (torch.jit, torch.onnx.export with dynamo=False) and torch.fx.symbolic_trace.
+Their errors say what can."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def _expected_of(model: nn.Module, inputs: tuple, training: bool, low: bool) -> 
     leaves, spec = pytree.tree_flatten(inputs)
     inner = [t.double() if low else t.clone() for t in leaves]
     inner = [t.requires_grad_() if t.is_floating_point() else t for t in inner]
-    outputs = pytree.tree_leaves(model(*pytree.tree_unflatten(inner, spec)))
+    outputs = [o for o in pytree.tree_leaves(model(*pytree.tree_unflatten(inner, spec))) if o is not None]
     found = None
     if training:
         names: dict[torch.Tensor, list[str]] = {t: [str(i)] for i, t in enumerate(inner) if t.requires_grad}
