@@ -57,7 +57,7 @@ class Cell(sl.Step):
 
     def step(self, x):
         self.h.next = torch.tanh(self.w(torch.cat([x, self.h.prev], -1)))
-        return {"h": self.h.next, "more": (self.h.next * x.sum(-1, keepdim=True), self.h.prev.exp())}
+        return {"h": self.h.next, "none": None, "more": (self.h.next * x.sum(-1, keepdim=True), self.h.prev.exp())}
 
 
 class Calls(nn.Module):
