@@ -22,7 +22,6 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     if backend == "reference":
         return reference.run(program, call)
     _no_transforms()
-    _no_jit_tracing()
     kinds.check(program, call)
     if call.until is not None:
         return until.run(program, call, lambda *piece: run(*piece, backend, save), wants_gradients)
@@ -103,19 +102,6 @@ def checked_save(save: str) -> str:
             )
         )
     return save
-
-
-def _no_jit_tracing() -> None:
-    if torch._C._get_tracing_state() is not None:
-        raise UnsupportedError(
-            message(
-                "A loop was called under torch.jit.trace (as TensorBoard's add_graph and the old ONNX export do), "
-                "which would not see what compiled loops do.",
-                expected="torch.export.export, which takes a loop as one operation for all T and B",
-                fix='backend="reference" can be traced, for the T and B of the example alone: '
-                'sl.Loop(step, backend="reference"), or loop.backend = "reference" for the time of the trace',
-            )
-        )
 
 
 def _no_transforms() -> None:

@@ -7,7 +7,7 @@
     ├── InputError(ValueError)                xs, lengths, mask, resets, constants
     ├── UnsupportedError(NotImplementedError) right, but not by this backend or under this transform
     ├── MismatchError(AssertionError)         verify found a difference
-    ├── DataError(ValueError)                 recipes: a data file
+    ├── DataError(ValueError)                 recipes: a data file; an exported loop
     ├── BuildError(RuntimeError)              the native compiler failed
     └── OutsideError(IndexError, RuntimeError)  an index outside its axis, found while a loop runs
 

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .errors import InputError, UnsupportedError, describe, message
+from . import torchscript
+from .errors import InputError, describe, message
 from .kinds import refuse_layout
 from .step import Unbatched
 from .tree import Structure, flatten, flatten_arguments
@@ -36,14 +37,7 @@ def check_plain(structure: Structure, what: str) -> None:
     if structure.count == len(structure.leaves):
         return
     for leaf in structure.leaves:
-        if isinstance(leaf, torch.fx.Proxy):
-            raise UnsupportedError(
-                message(
-                    "A loop was called under torch.fx.symbolic_trace, which gives it proxies in place of tensors.",
-                    expected="torch.export.export, which takes a loop as one operation",
-                    fix="or a tracer of your own whose is_leaf_module is true for sl.Loop",
-                )
-            )
+        torchscript.refuse_proxy(leaf)
         if hasattr(leaf, "__array__") and not isinstance(leaf, (Tensor, bool, int, float)):
             raise InputError(
                 message(
@@ -67,9 +61,7 @@ def _no_nested_packed(xs: tuple[Any, ...]) -> None:
                     fix="loop(packed_a, packed_b)",
                 )
             )
-        stack.extend(
-            item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else ()
-        )
+        stack.extend(item.values() if isinstance(item, dict) else item if isinstance(item, (tuple, list)) else ())
 
 
 def constant_leaves(constants: dict[str, Any]) -> tuple[list[Tensor], Structure, list[bool], dict[str, Any]]:

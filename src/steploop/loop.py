@@ -119,11 +119,17 @@ class Loop(nn.Module):
         return self._run(xs, arguments)
 
     def _run(self, xs: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[Any, States]:
-        torchscript.refuse()
+        torchscript.refuse(self.backend)
+        if type(xs) is not tuple:
+            torchscript.refuse_proxy(xs)
         with explained(self.step, xs, arguments):
             prepared = self.prepare(*xs, **arguments)
             result = dispatch.run(prepared.program, prepared.call, self.backend, self.save)
             return prepared.finish(result)
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for of every module."""
+        raise torchscript.error()
 
     @staticmethod
     def _as_one_node(module: Loop | Step, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:

@@ -57,7 +57,7 @@ def scan(
 
 def _scan(fn: Any, init: Any, xs: Any, backend: str, options: dict[str, Any]) -> tuple[Any, Any]:
     dispatch.checked_backend(backend)
-    torchscript.refuse()
+    torchscript.refuse(backend)
     prepared = prepare_scan(fn, init, xs, **options)
     with explained(fn, init, xs):
         return prepared.finish(dispatch.run(prepared.program, prepared.call, backend))

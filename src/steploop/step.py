@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from . import tracked
+from . import torchscript, tracked
 from .errors import InputError, StepError, defined_at, describe, message, user_line
 from .frame import Frame, running
 from .state import State
@@ -58,9 +58,7 @@ class Step(nn.Module):
     whole sequence: `cell(xs, ...)` is `sl.Loop(cell)(xs, ...)`, xs (T, B, ...).
     """
 
-    _loop_class: ClassVar[Callable[[Step], Any] | None] = (
-        None  # set by loop.py, which may not be imported here
-    )
+    _loop_class: ClassVar[Callable[[Step], Any] | None] = None  # set by loop.py, which may not be imported here
 
     def __new__(cls, *_: Any, **__: Any) -> Step:
         step = super().__new__(cls)
@@ -87,9 +85,7 @@ class Step(nn.Module):
             )
         )
 
-    def sequences_of(
-        self, xs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def sequences_of(self, xs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(positional, keyword) arguments of a call outside a loop, before they are looked at.
 
         For a Step that takes a sequence by keyword (Masked's `where`): it makes it a positional one.
@@ -104,12 +100,18 @@ class Step(nn.Module):
         if frame is None:
             if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
                 return Step._loop_class._as_one_node(self, xs, arguments)
+            if type(xs) is not tuple:
+                torchscript.refuse_proxy(xs)
             return self.whole_sequence()(*xs, **arguments)
         return _one_step(self, frame, xs, arguments)
 
     def _step_inside(self, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
         """One step in a running frame; operations that remember put one opaque call here."""
         return self.step(*xs, **arguments)
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for of every module."""
+        raise torchscript.error()
 
     def _run_given(self, *xs: Any, **arguments: Any) -> Any:
         return self.whole_sequence()._run_given(*xs, **arguments)

@@ -97,7 +97,7 @@ class Stream:
                 outputs, self._values = done
                 return unflatten(outputs if self._until is None else outputs[:-1], self._fast.out_spec)
             self._fast = None
-        torchscript.refuse()
+        torchscript.refuse(self.loop.backend)
         if dispatch.is_recorded():
             raise UnsupportedError(
                 message(

@@ -73,7 +73,7 @@ def _built(form: Any, tensors: list[Tensor], at: int) -> tuple[Any, int]:
     if kind == "tensor":
         return tensors[at], at + 1
     if kind == "constant":
-        return form[1], at
+        return _made_anew(form[1]), at
     parts = []
     for part in form[2:] if kind == "dict" else form[3:] if kind == "states" else form[1:]:
         value, at = _built(part, tensors, at)
@@ -84,6 +84,15 @@ def _built(form: Any, tensors: list[Tensor], at: int) -> tuple[Any, int]:
         count = len(form[1])
         return States(dict(zip(form[1], parts[0][:count])), dict(zip(form[2], parts[0][count:]))), at
     return (tuple(parts) if kind == "tuple" else parts), at
+
+
+def _made_anew(constant: Any) -> Any:
+    """The same value. Dynamo can't guard where a constant of `_form_of` comes from, and would where it is returned."""
+    if constant is None:
+        return None
+    if isinstance(constant, bool):
+        return not not constant
+    return constant + "" if isinstance(constant, str) else constant * 1
 
 
 def call(module: nn.Module, method: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
+import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -222,7 +224,9 @@ def _read(data: dict[str, Any], lower: Callable[..., Any], text: str | None) -> 
     reader = Reader(data["graph"], lambda key: inner[key["loop"]].key)
     symbols = reader.graph.symbols
     given = [size_from_data(c, reader.symbols) for c in data["conditions"]]
-    conditions = [*given, *conditions_of(reader.env, symbols)]
+    if not all(isinstance(c, Boolean) and not isinstance(c, sympy.Symbol) for c in given):
+        raise Damaged("a condition that is none")
+    conditions = [*given, *conditions_of(reader.env, set(symbols))]
     trace = Trace(reader.graph, [], condition(conditions), None, keep_alive=inner, conditions=conditions)
     facts, layout = Facts(**data["facts"]), Layout(**data["layout"])
     options = Options(**data["options"])
@@ -270,10 +274,18 @@ class Exported(Invocation):
         options = self.options
         if options.backend not in _BACKENDS or options.on_masked not in ("zero", "repeat"):
             raise Damaged("an option that there is not")
-        for prev, following in zip(graph.prevs, graph.nexts):
-            a, b = prev.meta["val"], following.meta["val"]
-            if [*map(expression, a.shape)] != [*map(expression, b.shape)] or a.dtype != b.dtype:
-                raise Damaged("a state of two types")
+        if any(n.op != "placeholder" for n in _inputs(graph)):
+            raise Damaged("an input that is computed")
+        if not all(map(_alike, graph.prevs, graph.nexts)):
+            raise Damaged("a state of two types")
+        pairs = [
+            (graph.ct_outputs, graph.outputs), (graph.ct_nexts, graph.nexts), (graph.grad_xs, graph.xs),
+            (graph.grad_constants, graph.constants), (graph.grad_prevs, graph.prevs),
+            (graph.grad_captured, graph.captured),
+        ]  # fmt: skip
+        for gradients, of in pairs:
+            if len(gradients) != (len(of) if options.training else 0) or not all(map(_alike, gradients, of)):
+                raise Damaged("gradients of something else")
 
     @property
     def lowered(self) -> Any:
@@ -330,7 +342,7 @@ class Exported(Invocation):
                 )
         likely = {n: self.hints[n] if n == rows and v in (0, 1) else v for n, v in sizes.items()}
         ones = sorted(n for n, v in sizes.items() if v == 1)
-        none = any(n != rows and v == 0 for n, v in sizes.items())
+        none = steps > 0 and any(n != rows and v == 0 for n, v in sizes.items())
         if none or (ones and ones not in self.options.ones) or not self.trace.holds_for(likely):
             raise InputError(
                 message(
@@ -363,6 +375,14 @@ class Exported(Invocation):
                         fix="export the model while that weight requires a gradient",
                     )
                 )
+
+
+def _alike(a: fx.Node | None, b: fx.Node) -> bool:
+    """Whether two values have one type; None is a gradient that is zero."""
+    if a is None:
+        return True
+    one, other = a.meta["val"], b.meta["val"]
+    return [*map(expression, one.shape)] == [*map(expression, other.shape)] and one.dtype == other.dtype
 
 
 def _place(kind: str, index: int, dim: int) -> str:

@@ -43,9 +43,11 @@ def _names_of(module: Any, names: str) -> dict[str, Any]:
 
 
 _FUNCTIONS: dict[str, Any] = {
-    **_names_of(sympy, "Add Mul Pow Max Min Mod Abs floor ceiling Eq Ne Lt Le Gt Ge And Or Not"),
-    **_names_of(torch_functions, "FloorDiv ModularIndexing CleanDiv PythonMod CeilToInt FloorToInt TruncToInt "
-                                 "IntTrueDiv FloatTrueDiv ToFloat PowByNatural Where Max Min"),
+    **_names_of(sympy, "Add Mul Pow Max Min Abs floor ceiling Eq Ne Lt Le Gt Ge And Or Not"),
+    **_names_of(torch_functions, "FloorDiv ModularIndexing CleanDiv PythonMod Mod CeilDiv CeilToInt FloorToInt "
+                                 "TruncToInt RoundToInt TruncToFloat RoundDecimal IntTrueDiv FloatTrueDiv ToFloat "
+                                 "PowByNatural FloatPow LShift RShift Identity Where Max Min"),
+    **{n: f for n, f in vars(torch_functions).items() if n.startswith("OpaqueUnaryFn_")}, "Modulo": sympy.Mod,
 }  # fmt: skip
 _NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _RELATIONS = {
@@ -55,6 +57,8 @@ _RELATIONS = {
 _TORCH_VALUES = {
     "dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format,
 }  # fmt: skip
+_POWERS = ("Pow", "PowByNatural", "FloatPow", "LShift")  # of which small data would make huge numbers
+_LARGEST = 1 << 63
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -70,6 +74,8 @@ def size_to_data(size: Any) -> Any:
         return str(expr)
     if expr.is_Rational:
         return ["Rational", int(expr.p), int(expr.q)]
+    if expr.is_Float:
+        return ["Float", repr(float(expr))]
     if isinstance(expr, (BooleanTrue, BooleanFalse)):
         return ["Bool", int(bool(expr))]
     name = _NAMES.get(type(expr)) or _RELATIONS.get(type(expr).__name__)
@@ -81,6 +87,8 @@ def size_to_data(size: Any) -> Any:
 def size_from_data(data: Any, symbols: dict[str, Any]) -> Any:
     """The sympy expression (or int). symbols: by name."""
     if type(data) is int:
+        if abs(data) >= _LARGEST:
+            raise Damaged("a size that no tensor has")
         return data
     if isinstance(data, str):
         if data not in symbols:
@@ -89,13 +97,21 @@ def size_from_data(data: Any, symbols: dict[str, Any]) -> Any:
     if not isinstance(data, list) or not data:
         raise Damaged("a size that is none")
     name, *arguments = data
+    if name == "Float" and len(arguments) == 1:
+        return sympy.Float(float(arguments[0]))
     if name == "Rational" and len(arguments) == 2:
-        return sympy.Rational(*arguments)
+        return sympy.Rational(*(sympy.Integer(size_from_data(a, {})) for a in arguments))
     if name == "Bool" and len(arguments) == 1:
         return sympy.true if arguments[0] else sympy.false
     if name not in _FUNCTIONS:
         raise Damaged(f"a size computed with {name!r}")
-    return _FUNCTIONS[name](*(sympy.sympify(size_from_data(a, symbols)) for a in arguments))
+    arguments = [sympy.sympify(size_from_data(a, symbols)) for a in arguments]
+    if name in _POWERS and arguments[-1].is_number and not abs(arguments[-1]) <= 64:
+        raise Damaged("a power that no size has")
+    found = _FUNCTIONS[name](*arguments)
+    if found.is_Integer and abs(found) >= _LARGEST:
+        raise Damaged("a size that no tensor has")
+    return found
 
 
 # -- arguments of calls --------------------------------------------------------------------------------------

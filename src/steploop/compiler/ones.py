@@ -103,7 +103,7 @@ class _Values:
         if key not in self.made:
             generator = torch.Generator("cpu").manual_seed(len(self.made))
             if dtype.is_floating_point or dtype.is_complex:
-                value = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
+                value = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu").to(dtype)
             else:
                 value = torch.randint(0, 2, tuple(shape), generator=generator, device="cpu").to(dtype)
             self.made[key] = value.to(device)

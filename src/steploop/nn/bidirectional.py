@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from .. import torchscript
 from ..errors import InputError, StateError, describe, message
 from ..loop import Loop
 from ..states import States
@@ -60,6 +61,7 @@ class Bidirectional(nn.Module):
 
     def _split(self, state: Any) -> dict[str, States | None]:
         """The states of each direction, under their names in its own Loop."""
+        torchscript.refuse_proxy(state)
         if state is None:
             return {"forward": None, "backward": None}
         if not isinstance(state, Mapping):

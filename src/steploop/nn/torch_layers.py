@@ -16,6 +16,7 @@ from torch import nn as torch_nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from .. import torchscript
 from ..errors import InputError, StateError, describe, message
 from ..loop import Loop
 from ..state import State
@@ -139,6 +140,10 @@ class _TorchLayer:
     @property
     def _directions(self) -> int:
         return 2 if self.bidirectional else 1
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for of every module."""
+        raise torchscript.error()
 
     # -- running
 
@@ -429,6 +434,7 @@ class _Axes:
         self.packed = isinstance(input, PackedSequence)
         self.leaf = input.data if self.packed else input
         who = type(layer).__name__
+        torchscript.refuse_proxy(self.leaf)
         if not isinstance(self.leaf, Tensor):
             raise InputError(
                 message(f"{who}: the input is no tensor and no PackedSequence.", found=describe(input))
