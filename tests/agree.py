@@ -129,6 +129,8 @@ def check(expected, found, what):
 def compare(expected, found, what, gradient=False):
     assert found.shape == expected.shape, f"{what}: {tuple(found.shape)}, not {tuple(expected.shape)}"
     assert found.dtype == expected.dtype, f"{what}: {found.dtype}, not {expected.dtype}"
+    if expected.is_complex():
+        expected, found = torch.view_as_real(expected.resolve_conj()), torch.view_as_real(found.resolve_conj())
     if not expected.is_floating_point():
         assert torch.equal(expected, found), f"{what}:\n{found}\nnot\n{expected}"
         return

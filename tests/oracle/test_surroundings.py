@@ -21,7 +21,7 @@ BACKENDS = ["eager", "cpu"]
 class Cell(sl.Step):
     def __init__(self, layer=None):
         super().__init__()
-        self.w, self.h = layer or nn.Linear(4, 4), sl.State(4)
+        self.w, self.h = nn.Linear(4, 4) if layer is None else layer, sl.State(4)
 
     def step(self, x):
         self.h.next = torch.tanh(self.w(x) + self.h.prev)

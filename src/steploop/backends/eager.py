@@ -105,6 +105,7 @@ class Runner:
         self.loop = loop
         self._plain = _print_steps(loop, resets=False, after=False)
         self._resetting: dict[bool, object] = {}
+        self._only_rows = loop.batch is not None and all(rows_of(n) is not None for n in loop.kept)
 
     def __call__(
         self,
@@ -131,6 +132,8 @@ class Runner:
         moving = [(v, place) for v, place, i in zip(inputs, places, loop.inputs) if i.kind == "step"]
         for size, run in groupby(reversed(steps) if down else steps, key=self._group(span)):
             chosen = list(run)
+            if self._only_rows and size in (0, (0, chosen[0])):
+                continue  # steps without a row; not every operation of torch takes none
             rows = self._rows(span, chosen[0])
             part = [_take(s, Rows(0), rows, size) if loop.batch is not None else s for s in full]
             constants = [

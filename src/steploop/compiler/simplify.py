@@ -115,9 +115,9 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     target, args = node.target, node.args
     if target is aten.copy.default:
         return _copied(node)
-    if target is aten.new_zeros.default:
+    if target in (aten.new_zeros.default, aten._efficientzerotensor.default):  # (the second holds no numbers)
         like = node.meta["val"]
-        node.target, node.args = aten.zeros.default, (args[1],)
+        node.target, node.args = aten.zeros.default, (args[0] if target is not aten.new_zeros.default else args[1],)
         node.kwargs = {"dtype": like.dtype, "device": like.device}
         return None
     if target in (aten.view.default, aten.expand.default, aten.reshape.default, aten._unsafe_view.default):

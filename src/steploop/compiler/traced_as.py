@@ -3,6 +3,7 @@
     x[mask] = value        where(mask, value, x), where the value is the same for every place that is written
     x[i], x[:, i] = value  with i a tensor without axes: index_select, and a comparison with arange
     lstm_cell, gru_cell    their formulas, on devices where torch has one kernel for them
+    fake_quantize_...      its formula, whose gradient torch's tracer can't make
     linalg.solve, one_hot  without their checks: singular matrices give inf and nan, no class is out of range
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,6 +50,17 @@ def _gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor 
     h_r, h_z, h_n = F.linear(h, w_hh, b_hh).chunk(3, 1)
     z, n = torch.sigmoid(x_z + h_z), torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
     return n + z * (h - n)
+
+
+def _fake_quantize(x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
+    """torch's formula, in float32 for every dtype; the gradient passes where nothing was clipped."""
+    if isinstance(scale, Tensor) or isinstance(zero_point, Tensor):
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+    scale = float(np.float32(scale))
+    places = torch.round(x * float(np.float32(1) / np.float32(scale))) + zero_point
+    kept = torch.where((places >= quant_min) & (places <= quant_max), x, 0.0)
+    value = ((places.clamp(quant_min, quant_max) - zero_point).float() * scale).to(x.dtype)
+    return value.detach() + (kept - kept.detach())
 
 
 # -- indexing ------------------------------------------------------------------------------------------------
@@ -152,7 +165,7 @@ TRACED_AS: dict[Any, Callable[..., Any]] = {
     torch.inverse: _unchecked("inv_ex"), Tensor.inverse: _unchecked("inv_ex"),
     torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
     Tensor.cholesky: _unchecked("cholesky_ex"), F.one_hot: _one_hot, torch.lstm_cell: _lstm_cell,
-    torch.gru_cell: _gru_cell,
+    torch.gru_cell: _gru_cell, torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.linalg.lu_factor: _unchecked("lu_factor_ex", 2), torch.linalg.ldl_factor: _unchecked("ldl_factor_ex", 2),
     Tensor.__getitem__: _get_item, Tensor.__setitem__: _set_item, Tensor.index_put_: _index_put_,
     Tensor.index_put: _index_put, torch.index_put: _index_put, torch.index_put_: _index_put_,

@@ -124,24 +124,6 @@ def debounce_and_hysteresis():
 
 
 @stranger
-def nested_states_in_lists():
-    layers = nn.ModuleList(nn.GRUCell(3, 3) for _ in range(3))
-
-    def fn(states, x):
-        out = []
-        for layer, (h, extra) in zip(layers, states):
-            h = layer(x, h)
-            out.append([h, {"count": extra["count"] + 1, "nothing": None, "name": "layer"}])
-            x = x + h
-        return out, (x, None, {"deep": [x.sum(-1), (x.mean(-1),)]})
-
-    def init(b):
-        return [[torch.zeros(b, 3), {"count": torch.zeros(b), "nothing": None, "name": "layer"}] for _ in range(3)]
-
-    return fn, init, sequences(3)
-
-
-@stranger
 def phased_lstm_gates():
     cell = nn.LSTMCell(2, 4)
     period, shift = nn.Parameter(torch.rand(4) * 5 + 1), nn.Parameter(torch.rand(4))

@@ -83,17 +83,6 @@ class Output(NamedTuple):
 
 
 @stranger
-def settings_and_named_outputs():
-    settings, w = Settings(), nn.Parameter(torch.randn(4, 4) / 2)
-
-    def fn(h, x, *, settings=settings, scale=1.0, **ignored):
-        h = settings.decay * h + settings.activation(x @ w) * scale
-        return h, Output(value=h, extra={"norm": h.norm(dim=-1), "size": settings.sizes[0]})
-
-    return fn, lambda b: torch.zeros(b, 4), sequences(4)
-
-
-@stranger
 def einops_everywhere():
     to_heads, qkv = Rearrange("b (h d) -> b h d", h=2), nn.Linear(6, 18)
 
@@ -108,33 +97,6 @@ def einops_everywhere():
         return s, (out + spread, a, b)
 
     return fn, lambda b: torch.zeros(b, 2, 3, 3), sequences(6)
-
-
-@stranger
-def inputs_changed_in_place():
-    def fn(carry, x):
-        h, c = carry
-        x -= x.mean(-1, keepdim=True)
-        x /= x.std(-1, keepdim=True) + 1e-3
-        h.mul_(0.9).add_(x)
-        c += h.detach().abs()
-        c[:, 0] = x[:, 1]
-        return (h, c), h * c
-
-    return fn, lambda b: (torch.zeros(b, 3), torch.zeros(b, 3)), sequences(3)
-
-
-@stranger
-def a_carry_dict_updated_in_place():
-    w = nn.Linear(3, 3)
-
-    def fn(carry, x):
-        carry["h"] = torch.tanh(w(carry["h"]) + x)
-        carry.update(count=carry["count"] + 1)
-        out = {k: v for k, v in carry.items() if k != "count"}
-        return carry, out
-
-    return fn, lambda b: {"h": torch.zeros(b, 3), "count": torch.zeros(b, dtype=torch.int64)}, sequences(3)
 
 
 @stranger
@@ -228,19 +190,6 @@ class GradientReversal(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return -ctx.lam * grad.clamp(-0.1, 0.1), None
-
-
-@stranger
-def gradients_reversed_clipped_and_hooked():
-    adversary = nn.Linear(3, 2)
-
-    def fn(h, x):
-        h = torch.tanh(h + x)
-        if h.requires_grad:
-            h.register_hook(lambda g: g * 0.5)
-        return h, adversary(GradientReversal.apply(h, 0.3)).log_softmax(-1)
-
-    return fn, lambda b: torch.zeros(b, 3), sequences(3)
 
 
 @stranger

@@ -194,21 +194,6 @@ def directional_derivatives():
 
 
 @stranger
-def energy_descent():
-    """Hopfield-like: the state descends an energy whose gradient autograd takes inside the step."""
-    w = nn.Parameter(torch.randn(4, 4) / 3)
-
-    def fn(h, x):
-        z = h.detach().requires_grad_(True) if not h.requires_grad else h
-        with torch.enable_grad():
-            energy = -0.5 * torch.einsum("bi,ij,bj->", z, w, z) - (z * x).sum() + torch.log(torch.cosh(z)).sum()
-            (g,) = torch.autograd.grad(energy, z, create_graph=True)
-        return h - 0.2 * g, g
-
-    return fn, lambda b: torch.zeros(b, 4), sequences(4)
-
-
-@stranger
 def hypernetwork():
     """HyperLSTM's idea: a small cell makes the weights of the main one."""
     small, scale = nn.GRUCell(3, 4), nn.Linear(4, 5 * 5 + 5)

@@ -136,19 +136,6 @@ def attention_over_pictures():
 
 
 @stranger
-def spatial_transformer():
-    theta = nn.Linear(4, 6)
-
-    def fn(h, x):
-        affine = theta(h).view(-1, 2, 3) * 0.1 + torch.eye(2, 3)
-        grid = F.affine_grid(affine, list(x.shape), align_corners=False)
-        seen = F.grid_sample(x, grid, align_corners=False)
-        return torch.tanh(h + seen.flatten(1)[:, :4]), seen.mean((1, 2, 3))
-
-    return fn, lambda b: torch.zeros(b, 4), frames(1)
-
-
-@stranger
 def runge_kutta_gru():
     """GRU-ODE with four stages between observations that may be missing."""
     f, jump = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 5)), nn.GRUCell(3, 5)

@@ -145,20 +145,6 @@ def table_of_counts():
 
 
 @stranger
-def masks_written_in_place():
-    def fn(h, x):
-        h = h.clone()
-        h[x > 0.5] = 0.0
-        h[:, 1:][x[:, 1:] < -0.5] -= 1.0
-        h[..., ::2] *= 0.9
-        h[:, [0, 2]] += x[:, [2, 0]]
-        h.masked_scatter_(x.abs() > 2, x * 3) if h.shape[1] == 99 else None
-        return h, (h > 0).long().sum(1)
-
-    return fn, lambda b: torch.ones(b, 4), sequences(4)
-
-
-@stranger
 def permutations_and_flips():
     order = torch.tensor([2, 0, 3, 1])
 
@@ -183,19 +169,6 @@ def rows_rolled_and_flipped():
         return h, h.cumsum(0)
 
     return fn, lambda b: torch.zeros(b, 3), sequences(3)
-
-
-@stranger
-def embedding_bag_and_ngrams():
-    bag, table = nn.EmbeddingBag(7, 3, mode="sum"), nn.Embedding(49, 2, padding_idx=0)
-
-    def fn(carry, token):
-        h, last = carry
-        pair = (last * 7 + token) % 49
-        h = torch.tanh(h + bag(torch.stack([last, token], 1)))
-        return (h, token), torch.cat([h, table(pair)], -1)
-
-    return fn, lambda b: (torch.zeros(b, 3), torch.zeros(b, dtype=torch.long)), lambda t, b: torch.randint(0, 7, (t, b))
 
 
 @stranger

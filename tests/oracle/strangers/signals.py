@@ -47,7 +47,7 @@ def selective_state_space():
         x = F.silu((window * conv).sum(dim=-1))
         delta, b, c = torch.split(bc(x), [1, state, state], dim=-1)
         delta = F.softplus(dt(delta))
-        da = torch.exp(torch.einsum("bd,dn->bdn", delta, -torch.exp(a_log.float()).to(x.dtype)))
+        da = torch.exp(torch.einsum("bd,dn->bdn", delta, -torch.exp(a_log)))
         h = h * da + (delta * x).unsqueeze(-1) * b.unsqueeze(1)
         y = torch.einsum("bdn,bn->bd", h, c) + d * x
         return (h, window), out(y * F.silu(z))
@@ -135,33 +135,6 @@ def cascade_of_biquads():
         return new, y
 
     return fn, lambda b: [(torch.zeros(b), torch.zeros(b)) for _ in range(3)], sequences(1)
-
-
-@stranger
-def echo_state_network():
-    generator = torch.Generator().manual_seed(3)
-    w = torch.randn(12, 12, generator=generator) * (torch.rand(12, 12, generator=generator) < 0.2)
-    w = w / torch.linalg.eigvals(w).abs().max() * 0.9
-    sparse, win, readout = w.to_sparse(), torch.randn(12, 2, generator=generator), nn.Linear(12, 1)
-
-    def fn(h, x):
-        with torch.no_grad():
-            h = 0.7 * h + 0.3 * torch.tanh(torch.sparse.mm(sparse, h.t()).t() + x @ win.t())
-        return h, readout(h)
-
-    return fn, lambda b: torch.zeros(b, 12), sequences(2)
-
-
-@stranger
-def reservoir_with_a_compressed_matrix():
-    w = (torch.eye(6).roll(1, 0) * 0.9).to_sparse_csr()
-    win = torch.linspace(-1, 1, 6)
-
-    def fn(h, x):
-        h = torch.tanh((w @ h.detach().T).T + x * win)
-        return h, h.sum(1)
-
-    return fn, lambda b: torch.zeros(b, 6), sequences(1)
 
 
 @stranger

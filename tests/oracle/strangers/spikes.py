@@ -126,27 +126,6 @@ def soft_reset_with_stop_gradient():
 
 
 @stranger
-def spike_timing_plasticity():
-    """Learning by pre- and post-synaptic traces; no gradients at all."""
-
-    @torch.no_grad()
-    def fn(state, pre):
-        w, x, y, v = state["w"], state["x"], state["y"], state["v"]
-        pre = (pre > 0.3).to(w.dtype)
-        v = 0.9 * v + torch.bmm(pre[:, None], w)[:, 0]
-        post = (v > 1).to(w.dtype)
-        v = v * (1 - post)
-        x, y = 0.8 * x + pre, 0.8 * y + post
-        w = w + 0.05 * x.unsqueeze(2) * post.unsqueeze(1) - 0.06 * pre.unsqueeze(2) * y.unsqueeze(1)
-        return {"v": v, "w": w.clamp_(0, 1), "x": x, "y": y}, post.bool()
-
-    def init(b):
-        return {"w": torch.full((b, 4, 3), 0.5), "x": torch.zeros(b, 4), "y": torch.zeros(b, 3), "v": torch.zeros(b, 3)}
-
-    return fn, init, sequences(4)
-
-
-@stranger
 def fake_quantised_gru():
     cell = nn.GRUCell(3, 5)
 
@@ -163,19 +142,6 @@ def fake_quantised_gru():
         return quantise(h), h
 
     return fn, lambda b: torch.zeros(b, 5), sequences(3)
-
-
-@stranger
-def quantised_per_channel():
-    w = nn.Parameter(torch.randn(4, 4))
-    scale, zero = torch.tensor([0.1, 0.05, 0.2, 0.1]), torch.zeros(4, dtype=torch.int32)
-
-    def fn(h, x):
-        q = torch.fake_quantize_per_channel_affine(w.float(), scale.float(), zero, 0, -8, 7).to(h.dtype)
-        h = torch.tanh(x + h @ q)
-        return h, StraightThroughRound.apply(h, 16)
-
-    return fn, lambda b: torch.zeros(b, 4), sequences(4)
 
 
 @stranger

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import sympy
 import torch
 
+from ...errors import BuildError
 from .fuse import Nest
 from .language import Const, Dim, Expr, Iota, Load, Reduce, Scan, Scatter, Statement, Store, same, walk
 from .lower import RESERVED
@@ -31,7 +32,12 @@ def size_text(size: Dim) -> str:
     """A size as C++; symbols are variables of the kernel."""
     if isinstance(size, int):
         return str(size)
-    text = sympy.ccode(sympy.Poly(size, *sorted(size.free_symbols, key=str)).as_expr())
+    if not size.free_symbols:
+        return str(int(size))  # a size of a graph that was captured for one batch size
+    try:
+        text = sympy.ccode(sympy.Poly(size, *sorted(size.free_symbols, key=str)).as_expr())
+    except sympy.PolynomialError:  # torch.roll's sizes are remainders
+        raise BuildError(f"no form for the size {size}") from None
     if "pow" in text:
         text = " + ".join(_monomial(t) for t in sympy.Add.make_args(sympy.expand(size)))
     return f"({text})"
