@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -260,10 +261,15 @@ class _Native:
         self.places = self._places()
         self.stepper = Stepper(runner, self._constants(), xs, states, outputs, step.batch, step.sizes)
         self.run = self.stepper.run
-        self.sources = self._sources()
+        self._note_sources()
 
     def _places(self) -> list[int]:
         return [*map(Tensor.data_ptr, self.watched)]
+
+    def _note_sources(self) -> None:
+        sources = self._sources()
+        self.dense = [s.memory for s in sources if s.memory is not None]
+        self.others = [s for s in sources if s.memory is None]
 
     def _sources(self) -> list[Source]:
         """What the kernel reads a copy of, or something that was made of it."""
@@ -288,27 +294,40 @@ class _Native:
         return [values.get(n) for n in self.loop.inputs]
 
     def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if self._places() != self.places or not all(source.same() for source in self.sources):
+        places = [*map(Tensor.data_ptr, self.watched)]
+        if places != self.places or any(starmap(_memcmp, self.dense)) or not all(s.same() for s in self.others):
             self.stepper.set_constants(self._constants())
-            self.places, self.sources = self._places(), self._sources()
+            self.places = places
+            self._note_sources()
         return self.run(xs, states)
 
 
-_libc = ctypes.CDLL(None) if os.name == "posix" else None
-if _libc is not None:
-    _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp = ctypes.CDLL(None).memcmp if os.name == "posix" else None
+if _memcmp is not None:
+    _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Source:
-    """A tensor that something was made of, and what it held then."""
+    """A tensor that something was made of, and what it held then.
+
+    memory: its address, that of the copy, and the bytes, where they can be compared as they lie.
+    """
 
     def __init__(self, tensor: Tensor):
         self.tensor, self.copy = tensor, tensor.detach().clone(memory_format=torch.contiguous_format)
-        self._bytes = tensor.numel() * tensor.element_size()
-        self._at = self.copy.data_ptr()
-        self._dense = _libc is not None and tensor.is_contiguous()
+        self.memory: tuple[Any, ...] | None = None
+        if _memcmp is not None and tensor.is_contiguous():
+            # (the copy goes along: its memory must stay as long as its address is known)
+            size = tensor.numel() * tensor.element_size()
+            self.memory = _Address(tensor), _Address(self.copy), size
 
     def same(self) -> bool:
-        if self._dense:
-            return _libc.memcmp(self.tensor.data_ptr(), self._at, self._bytes) == 0
         return same_content(self.tensor, self.copy)
+
+
+class _Address(ctypes.c_void_p):
+    """The address of a tensor's numbers, which lives as long as the tensor."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__(tensor.data_ptr())
+        self.tensor = tensor
