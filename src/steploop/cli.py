@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _of_a_file(error: OSError) -> str:
     named = f": {error.filename}" if error.filename else ""
     what = "free space there, then --resume" if error.errno == errno.ENOSPC else "another --out, or its permissions"
-    return f"{error.strerror or type(error).__name__}{named}\n  fix:      {what}"
+    return f"{error.strerror or str(error) or type(error).__name__}{named}\n  fix:      {what}"
 
 
 def _complain(message: str) -> int:
@@ -121,7 +121,7 @@ if typer is not None:
     Steps = Annotated[
         int, typer.Option(min=1, help="Characters per window; gradients stop at its border (T).")
     ]
-    Rate = Annotated[float, typer.Option(min=0, callback=_finite, help="The highest learning rate of the run.")]
+    Rate = Annotated[float, typer.Option(callback=_finite, help="The highest learning rate of the run.")]
     Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights, dropout and windows.")]
     UsedBackend = Annotated[Backend, typer.Option(help="What runs the loops.")]
     UsedDevice = Annotated[Device, typer.Option(help="Where the model is trained.")]
@@ -142,9 +142,9 @@ def train_charlm(
     steps: Steps = 64,
     learning_rate: Rate = 4e-3,
     minutes: Annotated[
-        float | None, typer.Option(min=0, callback=_finite, help="[default: 9, or none with --max-steps]")
+        float | None, typer.Option(callback=_finite, help="[default: 9, or none with --max-steps]")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Windows to train on, instead of a time.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Windows to train on, instead of a time.")] = None,
     seed: Seed = 1,
     backend: UsedBackend = Backend.auto,
     device: UsedDevice = Device.cpu,
@@ -208,7 +208,7 @@ def compare(
     learning_rate: Rate = 4e-3,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, callback=_finite, help="For each model. [default: 1, or none with --characters]"),
+        typer.Option(callback=_finite, help="For each model. [default: 1, or none with --characters]"),
     ] = None,
     characters: Annotated[
         int | None, typer.Option(min=1, help="Characters that each model reads, instead of a time.")
