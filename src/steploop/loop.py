@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import PackedSequence
 from . import dispatch, sizing, torchscript, tracked
 from . import until as ending
 from .arguments import Arguments, check_on_masked, take_apart
-from .backends.reference import steps_of
 from .compiler.program import Call, Program, Result
 from .devices import check_call, explained
 from .errors import InputError, StepError, UnsupportedError, defined_at, describe, message
@@ -25,6 +24,7 @@ from .inputs import (
     checked_mask,
     time_and_batch,
 )
+from .marks import valid_at
 from .packed import last_of, pack, unpack
 from .states import States, given_states
 from .step import Step, Unbatched, signature_of, survey
@@ -305,7 +305,7 @@ def _count_of(call: Call, result: Result) -> Callable[[], Tensor]:
     device = result.states[0].device if result.states else None
 
     def count() -> Tensor:
-        valid = steps_of(steps, *marks) if taken is None else taken
+        valid = valid_at(steps, *marks) if taken is None else taken
         if valid is None:
             return torch.full((batch,), steps, dtype=torch.int64, device=device)
         return valid.sum(0).to(device)

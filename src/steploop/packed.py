@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
 from .errors import InputError, message
+from .marks import wide
 
 
 def unpack(xs: tuple[Any, ...], lengths: Any) -> tuple[tuple[Any, ...], Tensor, PackedSequence]:
@@ -96,5 +97,5 @@ def _last(output: Tensor, lengths: Any, mask: Tensor | None, reverse: bool) -> T
         valid = valid.to(torch.uint8)
         at = valid.argmax(0) if reverse else steps - 1 - valid.flip(0).argmax(0)
     # A row without a valid step has zeros everywhere.
-    at = at.to(torch.int64).reshape(1, -1, *[1] * (output.dim() - 2))
+    at = wide(at.to(torch.int64).unsqueeze(0), output)
     return output.gather(0, at.expand(1, *output.shape[1:]))[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import StateError, describe, describe_type, message
+from .marks import wide
 
 
 class States(dict[str, Tensor]):
@@ -153,7 +154,7 @@ def _with_rows(value: Tensor, own: Tensor, rows: Any) -> Tensor:
         return own.clone()
     chosen = torch.zeros(value.shape[0], dtype=torch.bool, device=value.device)
     chosen[_on_device(_row_index(rows), value)] = True
-    return torch.where(chosen.reshape(-1, *[1] * (value.dim() - 1)), own, value)
+    return torch.where(wide(chosen, value), own, value)
 
 
 def given_states(given: Any, names: Sequence[str], own: Sequence[Tensor | None], batch: Any) -> list[Tensor]:

@@ -16,6 +16,7 @@ from .devices import check_call, explained
 from .errors import InputError, UnsupportedError, describe, message
 from .initial import own_values, require
 from .inputs import check_constants, checked_mask, constant_leaves, sequences
+from .marks import wide
 from .states import States, given_states
 from .step import Step, survey
 from .step_program import program_of
@@ -184,8 +185,8 @@ class Stream:
         if isinstance(state, dict):
             state = self._with_room(state)
         self._values = given_states(state, self._tree.names, self._own, self.batch_size)
-        if any(type(v) is not Tensor or not v.is_cpu or v.layout is not torch.strided for v in self._values):
-            self._fast = None  # it takes what it is given without another look
+        if self._fast is not None and not all(map(self._fast.takes, self._values)):
+            self._fast = None  # it takes States without another look
         self._taken = sizing.used(self._tree.states, self._values)
 
     def _start(self, xs: list[Tensor]) -> None:
@@ -265,7 +266,7 @@ class Stream:
         if mask is None or self._last is None:
             return outputs
         return [
-            torch.where(mask[0].to(o.device).reshape(-1, *[1] * (o.dim() - 1)), o, last)
+            torch.where(wide(mask[0].to(o.device), o), o, last)
             for o, last in zip(outputs, self._last, strict=True)
         ]
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from .backends.reference import last_of, valid_steps
 from .compiler.program import Call, Program, Result
 from .errors import StateError, UnsupportedError, describe, message
+from .marks import latest, repeated, wide
 
 FIRST_PIECE = 16  # steps
 
@@ -112,7 +113,8 @@ def _in_pieces(program: Program, call: Call, run_piece: Run) -> Result:
     steps = last_of(taken)
     outputs = [output[:steps] for output in outputs]
     if call.on_masked == "repeat":
-        outputs = [_repeated(output, taken[:steps]) for output in outputs]
+        source = latest(taken[:steps])
+        outputs = [repeated(output, source) for output in outputs]
     return Result(outputs, states, structure, taken[:steps])
 
 
@@ -188,13 +190,13 @@ def _frozen(program: Program, until: int, states: int) -> Program:
     def run(xs: Sequence[Tensor], constants: Sequence[Tensor], prevs: Sequence[Tensor]) -> tuple[list, list]:
         ended = prevs[until]
         count = len(constants) - states
-        safe = [torch.where(_wide(ended, p), s, p) for s, p in zip(constants[count:], prevs, strict=True)]
+        safe = [torch.where(wide(ended, p), s, p) for s, p in zip(constants[count:], prevs, strict=True)]
         outputs, nexts = program.run(xs, constants[:count], safe)
         frozen.out_spec = program.out_spec
-        outputs = [torch.where(_wide(ended, o), torch.zeros_like(o), o) for o in outputs]
+        outputs = [torch.where(wide(ended, o), torch.zeros_like(o), o) for o in outputs]
         # A State that no step writes needs no loop.
         frozen_nexts = zip(nexts, prevs, safe, strict=True)
-        nexts = [p if n is s else torch.where(_wide(ended, p), p, n) for n, p, s in frozen_nexts]
+        nexts = [p if n is s else torch.where(wide(ended, p), p, n) for n, p, s in frozen_nexts]
         return [*outputs, ~ended], nexts
 
     frozen = replace(
@@ -203,20 +205,3 @@ def _frozen(program: Program, until: int, states: int) -> Program:
         constant_batched=[*program.constant_batched, *[True] * states],
     )  # fmt: skip
     return frozen
-
-
-def _wide(mark: Tensor, value: Tensor) -> Tensor:
-    return mark.reshape(-1, *[1] * (value.dim() - 1))
-
-
-def _repeated(output: Tensor, taken: Tensor) -> Tensor:
-    """(T, B, ...) with each row's last valid value where it took no step; zeros before its first."""
-    time = torch.arange(len(taken), device=taken.device)[:, None].expand_as(taken)
-    held = torch.where(taken, time, -1)
-    held = torch.cummax(held, 0).values if len(taken) else held
-    index = held.clamp(min=0).reshape(*held.shape, *[1] * (output.dim() - 2)).expand(output.shape)
-    return torch.where(_wide_at(held >= 0, output), output.gather(0, index), torch.zeros_like(output))
-
-
-def _wide_at(mark: Tensor, value: Tensor) -> Tensor:
-    return mark.reshape(*mark.shape, *[1] * (value.dim() - 2))

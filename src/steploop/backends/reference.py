@@ -8,13 +8,13 @@ differentiates it as it stands, any number of times.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compiler.program import Call, Program, Result
 from ..errors import StepError, message
+from ..marks import valid_at, wide
 from ..tree import Structure, flatten_like, unflatten
 
 
@@ -70,12 +70,7 @@ class _Run:
         """The rows for which step t is valid; None where all are."""
         if self.valid is None or bool(self.valid[t].all()):
             return None
-        return self.valid[t].nonzero()[:, 0].to(self._device())
-
-    def _device(self) -> Any:
-        for tensor in (*self.call.xs, *self.call.initial, *self.call.constants):
-            return tensor.device
-        return None
+        return self.valid[t].nonzero()[:, 0].to(self.call.device)
 
     def _full_step(self, t: int) -> list[Tensor]:
         xs = [x[t] for x in self.xs]
@@ -156,13 +151,13 @@ class _Run:
     def _reset(self, t: int, rows: Tensor | None, states: list[Tensor]) -> list[Tensor]:
         if self.call.resets is None:
             return states
-        reset = self.call.resets[t].to(self._device())
+        reset = self.call.resets[t].to(self.call.device)
         targets = self.call.reset_to
         if rows is not None:
             reset = reset.index_select(0, rows)
             targets = [target.index_select(0, rows) for target in targets]
         return [
-            torch.where(reset.reshape(-1, *[1] * (s.dim() - 1)), target, s)
+            torch.where(wide(reset, s), target, s)
             for s, target in zip(states, targets, strict=True)
         ]
 
@@ -181,7 +176,7 @@ class _Run:
         steps, taken = self.call.steps, None
         if self.call.until is not None:
             steps = last_of(self.valid)
-            taken = self.valid[:steps].to(self._device())
+            taken = self.valid[:steps].to(self.call.device)
         if not outputs:
             return self._nothing_ran(steps, taken)
         some = next(iter(outputs.values()))
@@ -213,13 +208,4 @@ def last_of(taken: Tensor) -> int:
 
 def valid_steps(call: Call) -> Tensor | None:
     """(T, B) bool on the CPU, True where a step is valid; None where all are."""
-    return steps_of(call.steps, call.lengths, call.mask)
-
-
-def steps_of(steps: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """`valid_steps` of a call with these."""
-    valid = None if mask is None else mask.detach().cpu()
-    if lengths is not None:
-        within = torch.arange(steps, device="cpu")[:, None] < lengths.detach().cpu()[None, :]
-        valid = within if valid is None else valid & within
-    return valid
+    return valid_at(call.steps, call.lengths, call.mask)

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .capture import Leaf, Observed, Signature, Trace, condition, trace_forward, trace_joint
 from .captured import Capture
 from .dependencies import Dependencies
-from .graph import Size, StepGraph
+from .graph import Size, StepGraph, shape_at, size_at
 from .graph_data import ROLES, runnable
 from .loop_operator import hints_of
 from .program import Program
@@ -117,7 +117,7 @@ def _results(graph: StepGraph, real: Sequence[Tensor], sizes: dict[str, int], va
         for i, node in enumerate(getattr(graph, role)):
             if node is not None and node not in known:
                 like = node.meta["val"]
-                shape = [_number(s, sizes) for s in like.shape]
+                shape = shape_at(like, sizes)
                 known[node] = values.of((role, i), shape, like.dtype, like.device)
     for node, tensor in zip(graph.captured, real, strict=True):
         if isinstance(tensor, FakeTensor):  # somebody else's trace: its numbers are not there
@@ -137,20 +137,13 @@ def _call(node: fx.Node, known: dict[fx.Node, Any], sizes: dict[str, int]) -> An
         if isinstance(argument, fx.Node):
             return known[argument]
         if isinstance(argument, Size):
-            return _number(argument.expr, sizes)
+            return size_at(argument.expr, sizes)
         return [value(a) for a in argument] if isinstance(argument, (list, tuple)) else argument
 
     args, kwargs = [value(a) for a in node.args], {k: value(v) for k, v in node.kwargs.items()}
     if node.target is operator.getitem:
         return args[0][args[1]]
     return runnable(node.target)(*args, **kwargs)
-
-
-def _number(size: Any, sizes: dict[str, int]) -> int:
-    expr = size.node.expr if isinstance(size, torch.SymInt) else size
-    if isinstance(expr, int):
-        return expr
-    return int(expr.xreplace({s: sympy.Integer(sizes[str(s)]) for s in expr.free_symbols}))
 
 
 def _same(first: Iterable[Tensor | None], second: Iterable[Tensor | None]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..marks import wide
 from .graph import LoopProgram, Rows, expression, rows_of
 from .memory_operator import Dense
 from .schedule import Span
@@ -60,7 +61,7 @@ class Recognised:
 def _last(values: Tensor, lengths: Tensor, before: Tensor) -> Tensor:
     index = (lengths - 1).clamp(min=0)
     found = values[index, torch.arange(values.shape[1], device=values.device)]
-    mark = (lengths > 0).view(-1, *[1] * (found.dim() - 1))
+    mark = wide(lengths > 0, found)
     return torch.where(mark, found, before)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 StepOutput = tuple[list[Tensor], list[Tensor]]
@@ -80,6 +81,12 @@ class Call:
     reverse: bool = False
     on_masked: str = "zero"
     until: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """That of its tensors; the CPU where it has none."""
+        tensors = (*self.xs, *self.initial, *self.constants)
+        return next((t.device for t in tensors), torch.device("cpu"))
 
 
 @dataclass(eq=False)

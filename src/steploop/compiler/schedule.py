@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..marks import valid_at
 from . import blocks
 
 _CPU = torch.device("cpu")
@@ -189,7 +190,7 @@ def make_schedule(
 
     It is made on the CPU, where its sizes have to be known, and its indices are moved to the device at the end.
     """
-    valid = valid_steps(time, batch, lengths, mask)
+    valid = valid_at(time, lengths, mask)
     if valid is None or bool(valid.all()):
         schedule = _full(time, batch, reverse)
     elif mixes_rows:
@@ -199,16 +200,6 @@ def make_schedule(
     if resets is not None and bool((resets := resets.cpu()).any()):
         schedule.resets = schedule.marks = schedule.pack(resets)
     return schedule.on(device)
-
-
-def valid_steps(time: int, batch: int, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """(T, B) bool on the CPU, or None when every step is valid."""
-    valid = None
-    if lengths is not None:
-        valid = torch.arange(time, device="cpu")[:, None] < lengths.cpu()[None, :]
-    if mask is not None:
-        valid = mask.cpu() if valid is None else valid & mask.cpu()
-    return valid
 
 
 def _offsets(sizes: list[int]) -> list[int]:

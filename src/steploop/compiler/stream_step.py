@@ -48,7 +48,7 @@ class StreamStep:
         with torch.no_grad():
             self.capture, self.dependencies = captures.find(program, call)
         self.batch = call.batch
-        self.device = _device(call)
+        self.device = call.device
         self.settings = quick_settings(self.device)
         self.types = [(x.shape[1:], x.dtype) for x in call.xs]
         self.out_spec = self.capture.out_spec
@@ -64,11 +64,13 @@ class StreamStep:
         if torch.is_grad_enabled() or quick_settings(self.device) != self.settings or not self.dependencies.unchanged():
             return None
         for x, (shape, dtype) in zip(xs, self.types):
-            if type(x) is not Tensor or x.shape != shape or x.dtype is not dtype:
-                return None
-            if x.device != self.device or x.layout is not _STRIDED:
+            if not self.takes(x) or x.shape != shape or x.dtype is not dtype:
                 return None
         return self._run(xs, states)
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor is of the kind, and on the device, that it was made for."""
+        return type(tensor) is Tensor and tensor.layout is _STRIDED and tensor.device == self.device
 
     def captured(self) -> list[Tensor]:
         return self.capture.tensors(self.dependencies)
@@ -91,7 +93,7 @@ def quick_settings(device: torch.device) -> tuple[Any, ...]:
 def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
     """A StreamStep for calls like this one, or None where there is none."""
     tensors = [*call.xs, *call.initial, *call.constants]
-    device = _device(call)
+    device = call.device
     if backend not in ("auto", "cpu", "eager") or any(t.device != device or type(t) is not Tensor for t in tensors):
         return None
     if device.type not in ("cpu", "cuda"):
@@ -100,10 +102,6 @@ def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
         return None  # casts stand in the captured graph; running it under autocast would cast again
     step = StreamStep(program, call, backend)
     return step if step.capture.forward.graph.batch is not None or step.capture.batch == call.batch else None
-
-
-def _device(call: Call) -> torch.device:
-    return next((t.device for t in (*call.xs, *call.initial, *call.constants)), torch.device("cpu"))
 
 
 class _Straight:

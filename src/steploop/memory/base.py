@@ -19,6 +19,7 @@ from ..backends.reference import valid_steps
 from ..compiler.program import Call, Program, Result
 from ..errors import InputError, describe, message
 from ..frame import Frame
+from ..marks import wide
 from ..step import Step, Unbatched, survey
 from ..step_program import program_of
 from ..tree import flatten, unflatten
@@ -157,11 +158,6 @@ def _to_front(valid: Tensor, reverse: bool, longest: int) -> Tensor:
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """x (N, B, ...), index (..., B) -> (..., B, ...): for every row its own entries."""
     return x[index, torch.arange(x.shape[1], device=x.device)]
-
-
-def wide(mark: Tensor, value: Tensor) -> Tensor:
-    """`mark` with axes of size 1 behind it, to be broadcast with `value`."""
-    return mark.reshape(*mark.shape, *[1] * (value.dim() - mark.dim()))
 
 
 def is_valid(lengths: Tensor | None, steps: int, batch: int, device: Any = None) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..marks import wide
 from ..state import State
-from .base import Memory, check_step_input, cleaned, final, is_valid, wide
+from .base import Memory, check_step_input, cleaned, final, is_valid
 
 
 class Cumulative(Memory):

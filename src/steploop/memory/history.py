@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..marks import wide
 from ..state import State
-from .base import Memory, check_step_input, cleaned, latest_reset, rows_at, whole_number, wide
+from .base import Memory, check_step_input, cleaned, latest_reset, rows_at, whole_number
 from .step_index import counting
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..errors import StepError, message
 from ..frame import running
+from ..marks import wide
 from ..state import State
-from .base import Frames, Memory, check_step_input, cleaned, is_valid, latest_reset, whole_number, wide
+from .base import Frames, Memory, check_step_input, cleaned, is_valid, latest_reset, whole_number
 
 
 class Window(Memory):

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import InputError, message
 from ..frame import Frame, run_in, running
+from ..marks import wide
 from ..nn._constants import constants_for
 from ..state import State
 from ..step import Step, survey
@@ -75,8 +76,8 @@ class Copies:
     def _wide(self, mark: Tensor, state: State, value: Tensor) -> Tensor:
         """(B, K) with as many axes as the State's value."""
         if self._axis(state) == 2:
-            return mark.reshape(mark.shape[0], 1, self.count, *[1] * (value.dim() - 3))
-        return mark.reshape(*mark.shape, *[1] * (value.dim() - 2))
+            return wide(mark.unsqueeze(1), value)
+        return wide(mark, value)
 
     def _spread(self, tree: Any, name: str) -> Any:
         """A constant for all hypotheses; one without B first is the same for all as it is."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, message
+from ..marks import wide
 from ..states import States
 
 
@@ -104,5 +105,5 @@ def traced_back(outputs: dict[str, Any], taken: Tensor, slot: Tensor, end: int |
 
 def of_slot(value: Tensor, slot: Tensor) -> Tensor:
     """value (B, K, ...) at slot (B, N)."""
-    index = slot.reshape(*slot.shape, *[1] * (value.dim() - 2)).expand(*slot.shape, *value.shape[2:])
+    index = wide(slot, value).expand(*slot.shape, *value.shape[2:])
     return value.gather(1, index)

@@ -13,6 +13,7 @@ from .. import dispatch
 from ..devices import explained
 from ..errors import InputError, describe, message
 from ..loop import Loop, Prepared
+from ..marks import wide
 from ..nn._constants import _begins_with, _takes, check_constants_used
 from ..states import States
 from ..step import Step, survey
@@ -178,9 +179,8 @@ class _Run:
         log_probs = torch.where(there.unsqueeze(2), log_probs, 0.0)
         counted = taken.T.unsqueeze(1) & there.unsqueeze(2)
         lengths = (counted if self.end is None else counted & (labels != self.end)).sum(2)
-        inside = torch.arange(labels.shape[2], device=labels.device) < (lengths + finished.to(lengths.dtype)).unsqueeze(
-            2
-        )
+        read = (lengths + finished.to(lengths.dtype)).unsqueeze(2)
+        inside = torch.arange(labels.shape[2], device=labels.device) < read
         return Hypotheses(
             labels=labels, lengths=lengths, scores=scores, log_probs=torch.where(there, log_probs.sum(2), NEVER),
             label_log_probs=log_probs, finished=finished, proved_best=(scores[:, 0] >= bound) & there[:, 0],
@@ -246,8 +246,7 @@ def _taken_by(step: Step, constants: dict[str, Any]) -> dict[str, Any]:
 
 def _named(kept: Any, inside: Tensor) -> dict[Any, Any]:
     def cut(value: Tensor) -> Tensor:
-        mask = inside.reshape(*inside.shape, *[1] * (value.dim() - 3))
-        return torch.where(mask, value, torch.zeros_like(value))
+        return torch.where(wide(inside, value), value, torch.zeros_like(value))
 
     return pytree.tree_map(cut, kept)
 

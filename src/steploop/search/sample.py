@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -195,20 +195,10 @@ def sample(
         )  # fmt: skip
 
 
-def _seeded_by(generator: torch.Generator) -> Any:
+@contextmanager
+def _seeded_by(generator: torch.Generator) -> Iterator[None]:
     """Torch's own generators seeded by a draw from `generator`; afterwards they are what they were."""
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    fork = torch.random.fork_rng()
-    return _Seeded(fork, seed)
-
-
-class _Seeded:
-    def __init__(self, fork: Any, seed: int) -> None:
-        self.fork, self.seed = fork, seed
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -13,6 +13,7 @@ from ..loop import Loop
 from ..nn._constants import check_constants_used, constants_for
 from ..state import State
 from ..step import Step
+from .copies import picked
 
 CHOICES = ("argmax", "sample")
 
@@ -112,7 +113,7 @@ class ScheduledSampling(Step):
         else:
             given = torch.where(feeds_back.unsqueeze(1), self.vector.prev, self._one_hot(label))
         output = self.model(given, *xs, **constants_for(self.model, constants))
-        scores = self._scores(output)
+        scores = picked(output, self.scores)
         choice = self._chosen(scores.detach())
         self.own.next = choice
         if self.labels is not None:
@@ -123,11 +124,6 @@ class ScheduledSampling(Step):
     def _one_hot(self, label: Tensor) -> Tensor:
         places = torch.arange(self.labels, device=label.device)
         return (label.unsqueeze(-1) == places).to(self.vector.prev.dtype)
-
-    def _scores(self, output: Any) -> Tensor:
-        if self.scores is None:
-            return output
-        return self.scores(output) if callable(self.scores) else output[self.scores]
 
     def _chosen(self, scores: Tensor) -> Tensor:
         if self.choose == "argmax":

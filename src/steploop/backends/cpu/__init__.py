@@ -14,9 +14,7 @@ import functools
 import warnings
 from collections.abc import Callable
 
-from torch import Tensor
-
-from ...compiler.graph import LoopProgram, line_of
+from ...compiler.graph import LoopProgram
 from .build import BuildError, compiler, folder, problem, what_to_install, wide_vectors
 from .lower import lower
 from .runner import Runner
@@ -31,18 +29,7 @@ def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
     if trouble:
         _warn_once(trouble)
         return [(trouble, "")]
-    elsewhere = _elsewhere(loop)
-    return elsewhere or _lowered(loop)[1]
-
-
-def _elsewhere(loop: LoopProgram) -> list[tuple[str, str]]:
-    """Native code takes the addresses of tensors: they must be those of this machine's memory."""
-    for node in loop.calls:
-        value = node.meta.get("val")
-        for tensor in value if isinstance(value, (tuple, list)) else [value]:
-            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
-                return [(f"its values are on {tensor.device}, and native loops run on the CPU", line_of(node))]
-    return []
+    return _lowered(loop)[1]
 
 
 @functools.cache

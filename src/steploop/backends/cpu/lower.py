@@ -300,8 +300,8 @@ class Lowering:
         for tensor in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
                 raise Unsupported(f"the native loop has no {str(tensor.dtype).removeprefix('torch.')}")
-            if isinstance(tensor, Tensor) and tensor.device.type not in ("cpu", "meta"):
-                raise Unsupported(f"the native loop runs on the CPU, not on {tensor.device.type}")
+            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":  # it takes the addresses of tensors
+                raise Unsupported(f"its values are on {tensor.device}, and native loops run on the CPU")
 
     def _call(self, node: fx.Node) -> None:
         if any(a not in self.values for a in node.all_input_nodes):

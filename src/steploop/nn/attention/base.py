@@ -50,7 +50,7 @@ class Attention(Step):
         check_query_and_memory(self, query, memory)
         memory, mask = valid_memory(memory, memory_lengths, memory_mask)
         weights = self.attend(query, memory, mask)
-        return weighted_sum(self._dropped(weights), memory), weights
+        return self._context(self._dropped(weights), memory, mask), weights
 
     def attend(self, query: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """The weights (B, S), zero where `mask` (B, S) is False.
@@ -58,6 +58,10 @@ class Attention(Step):
         memory has zeros there; mask None: all entries are valid.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define attend(query, memory, mask)")
+
+    def _context(self, weights: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """What the weights (after dropout) make of the memory, (B, memory_size)."""
+        return weighted_sum(weights, memory)
 
     def _dropped(self, weights: Tensor) -> Tensor:
         return F.dropout(weights, self.dropout) if self.training and self.dropout > 0 else weights

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError, message
 from ..masks import masked_softmax
-from .base import Attention, check_query_and_memory, checked_dropout, valid_memory
+from .base import Attention, checked_dropout
 
 
 class MultiHeadAttention(Attention):
@@ -56,28 +56,18 @@ class MultiHeadAttention(Attention):
         self.out = nn.Linear(size, size if output_size is None else output_size, bias)
         self.dropout = checked_dropout("MultiHeadAttention", dropout)
 
-    def step(
-        self,
-        query: Tensor,
-        *,
-        memory: Tensor,
-        memory_lengths: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        check_query_and_memory(self, query, memory)
-        memory, mask = valid_memory(memory, memory_lengths, memory_mask)
-        weights = self.attend(query, memory, mask)
-        values = self._heads(self.values(memory)).transpose(1, 2)  # (B, heads, S, d)
-        context = torch.matmul(self._dropped(weights).unsqueeze(2), values).flatten(1)
-        context = self.out(context)
-        return context if mask is None else torch.where(mask.any(1, keepdim=True), context, 0.0), weights
-
     def attend(self, query: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """(B, heads, S)."""
         q = self._heads(self.query(query))
         keys = self._heads(self.keys(memory)).transpose(1, 2)
         scores = torch.matmul(keys, q.unsqueeze(-1)).squeeze(-1) / math.sqrt(q.shape[-1])
         return masked_softmax(scores, None if mask is None else mask.unsqueeze(1), -1)
+
+    def _context(self, weights: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, output_size)."""
+        values = self._heads(self.values(memory)).transpose(1, 2)  # (B, heads, S, d)
+        context = self.out(torch.matmul(weights.unsqueeze(2), values).flatten(1))
+        return context if mask is None else torch.where(mask.any(1, keepdim=True), context, 0.0)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
