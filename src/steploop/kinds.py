@@ -5,7 +5,7 @@ The plain loop takes whatever torch takes. What is not one of these kinds is an 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -108,16 +108,12 @@ def _refuse_unknown_marks(marks: Sequence[Tensor | None], tensors: Iterable[Tens
     )
 
 
-def _own(root: nn.Module) -> Iterator[Tensor]:
-    yield from root.parameters()
-    yield from root.buffers()
-
-
 def run_lazy(program: Program, call: Call) -> bool:
     """Whether the step has parameters that take their shape from the first step: then runs one, which is when the plain
     loop would make them."""
     root = program.root
-    if not isinstance(root, nn.Module) or not any(isinstance(t, UninitializedTensorMixin) for t in _own(root)):
+    own = (*root.parameters(), *root.buffers()) if isinstance(root, nn.Module) else ()
+    if not any(isinstance(tensor, UninitializedTensorMixin) for tensor in own):
         return False
     slices: list[Any] = [x[0] if x.shape[0] else x.new_zeros(x.shape[1:]) for x in call.xs]
     with torch.no_grad():
