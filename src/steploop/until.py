@@ -3,8 +3,8 @@
 How many steps there will be is known only when they have run, but everything outside the loops runs for many steps at
 once. So a call runs in pieces of some steps. Within a piece, rows that have ended are frozen by the step itself
 (`freezing`); between pieces they are left out, as rows of length 0 are, and the call ends when no row is left. A piece
-is at most as long as all that has run before it: that bounds what is computed for nothing, and how often what is the
-same at every step is computed again.
+is at most as long as all that has run before it, which bounds what is computed for nothing. What is the same at every
+step is computed by the first piece, and held for the others (`Call.held`).
 
 Gradients: the pieces only find out which steps run. Then the call runs once more as one with a mask, with everything
 that holds for those: what stands at a step that no row took reaches no gradient. A step that draws random numbers
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,10 +98,11 @@ def _in_pieces(program: Program, call: Call, run_piece: Run) -> Result:
     constants = [*call.constants, *constants]
     plan = _Pieces(call)
     states, pieces = call.initial, []
+    held: dict[Any, Any] = {}
     while (piece := plan.next(states[call.until])) is not None:
         part = replace(
             call, xs=[x[piece] for x in call.xs], constants=constants, initial=states, steps=piece.stop - piece.start,
-            lengths=None, mask=plan.mask, resets=plan.resets, on_masked="zero", until=None,
+            lengths=None, mask=plan.mask, resets=plan.resets, on_masked="zero", until=None, held=held,
         )  # fmt: skip
         result = run_piece(frozen, part)
         states, structure = result.states, result.out_spec

@@ -177,6 +177,22 @@ class Heads(sl.Step):
         return {"a": a, "product": self.y(b), "sum": (a * side).sum(-1), "side": side, "parts": a[:, 3:9], "same": a}
 
 
+class Chosen(sl.Step):
+    """Of wide values that the loop makes, in halves with rows of their own, only some numbers are wanted."""
+
+    def __init__(self, inputs: int = 6, width: int = 16):
+        super().__init__()
+        self.x, self.h = torch.nn.Linear(inputs, 2 * width), sl.State(2 * width)
+
+    def step(self, x):
+        self.h.next = (self.x(x) + self.h.prev).cos()
+        halves = self.h.next.unflatten(1, (2, -1)).flatten(0, 1)  # (2 * B, width)
+        place = halves.argmin(1, keepdim=True)
+        after = halves.exp().gather(1, (place + 3).clamp(max=6))
+        low = (halves < -0.5).any(1)
+        return {"place": place.view(-1, 2), "after": after.view(-1, 2), "low": low.view(-1, 2)}
+
+
 def absorbed(monkeypatch, step, x) -> list[list[str]]:
     """The operations that were taken into each executable's loops."""
     found = []
@@ -213,6 +229,9 @@ def test_operations_that_are_absorbed(monkeypatch):
     assert absorbed(monkeypatch, Gated(16, shown=True), x) == [found]  # the loop keeps what is wanted
     assert not {"sigmoid", "tanh", "native_layer_norm"} & set(absorbed(monkeypatch, Gated(4), x)[0])
     assert {"exp", "sum"} <= set(absorbed(monkeypatch, Selective(), x)[0])
+    (found,) = absorbed(monkeypatch, Chosen(), x)
+    assert {"argmin", "exp", "add", "clamp", "gather", "lt", "any"} <= set(found)  # nothing wide is kept
+    assert "any" not in absorbed(monkeypatch, Chosen(width=7), x)[0]
 
 
 def test_views_without_products(monkeypatch):
@@ -223,7 +242,7 @@ def test_views_without_products(monkeypatch):
 STEPS = {
     "parts": Parts(False), "shown": Parts(True), "chained": Chained(),
     "gated": Gated(17), "gate shown": Gated(17, True), "selective": Selective(),
-    "heads": Heads(),
+    "heads": Heads(), "chosen": Chosen(),
 }  # fmt: skip
 
 

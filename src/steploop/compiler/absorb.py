@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from .graph import Rows, expression, op_name
 from .partition import Batched, Loop, Partition, extract
+from .repeats import repetition
 from .simplify import is_random
 
 VIEWS = frozenset(
@@ -28,6 +29,7 @@ REDUCTIONS = frozenset(
     """native_layer_norm native_layer_norm_backward _softmax _log_softmax _softmax_backward_data sum mean amax amin var
     cat softplus_backward glu hardswish""".split()
 )
+SELECTIONS = frozenset("gather any all argmax argmin".split())
 WIDE = 16  # numbers of a row that are worth an operation inside: narrow ones are better off with all rows at once
 
 
@@ -82,8 +84,8 @@ class _Finder:
         self.lefts: set[fx.Node] = set()  # what products read must be a sequence that is there
 
     def run(self, follow: bool) -> set[fx.Node]:
-        if follow:
-            self.taken |= self._following()
+        following = self._following() if follow else set()
+        self.taken |= following
         for node in reversed(self.outside):
             if node in self.needed or node in self.lefts or node in self.taken or not self._alone(node):
                 continue
@@ -92,8 +94,21 @@ class _Finder:
             elif self._is_product(node):
                 self.taken.add(node)
                 self.lefts.add(node.args[0])
-        self._drop_idle()
-        return self.taken
+        self._drop_idle(following)
+        return self.taken | self._repeats()
+
+    def _repeats(self) -> set[fx.Node]:
+        """Repetitions of constants that the loop alone reads: views of a row, where the constant has each row once."""
+        found: set[fx.Node] = set()
+        own = self.inside | self.taken
+        for source in dict.fromkeys(i for n in own for i in n.all_input_nodes):
+            chain = repetition(source) if source.op == "call_function" and not source.meta["varies"] else None
+            if chain is not None and all(map(self._only_for, chain, [*([n] for n in chain[1:]), own])):
+                found.update(chain)
+        return found
+
+    def _only_for(self, node: fx.Node, users: Any) -> bool:
+        return node not in self.wanted | self.needed and all(u in users for u in node.users if u.op != "output")
 
     def there_before(self, node: fx.Node) -> bool:
         """Whether a value is known when the loop begins."""
@@ -101,22 +116,52 @@ class _Finder:
         return given or node in self.before or not node.meta["varies"]
 
     def _following(self) -> set[fx.Node]:
-        """What comes of the loop's values, row by row, and is wanted: then those need not be kept for all steps."""
+        """What comes of the loop's values, row by row, and is wanted or narrower: then those need not be kept for all
+        steps."""
         known: set[fx.Node] = set()  # without this loop or a later one
         found: dict[fx.Node, None] = {}
         for node in self.after:
-            sources = [i for i in node.all_input_nodes if i.meta["varies"]]
+            sources = _sequences(node)
             if node in self.delayed:
                 continue
             if all(self.there_before(i) or i in known for i in sources):
                 known.add(node)
             elif node not in self.needed and self._comes_of(sources, {*found, *known}):
-                if self._is_operation(node) or (op_name(node) in VIEWS and _all_in_front(node)):
+                if self._follows(node):
                     found[node] = None
-        for node in reversed(list(found)):
-            if node not in self.wanted and any(u not in found for u in node.users if u in self.calls):
-                del found[node]  # it would have to be kept in place of what it is made of
+        return self._worth_it(found, known)
+
+    def _worth_it(self, found: dict[fx.Node, None], known: set[fx.Node]) -> set[fx.Node]:
+        """Those of the operations that follow which save keeping something wide, and what they need."""
+        count = None
+        while count != len(found):
+            count = len(found)
+            for node in reversed(list(found)):
+                inside = [u in found for u in node.users if u in self.calls]
+                if _widest(node) < WIDE:
+                    idle = not any(inside)  # it is here only for others
+                else:  # it would have to be kept in place of what it is made of
+                    idle = node not in self.wanted and not all(inside) and not _narrows(node)
+                if idle:
+                    del found[node]
+            for node in list(found):
+                if not self._comes_of(_sequences(node), {*found, *known}):
+                    del found[node]
         return set(found)
+
+    def _follows(self, node: fx.Node) -> bool:
+        """Whether a loop that gives what an operation reads can do the operation as well."""
+        sources = _sequences(node)
+        if not all(_leads(n) for n in (node, *sources)) or not all(map(self._is_readable, sources)):
+            return False
+        if op_name(node) in VIEWS:
+            return True
+        known = op_name(node) in REDUCTIONS | SELECTIONS or torch.Tag.pointwise in getattr(node.target, "tags", ())
+        return self.operations and known and not is_random(node)
+
+    def _is_readable(self, source: fx.Node) -> bool:
+        """Whether a loop can read a value: its own, or a sequence of which each row stands by itself."""
+        return not self.there_before(source) or _rows_in_front(source)
 
     def _comes_of(self, sources: list[fx.Node], known: set[fx.Node]) -> bool:
         return all(i in self.inside or i in known or self.there_before(i) for i in sources)
@@ -134,8 +179,7 @@ class _Finder:
         known = op_name(node) in REDUCTIONS or torch.Tag.pointwise in getattr(node.target, "tags", ())
         if not self.operations or not known or is_random(node) or not _rows_in_front(node):
             return False
-        sequences = [i for i in node.all_input_nodes if i.meta["varies"]]
-        return all(map(_rows_in_front, sequences)) and max(map(_width, [node, *sequences])) >= WIDE
+        return all(map(_rows_in_front, _sequences(node))) and _widest(node) >= WIDE
 
     def _is_product(self, node: Any) -> bool:
         if not self.products or op_name(node) != "mm" or not _rows_in_front(node):
@@ -154,20 +198,46 @@ class _Finder:
                 return isinstance(bias, fx.Node) and bias.meta["rows"] is None and not bias.meta["varies"]
         return False
 
-    def _drop_idle(self) -> None:
-        """Sums without their product and parts without what they are parts of stay outside."""
+    def _drop_idle(self, following: set[fx.Node]) -> None:
+        """Before the loop, sums without their product and parts without what they are parts of stay outside."""
         for node in self.outside:
-            if node in self.taken and op_name(node) in ("add", "getitem"):
+            if node in self.taken - following and op_name(node) in ("add", "getitem"):
                 if not any(i in self.taken for i in node.all_input_nodes):
                     self.taken.discard(node)
 
 
 def _width(node: fx.Node) -> int:
     """Numbers in a row; a size that is not known counts as wide."""
-    value = node.meta["val"]
+    value, rows = node.meta["val"], node.meta["rows"]
     value = value if isinstance(value, Tensor) else value[0]
-    sizes = list(map(expression, value.shape[1:]))
+    rows = rows if isinstance(rows, Rows) else rows[0]
+    sizes = [rows.inner, *map(expression, value.shape[1:])]
     return math.prod(sizes) if all(isinstance(n, int) for n in sizes) else WIDE
+
+
+def _narrows(node: fx.Node) -> bool:
+    """Whether a row of a value has fewer numbers than one of what it is made of, by far."""
+    return isinstance(node.meta["val"], Tensor) and any(
+        2 * _width(node) <= _width(i) for i in _sequences(node)
+    )
+
+
+def _widest(node: fx.Node) -> int:
+    return max(map(_width, [node, *_sequences(node)]))
+
+
+def _sequences(node: fx.Node) -> list[fx.Node]:
+    """What an operation reads that differs from step to step."""
+    return [i for i in node.all_input_nodes if i.meta["varies"]]
+
+
+def _leads(node: fx.Node) -> bool:
+    """Whether the rows of a value stand in front, each some numbers together that are known to be so many."""
+    rows = node.meta["rows"]
+    if not node.meta["varies"]:
+        return False
+    found = rows if isinstance(rows, (tuple, list)) else [rows]
+    return all(isinstance(r, Rows) and (r.dim, r.outer) == (0, 1) and isinstance(r.inner, int) for r in found)
 
 
 def _all_in_front(node: fx.Node) -> bool:

@@ -88,11 +88,11 @@ class Executable:
     def __post_init__(self) -> None:
         problem = self.partition.problem
         self.problem = problem
-        self.once = OncePiece(self.partition.once, problem.batch)
         self.ran: dict[Loop, Loop] = {}  # each loop with what it absorbed
         self.absorbed: set[fx.Node] = set()
         for segment in self.partition.loops:
             self._choose(segment)
+        self.once = OncePiece([n for n in self.partition.once if n not in self.absorbed], problem.batch)
         self.batched = {s: self._left(s) for s in self.partition.segments if isinstance(s, Batched)}
         later = self._later_uses()
         self.pieces = {s: self._piece(nodes, later[s]) for s, nodes in self.batched.items() if nodes}
@@ -205,13 +205,14 @@ class Executable:
         sizes: dict[str, int],
         longest: int | None = None,
         outward: Sequence[fx.Node] = (),
+        held: dict[Any, Any] | None = None,
     ) -> Run:
         """given: placeholders -> packed sequences (or stacked) and constants, in the schedule's row order.
         initial, reset_to: by the states' prev.  longest: steps of a span, None: by memory.
-        outward: wanted values that may be given `Unpacked`."""
+        outward: wanted values that may be given `Unpacked`.  held: see `Call`."""
         # Autocast has had its say when the step was captured.
         with torch.no_grad(), torch._C._DisableAutocast():
-            return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest, outward)
+            return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest, outward, held)
 
 
 class _Runner:
@@ -224,11 +225,10 @@ class _Runner:
         self.sequences = {n: t for n, t in given.items() if n.meta["varies"]}
         self.stacked = self.problem.batch is None
 
-    def run(self, longest: int | None, outward: Sequence[fx.Node]) -> Run:
+    def run(self, longest: int | None, outward: Sequence[fx.Node], held: dict[Any, Any] | None) -> Run:
         e = self.e
         self.outward = {n: self._blank(n) for n in outward if n in e.only_given and self._scatters()}
-        values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
-        self.once_values.update(zip(e.once.nodes, values))
+        self.once_values.update(zip(e.once.nodes, self._once(held)))
         spans = e.spans(self.schedule, longest)
         placed = [] if len(spans) == 1 else [n for n in self.problem.wanted if n not in self.outward]
         self.places = {n: self._allocate(n) for n in placed}
@@ -244,6 +244,20 @@ class _Runner:
             self._advance(values)
             del values
         return Run(wanted, [self.current[s.prev] for s in self.problem.finals], sums)
+
+    def _once(self, held: dict[Any, Any] | None) -> Sequence[Tensor]:
+        """What is the same at every step: from an earlier piece of the call, if its rows stood in the same order."""
+        e, order = self.e, self.schedule.order
+        if held is not None and e in held:
+            before, values = held.pop(e)
+            if (order is None) == (before is None) and (order is None or torch.equal(order, before)):
+                held[e] = before, values
+                return values
+            del values
+        values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
+        if held is not None:
+            held[e] = order, values
+        return values
 
     def _collect(self, wanted: list[Tensor], span: Span, values: dict[fx.Node, Tensor], whole: bool) -> None:
         """Writes what is wanted of a span into its place among all steps."""

@@ -11,10 +11,12 @@ from torch import fx
 from .attention import expose_attention
 from .draws import hoist_draws, hoist_masks
 from .graph import StepGraph
+from .repeats import repeat_late
 from .simplify import distribute, gather_sums, split_products
 
 HOISTS: list[Callable[[StepGraph, set[fx.Node]], bool]] = [
     expose_attention,
+    repeat_late,
     hoist_masks,
     hoist_draws,
     split_products,

@@ -154,12 +154,14 @@ class Invocation:
         return schedule
 
     @_by_itself
-    def run(self, tensors: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Tensor]:
-        """outputs (T, B, ...), final states (B, ...), saved values."""
+    def run(
+        self, tensors: Sequence[Tensor], schedule: Schedule, batch: int, held: dict[Any, Any] | None = None
+    ) -> list[Tensor]:
+        """outputs (T, B, ...), final states (B, ...), saved values. held: see `Call`."""
         parts = self.layout.split(tensors)
         stacked = self.stacked
         nodes = self.forward.step.outputs[: self.forward.outputs]
-        run = self._forward(parts, schedule, batch, self.forward, outward=nodes)
+        run = self._forward(parts, schedule, batch, self.forward, nodes, held)
         results = run.wanted
         outputs = [self._outward(v, n, schedule, stacked) for v, n in zip(results, nodes)]
         finals = run.finals if stacked else [schedule.unsort(s) for s in run.finals]
@@ -169,8 +171,9 @@ class Invocation:
         return _apart([*outputs, *finals, *saved], tensors)
 
     def _forward(
-        self, parts: dict[str, Any], schedule: Schedule, batch: int, plan: ForwardPlan, outward: Sequence = ()
-    ) -> Run:
+        self, parts: dict[str, Any], schedule: Schedule, batch: int, plan: ForwardPlan, outward: Sequence = (),
+        held: dict[Any, Any] | None = None,
+    ) -> Run:  # fmt: skip
         step = plan.step
         given = self._given(parts, schedule, step)
         initial = dict(zip(step.prevs, self._sorted(parts["initial"], schedule)))
@@ -178,7 +181,7 @@ class Invocation:
         if schedule.resets is not None:
             reset_to = dict(zip(step.prevs, self._sorted(parts["reset_to"], schedule)))
         return plan.executable.run(
-            given, initial, reset_to, schedule, self._sizes(parts, batch), outward=outward
+            given, initial, reset_to, schedule, self._sizes(parts, batch), outward=outward, held=held
         )
 
     def _sorted(self, values: list[Tensor], schedule: Schedule) -> list[Tensor]:

@@ -32,7 +32,7 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
     inner = _program(program, len(call.xs), len(call.constants), states)
     new = replace(
         call, xs=[*xs, valid, resets], constants=[*call.constants, *back], lengths=None, mask=None, resets=None,
-        reset_to=None, on_masked="zero",
+        reset_to=None, on_masked="zero", held=None,  # the initial states, constants now, differ from piece to piece
     )  # fmt: skip
 
     def finish(result: Result) -> Result:

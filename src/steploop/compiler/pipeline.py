@@ -75,7 +75,7 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     elif training:
         results = LoopFunction.apply(invocation, call.steps, batch, *tensors)
     else:
-        results = invocation.run(tensors, invocation.schedule(tensors, call.steps, batch), batch)
+        results = invocation.run(tensors, invocation.schedule(tensors, call.steps, batch), batch, call.held)
     count, states = invocation.forward.outputs, len(call.initial)
     return Result(list(results[:count]), list(results[count : count + states]), capture.out_spec)
 

@@ -67,6 +67,8 @@ class Call:
     reverse: run from each row's last valid step to its first.
     on_masked: "zero" or "repeat", what outputs are at masked steps.
     until: which state, (B,) bool, ends a row: the row takes no step after the one that set it. None: all steps run.
+    held: for calls that are pieces of one: what is the same at every step, kept from piece to piece. Between two of
+        them neither the constants nor anything else that the step reads may change. None: the call is whole.
     """
 
     xs: list[Tensor]
@@ -81,6 +83,7 @@ class Call:
     reverse: bool = False
     on_masked: str = "zero"
     until: int | None = None
+    held: dict[Any, Any] | None = None
 
     @property
     def device(self) -> torch.device:

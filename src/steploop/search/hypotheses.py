@@ -81,26 +81,36 @@ def traced_back(outputs: dict[str, Any], taken: Tensor, slot: Tensor, end: int |
 
     outputs: of a search's loop, (T, B, K, ...).  taken: (T, B) which rows took a step.
     """
-    nothing = slot.new_full((), 0 if end is None else end)
-    labels, log_probs, kept = [], [], []
-    for t in reversed(range(len(taken))):
-        here = taken[t].unsqueeze(1)
-        before = torch.where(here, outputs["parent"][t].gather(1, slot), slot)
-        labels.append(torch.where(here, outputs["label"][t].gather(1, slot), nothing))
-        log_prob = outputs["log_prob"][t].gather(1, slot)
-        log_probs.append(torch.where(here, log_prob, torch.zeros_like(log_prob)))
-        kept.append(pytree.tree_map(lambda leaf, t=t, at=before: of_slot(leaf[t], at), outputs["kept"]))
-        slot = before
-    rows = slot.shape
-    if not labels:
-        empty = outputs["log_prob"].new_zeros(*rows, 0)
-        return (
-            slot.new_zeros(*rows, 0),
-            empty,
-            pytree.tree_map(lambda x: x.new_zeros(*rows, 0, *x.shape[3:]), outputs["kept"]),
-        )
-    stacked = pytree.tree_map(lambda *steps: torch.stack(steps[::-1], 2), *kept)
-    return torch.stack(labels[::-1], 2), torch.stack(log_probs[::-1], 2), stacked
+    after, before = _slots(outputs["parent"], taken, slot)
+    here = taken.unsqueeze(2)
+    label, log_prob = outputs["label"].gather(2, after), outputs["log_prob"].gather(2, after)
+    label = torch.where(here, label, label.new_full((), 0 if end is None else end))
+    log_prob = torch.where(here, log_prob, torch.zeros_like(log_prob))
+    at = before.flatten(0, 1)
+    kept = pytree.tree_map(lambda leaf: _last(of_slot(leaf.flatten(0, 1), at), before), outputs["kept"])
+    return label.movedim(0, 2), log_prob.movedim(0, 2), kept
+
+
+def _slots(parents: Tensor, taken: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, B, N) each: where hypotheses that end in `slot` (B, N) stood after and before every step.
+
+    parents: (T, B, K), where each one stood before it.
+    """
+    own = torch.arange(parents.shape[2], device=parents.device)
+    parents = torch.where(taken.unsqueeze(2), parents, own)
+    found = [slot]
+    if bool((parents == own).all()):
+        found *= len(parents) + 1
+    else:
+        for parent in reversed(parents.unbind()):
+            found.append(parent.gather(1, found[-1]))
+    every = torch.stack(found[::-1])
+    return every[1:], every[:-1]
+
+
+def _last(value: Tensor, like: Tensor) -> Tensor:
+    """(T * B, N, ...) as (B, N, T, ...)."""
+    return value.unflatten(0, like.shape[:2]).movedim(0, 2)
 
 
 def of_slot(value: Tensor, slot: Tensor) -> Tensor:
