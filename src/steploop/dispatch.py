@@ -24,7 +24,8 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     _no_transforms()
     kinds.check(program, call)
     if call.until is not None:
-        return until.run(program, call, lambda *piece: run(*piece, backend, save), wants_gradients)
+        stops = lambda *piece: _stops(*piece, backend, save)  # noqa: E731
+        return until.run(program, call, lambda *piece: run(*piece, backend, save), wants_gradients, stops)
     whole = getattr(program.root, "run_whole", None) if program.stands_alone else None
     if whole is not None:
         _no_tangents((*call.xs, *call.constants, *call.initial, *program.root.parameters()))
@@ -45,6 +46,20 @@ def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
     from .compiler import pipeline
 
     return pipeline.wants_gradients(program, call) if torch.is_grad_enabled() else (False, False)
+
+
+def _stops(program: Program, call: Call, backend: str, save: str) -> bool:
+    """Whether the loop of a program whose rows end by themselves looks itself whether any row is left. Asked once: the
+    same call is cut into the same pieces each time, and draws the same random numbers."""
+    known = program.kept.setdefault("stops", {})
+    if backend not in known:
+        from .compiler import pipeline
+
+        try:
+            known[backend] = pipeline.stops(program, call, backend, save)
+        except Exception:  # running it has the better message, or works
+            return False
+    return known[backend]
 
 
 def plan(program: Program, call: Call, backend: str, save: str = "auto") -> Any:

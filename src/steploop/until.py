@@ -3,8 +3,9 @@
 How many steps there will be is known only when they have run, but everything outside the loops runs for many steps at
 once. So a call runs in pieces of some steps. Within a piece, rows that have ended are frozen by the step itself
 (`freezing`); between pieces they are left out, as rows of length 0 are, and the call ends when no row is left. A piece
-is at most as long as all that has run before it, which bounds what is computed for nothing. What is the same at every
-step is computed by the first piece, and held for the others (`Call.held`).
+is at most as long as all that has run before it, which bounds what is computed for nothing. Native loops look
+themselves, at every step, whether any row of a tile is left (`Program.ends`): then pieces are long. What is the same at
+every step is computed by the first piece, and held for the others (`Call.held`).
 
 Gradients: the pieces only find out which steps run. Then the call runs once more as one with a mask, with everything
 that holds for those: what stands at a step that no row took reaches no gradient. A step that draws random numbers
@@ -27,6 +28,7 @@ from .errors import StateError, UnsupportedError, describe, message
 from .marks import latest, repeated, wide
 
 FIRST_PIECE = 16  # steps
+LONG_PIECE = 256  # steps, where a loop stops by itself when all rows have ended
 
 Run = Callable[[Program, Call], Result]
 
@@ -56,11 +58,13 @@ def checked(name: str, names: Sequence[str], initial: Sequence[Tensor]) -> int:
 
 
 def run(
-    program: Program, call: Call, run_piece: Run, wants_gradients: Callable[[Program, Call], tuple[bool, bool]]
-) -> Result:
+    program: Program, call: Call, run_piece: Run, wants_gradients: Callable[[Program, Call], tuple[bool, bool]],
+    stops: Callable[[Program, Call], bool],
+) -> Result:  # fmt: skip
     """Run a call with `until`. run_piece: runs a call without it.
 
     wants_gradients: (whether a call is to be differentiated, whether its step draws random numbers).
+    stops: whether the steps of a piece that come after all rows have ended cost next to nothing.
     """
     if _get_current_dispatch_mode_stack():
         raise UnsupportedError(
@@ -72,7 +76,7 @@ def run(
         )
     training, random = wants_gradients(program, replace(call, until=None))
     with torch.set_grad_enabled(training and random):
-        result = _in_pieces(program, call, run_piece)
+        result = _in_pieces(program, call, run_piece, stops)
     if not training or random:
         return result
     return _again(program, call, result, run_piece)
@@ -93,10 +97,12 @@ def _again(program: Program, call: Call, found: Result, run_piece: Run) -> Resul
     return replace(run_piece(program, whole), taken=taken)
 
 
-def _in_pieces(program: Program, call: Call, run_piece: Run) -> Result:
+def _in_pieces(program: Program, call: Call, run_piece: Run, stops: Callable[[Program, Call], bool]) -> Result:
     frozen, constants = freezing(program, call.until, call.initial, call.reset_to)
     constants = [*call.constants, *constants]
-    plan = _Pieces(call)
+    probe = replace(call, constants=constants, lengths=None, mask=None, resets=None, reset_to=None, until=None)
+    by_itself = not torch.is_grad_enabled() and call.resets is None and call.steps > 0 and stops(frozen, probe)
+    plan = _Pieces(call, LONG_PIECE if by_itself else FIRST_PIECE)
     states, pieces = call.initial, []
     held: dict[Any, Any] = {}
     while (piece := plan.next(states[call.until])) is not None:
@@ -123,8 +129,8 @@ def _in_pieces(program: Program, call: Call, run_piece: Run) -> Result:
 class _Pieces:
     """The pieces of a call, one after the other, and which of their steps are valid."""
 
-    def __init__(self, call: Call) -> None:
-        self.steps, self.batch = call.steps, call.batch
+    def __init__(self, call: Call, first: int) -> None:
+        self.steps, self.batch, self.first = call.steps, call.batch, first
         self.stop = 0
         self.valid = valid_steps(call)
         self.all_resets = None
@@ -142,7 +148,7 @@ class _Pieces:
         if not len(left):
             return None
         start = self.stop
-        most = int(left[0]) + max(FIRST_PIECE, start)  # steps before the first that a row takes cost nothing
+        most = int(left[0]) + max(self.first, start)  # steps before the first that a row takes cost nothing
         self.stop = start + min(most, int(left[-1]) + 1)
         piece = slice(start, self.stop)
         self.resets = None if self.all_resets is None else self.all_resets[piece]
@@ -202,7 +208,7 @@ def _frozen(program: Program, until: int, states: int) -> Program:
         return [*outputs, ~ended], nexts
 
     frozen = replace(
-        program, run=run, key=("until", until, program.key), stands_alone=False,
+        program, run=run, key=("until", until, program.key), stands_alone=False, ends=until,
         constant_names=[*program.constant_names, *program.state_names],
         constant_batched=[*program.constant_batched, *[True] * states],
     )  # fmt: skip

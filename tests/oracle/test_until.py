@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 import steploop as sl
+from steploop import until
+from steploop.backends.cpu import runner as native
+from steploop.compiler.batch import OncePiece
 
 BACKENDS = ["eager", "cpu"]
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -315,3 +318,85 @@ class Outer(sl.Step):
 def test_inside_another_step_it_is_refused():
     with pytest.raises(sl.UnsupportedError, match="ends by itself was called inside a step"):
         sl.Loop(Outer(), backend="eager")(torch.randn(3, 2, 5, dtype=torch.float64))
+
+
+class Draws(sl.Step):
+    """Ends at random, each row at its own step; what it gives depends on what it reads at that step."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = sl.State(3)
+        self.last = sl.State(init=-1, dtype=torch.int64)
+        self.done = sl.State(init=False, dtype=torch.bool)
+
+    def step(self, x, *, ends):
+        self.h.next = torch.tanh(self.h.prev + x.unsqueeze(1))
+        self.last.next = self.last.prev + 1
+        self.done.next = (self.last.next >= ends) | (self.h.next.sum(1) > 100)
+        return {"h": self.h.next, "wide": self.h.next.unsqueeze(2) * x.reshape(-1, 1, 1), "at": self.last.next}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 5, 70])
+def test_a_native_loop_that_stops_by_itself(threads, batch, monkeypatch):
+    """Tiles stop at steps of their own; one call of a long piece, then one with a single row left."""
+    calls = []
+    plain = native.Runner._call
+    monkeypatch.setattr(native.Runner, "_call", lambda self, *given: (calls.append(self), plain(self, *given))[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        step = Draws().double()
+        for longest in (3, 39, 300):
+            ends = torch.randint(0, 4, (batch,))
+            ends[-1] = longest
+            x = torch.randn(400, batch, dtype=torch.float64)
+            calls.clear()
+            with torch.no_grad():
+                found, state = sl.Loop(step, until="done", backend="cpu")(x, ends=ends)
+                expected, end = sl.Loop(step, until="done", backend="reference")(x, ends=ends)
+            assert len(calls) == (1 if longest < 256 else 2)
+            assert torch.equal(state.steps, ends + 1) and torch.equal(end.steps, ends + 1)
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], **CLOSE)
+            for name in end:
+                torch.testing.assert_close(state[name], end[name], **CLOSE)
+    finally:
+        torch.set_num_threads(before)
+
+
+class Reads(sl.Step):
+    """Attends to a memory through keys that are the same at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.key = nn.Linear(3, 3, dtype=torch.float64)
+        self.h, self.at = sl.State(3, init=0.1), sl.State(init=0, dtype=torch.int64)
+        self.done = sl.State(init=False, dtype=torch.bool)
+
+    def step(self, *, memory, ends):
+        weights = (self.key(memory) * self.h.prev.unsqueeze(1)).sum(2).softmax(1)
+        self.h.next = (weights.unsqueeze(2) * memory).sum(1)
+        self.at.next = self.at.prev + 1
+        self.done.next = self.at.next >= ends
+        return self.h.next
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_the_same_at_every_step_is_made_once_a_call_and_follows_the_rows(backend, monkeypatch):
+    made = []
+    plain = OncePiece.__call__
+    monkeypatch.setattr(OncePiece, "__call__", lambda self, *given: (made.append(1), plain(self, *given))[1])
+    monkeypatch.setattr(until, "LONG_PIECE", 16)
+    step = Reads()
+    memory = torch.randn(4, 5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for ends in ([40] * 4, [3, 40, 20, 37], [40] * 4):
+            ends = torch.tensor(ends)
+            made.clear()
+            found, _ = sl.Loop(step, until="done", backend=backend)(steps=99, memory=memory, ends=ends)
+            assert len(made) == 1 or len(ends.unique()) > 1
+            expected, _ = sl.Loop(step, until="done", backend="reference")(steps=99, memory=memory, ends=ends)
+            torch.testing.assert_close(found, expected, **CLOSE)
+            memory.mul_(-1.5)
+            step.key.weight.mul_(0.7)

@@ -424,7 +424,7 @@ class _Tracer:
             graph=graph, batch=batch, symbols=self.symbols,
             xs=inputs[:x], constants=inputs[x : x + c], prevs=inputs[x + c : x + c + s], captured=real,
             outputs=results[: self.shape_of_result["outputs"]],
-            nexts=results[self.shape_of_result["outputs"] :][:s],
+            nexts=results[self.shape_of_result["outputs"] :][:s], ends=self.program.ends,
         )  # fmt: skip
         self._name(step)
         step.captured.extend(made)

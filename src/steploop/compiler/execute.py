@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from . import blocks
 from .absorb import absorb
 from .batch import OncePiece, Piece, Rowwise, StackedPiece
-from .graph import Rows, expression, size_at
+from .graph import Rows, expression, op_name, size_at
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span, Unpacked
@@ -101,6 +101,13 @@ class Executable:
         self.bytes_per_row = self._bytes_per_row()
         products = (getattr(runner, "product", None) for runner in self.runners.values())
         self.long_product = next((p for p in products if p is not None), None)
+
+    @property
+    def stops(self) -> bool:
+        """Whether next to nothing runs at steps before which all rows have ended (`Problem.ends`)."""
+        others = [n for loop, r in self.runners.items() if not getattr(r, "stops", False) for n in loop.nodes]
+        products = any(op_name(n) in ("mm", "bmm", "addmm") for n in others)
+        return not products and any(getattr(r, "stops", False) for r in self.runners.values())
 
     def _choose(self, loop: Loop) -> None:
         wider: Loop | None = None

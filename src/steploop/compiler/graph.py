@@ -127,6 +127,7 @@ class StepGraph:
     grad_constants: list[fx.Node | None] = field(default_factory=list)
     grad_prevs: list[fx.Node | None] = field(default_factory=list)
     grad_captured: list[fx.Node | None] = field(default_factory=list)
+    ends: int | None = None  # see `Program`
 
 
 @dataclass(eq=False)
@@ -152,6 +153,9 @@ class LoopProgram:
     `nexts[i]` its new value (a node, possibly a placeholder); axis 0 of a state is the batch unless
     `batch` is None. `kept` are values wanted from every step: packed along their rows axis, or
     stacked (T, ...) where they have none. `names` are the users' names of the states.
+
+    ends: a state, (B,) bool. In a row where it is set before a step, no state changes any more, and what is kept of
+    that step and of those after it may be the same.
     """
 
     graph: fx.Graph
@@ -162,6 +166,7 @@ class LoopProgram:
     kept: list[fx.Node]
     names: list[str]
     mixes_rows: bool = False
+    ends: int | None = None
 
     @property
     def calls(self) -> list[fx.Node]:

@@ -46,7 +46,8 @@ def copied(step: StepGraph, *also: list[fx.Node]) -> tuple[StepGraph, list[list[
         for name in ("xs", "constants", "prevs", "captured", "outputs", "nexts", "ct_outputs", "ct_nexts",
                      "grad_xs", "grad_constants", "grad_prevs", "grad_captured")
     }  # fmt: skip
-    return StepGraph(graph=graph, batch=step.batch, symbols=step.symbols, **lists), [twin(a) for a in also]
+    twinned = StepGraph(graph=graph, batch=step.batch, symbols=step.symbols, ends=step.ends, **lists)
+    return twinned, [twin(a) for a in also]
 
 
 def mixing_reasons(step: StepGraph) -> dict[fx.Node, str]:
@@ -87,7 +88,7 @@ def lower_forward(
         mixing = mixing_reasons(own)
         states = [State(p, n, name) for p, n, name in zip(own.prevs, own.nexts, names)]
         return Problem(own.graph, own.batch, states, list(own.outputs), [], list(states), mixing,
-                       one_loop=one_loop)  # fmt: skip
+                       one_loop=one_loop, ends=None if save or step.ends is None else own.prevs[step.ends])  # fmt: skip
 
     return ForwardPlan(own, Executable(_improved(own, problem), choose), count)
 

@@ -38,6 +38,7 @@ class Problem:
     wanted: values needed from every step.  summed: values of which the sum over all steps is needed.
     stepwise: nodes that can't be batched over time, with the reason.
     one_loop: everything that varies goes into one loop (rows that mix and are not all valid).
+    ends: the state that ends a row, see `LoopProgram`.
     """
 
     graph: fx.Graph
@@ -48,6 +49,7 @@ class Problem:
     finals: list[State] = field(default_factory=list)
     stepwise: dict[fx.Node, str] = field(default_factory=dict)
     one_loop: bool = False
+    ends: fx.Node | None = None
 
 
 @dataclass(eq=False)
@@ -339,9 +341,11 @@ def extract(loop: Loop, problem: Problem, result: Partition) -> None:
     kept = [copies[n] for n in loop.kept]
     nexts = [copies[s.next] for s in loop.states]
     graph.output((nexts, kept))
+    ends = next((i for i, s in enumerate(loop.states) if s.prev is problem.ends), None)
     loop.program = LoopProgram(
         graph=graph, batch=problem.batch, prevs=prevs, nexts=nexts, inputs=inputs, kept=kept,
         names=[s.name for s in loop.states], mixes_rows=any(n in problem.stepwise for n in loop.nodes),
+        ends=ends,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
     n = n + 1                      counting, in integers
     s = torch.maximum(s, x)        cumulative maximum (and minimum)
     s = cat([s[:, 1:], x[:, None]], 1)   sliding window
+    s = s                          a State that no step writes
 
 x comes from outside the loop. With resets the loop runs as it stands: a sum since the last reset, as a difference
 of sums, would lose digits.
@@ -73,6 +74,8 @@ def recognise(loop: LoopProgram, plain: Callable[[], Any]) -> Recognised | None:
     if rows_of(following) != Rows(0) or any(n not in (prev, following) for n in loop.kept):
         return None
     calls = loop.calls
+    if not calls and following is prev:
+        return Recognised("as it was", loop, None, lambda before, steps: before.expand(steps, *before.shape), plain)
     if len(calls) == 1 and calls[0] is following:
         return _pointwise(loop, prev, following, plain)
     return _window(loop, prev, following, calls, plain)

@@ -88,6 +88,14 @@ def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
     return training, any(seeded in getattr(n.target, "tags", ()) for n in capture.forward.graph.graph.nodes)
 
 
+def stops(program: Program, call: Call, backend: str, save: str) -> bool:
+    """Whether a call without gradients does next to nothing at steps before which all rows have ended."""
+    capture, dependencies = captures.find(program, call)
+    tensors = tensors_of(call, capture, dependencies)
+    invocation = _invocation(capture, call, backend, policy_of(capture, save, False, 0, tensors), False, False, tensors)
+    return invocation.forward.executable.stops
+
+
 def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
     """A scan does not say where its batch is. If every leaf has the same first axis and rows turn out to be
     independent along it, that axis is the batch, and the outside pieces run on all rows of all steps at once."""

@@ -37,6 +37,8 @@ class Program:
     x_names, constant_names: names of the leaves, for messages and plans.
     batched: True: axis 0 of every x, state and output is B. False: nothing is known of a batch axis.
     out_spec: the structure of what the step returned, set by every `run`; opaque to the compiler.
+    ends: which state, (B,) bool, ends a row: where it is set, no state changes any more, and what the step gives is of
+        no interest.
     stands_alone: it is the root's own step and nothing more, so that the root may run it in another form.
     kept: what the compiler keeps of its last call; opaque to everybody else.
     """
@@ -51,6 +53,7 @@ class Program:
     batched: bool = True
     statics: list[tuple[list[Any], int, str]] = field(default_factory=list)
     out_spec: Any = None
+    ends: int | None = None
     stands_alone: bool = True
     kept: dict[str, Any] = field(init=False, default_factory=dict)
 

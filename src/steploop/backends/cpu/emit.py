@@ -218,16 +218,49 @@ class Printer:
         self.line("if (n == 0) continue;", 2)
         self.line("const long from = team.share(n), end = team.share(n, 1);  // rows of this thread", 2)
         self._resets("!call.down")
+        self._is_over()
         for phase in self.plan.phases:
             self._phase(phase)
         self._swap()
         self._resets("call.down")
+        self._stop()
         self.line("}", 1)
         self.line("team.wait();", 1)
         self.line("if (team.me == 0) save_rows(0, loaded);", 1)
         self.line("if (!team.memory) free(memory);", 1)
         self.line("}")
         self.line()
+
+    def _is_over(self) -> None:
+        """Whether all rows of a tile had ended before a step: then it is the last that runs."""
+        if self.program.ends is None:
+            return
+        self.line("bool over = !call.resets && !call.down;", 2)
+        self.line("if (over) {", 2)
+        self.line("team.wait();", 3)
+        self.line(f"for (long r = 0; r < n; ++r) over = over && *({self._row(self.program.ends)});", 3)
+        self.line("team.wait();", 3)
+        self.line("}", 2)
+
+    def _stop(self) -> None:
+        """What the last step kept is what all later ones would keep."""
+        if self.program.ends is None:
+            return
+        self.line("if (over) {", 2)
+        self.line("for (long r = from; r < end; ++r) {", 3)
+        for b in self.program.kept:
+            self.line(f"const {CTYPES[b.dtype]}* {b.name}_last = {self._row(b)};", 4)
+        self.line("for (long later = step + 1; later < call.stop - call.start; ++later) {", 4)
+        self.line("const Where then = where(later);", 5)
+        self.line("const long at = then.at, here = then.here;", 5)
+        self.line("if (r >= then.n) break;", 5)
+        for b in self.program.kept:
+            size = f"{size_text(b.numel)} * sizeof({CTYPES[b.dtype]})"
+            self.line(f"memcpy({self._row(b)}, {b.name}_last, {size});", 5)
+        self.line("}", 4)
+        self.line("}", 3)
+        self.line("break;", 3)
+        self.line("}", 2)
 
     def _where(self) -> None:
         self.line("auto where = [&](long step) {", 1)

@@ -153,7 +153,10 @@ class Check:
 
 @dataclass(eq=False)
 class Program:
-    """One step of one row: inputs, states and kept values in the order of the loop, and temporaries."""
+    """One step of one row: inputs, states and kept values in the order of the loop, and temporaries.
+
+    ends: the state, one bool, of which `LoopProgram.ends` tells; None: there is none.
+    """
 
     inputs: list[Buffer] = field(default_factory=list)
     prevs: list[Buffer] = field(default_factory=list)
@@ -164,6 +167,7 @@ class Program:
     make: Any = None  # the Expressions that built it
     symbols: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)  # operation "inside" numbers them from 1
+    ends: Buffer | None = None
 
 
 def product(sizes: Sequence[Dim]) -> Dim:

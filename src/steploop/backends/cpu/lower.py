@@ -266,6 +266,8 @@ class Lowering:
             self._call(node)
         if not self.reasons:
             self._results()
+        if self.loop.ends is not None and not self.reasons:
+            self.program.ends = self.program.prevs[self.loop.ends]
         self.program.make = self.make
         self.program.symbols = sorted(map(str, self._symbols))
         return self.program

@@ -45,6 +45,7 @@ class Runner:
 
     def __init__(self, loop: LoopProgram, program: Program, broken: bool = False):
         self.loop, self.program = loop, program
+        self.stops = program.ends is not None  # by itself, where all rows have ended
         self.plan: Plan = fuse(program)
         broken = broken or os.environ.get(BREAK) == "cpu"
         printer = Printer(self.plan, broken)
