@@ -60,6 +60,7 @@ def _program(program: Program, xs: int, constants: int, states: int) -> Program:
         program, run=run, key=("masked", program.key), x_names=[*program.x_names, "mask", "resets"],
         constant_names=[*program.constant_names, *program.state_names],
         constant_batched=[*program.constant_batched, *[True] * states],
+        ends=None,  # a reset, part of the step now, begins an ended row anew
     )  # fmt: skip
     known[xs, constants, states] = inner
     return inner
