@@ -64,6 +64,11 @@ def shape_at(value: Tensor, sizes: Mapping[str, int]) -> list[int]:
     return [size_at(expression(n), sizes) for n in value.shape]
 
 
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a tensor as ints and sympy expressions (comparable, without adding conditions)."""
+    return tuple(expression(s) for s in node.meta["val"].shape)
+
+
 def symbols_of(node: fx.Node) -> set[sympy.Symbol]:
     """The symbols of sizes in what a node gives and in what it is given."""
     found: set[sympy.Symbol] = set()
@@ -177,9 +182,14 @@ def line_of(node: fx.Node) -> str:
 
 
 def op_name(node: fx.Node) -> str:
-    """The ATen packet of a call, e.g. "mm"."""
-    target = node.target
+    """The ATen packet of a call, e.g. "mm"; the name of an operation from elsewhere has its namespace: "mine::mm"."""
+    return packet_name(node.target)
+
+
+def packet_name(target: Any) -> str:
     packet = getattr(target, "overloadpacket", None)
-    if packet is not None:
+    if packet is None:
+        return getattr(target, "__name__", str(target))
+    if target.namespace in ("aten", "steploop"):
         return packet.__name__
-    return getattr(target, "__name__", str(target))
+    return f"{target.namespace}::{packet.__name__}"

@@ -20,9 +20,10 @@ from .forget import forget_shapes
 from .graph import Size, StepGraph, expression
 from .hoists import HOISTS
 from .memory_operator import is_whole, own_prevs
+from .ops.table import is_random, operation_of
 from .partition import Partition, Problem, State, loop_nodes, partition
 from .rows import annotate
-from .simplify import is_random, remove_dead
+from .simplify import remove_dead
 
 aten = torch.ops.aten
 SAVE_LIMIT = 1 << 30  # bytes that save="auto" may keep beyond the states
@@ -227,7 +228,7 @@ def _savable(inputs: set[fx.Node], step: StepGraph) -> list[fx.Node]:
         if node in seen or not node.meta["varies"] or node.op != "call_function":
             continue
         seen.add(node)
-        free = getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in _FREE or is_whole(node)
+        free = operation_of(node).cheap or is_whole(node)
         if isinstance(node.meta["val"], Tensor) and node not in nexts and not free:
             found[node] = None
         elif node not in nexts:
@@ -235,11 +236,6 @@ def _savable(inputs: set[fx.Node], step: StepGraph) -> list[fx.Node]:
     order = {n: i for i, n in enumerate(step.graph.nodes)}
     return sorted(found, key=order.__getitem__)
 
-
-_FREE = {
-    "view", "t", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "cat", "stack",
-    "split", "split_with_sizes", "unbind", "zeros_like", "ones_like", "_to_copy", "zeros", "ones", "full_like",
-}  # fmt: skip
 
 
 def row_bytes(node: fx.Node) -> int:

@@ -21,6 +21,7 @@ from .dependencies import Dependencies, Number
 from .free_numbers import FreeNumber, NotFree
 from .graph import Size, expression
 from .memory_operator import calls_in, must_inline, tracing
+from .ops.table import operation_of
 from .partition import Problem, State, needed_nodes, recurrent_components
 from .program import Call, Program
 from .reads import Reads
@@ -403,9 +404,6 @@ def _with_rows(leaf: Leaf, batch: int) -> Leaf:
     return Leaf(shape, leaf.dtype, leaf.device, leaf.batched)
 
 
-_SHAPING = {"view", "expand", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "clone", "contiguous"}
-
-
 def _essence(trace: Trace, batch: int | None) -> list[Any]:
     """What a trace computes with so many rows (None: any): its calls with their arguments, but for those that only
     shape."""
@@ -429,7 +427,7 @@ def _essence(trace: Trace, batch: int | None) -> list[Any]:
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
         if node.op == "placeholder":
             named[node] = f"input {len(named)}"
-        elif node.op == "call_function" and name in _SHAPING:
+        elif node.op == "call_function" and operation_of(node).view == "shape":
             named[node] = named[node.all_input_nodes[0]] if node.all_input_nodes else name
         elif node.op == "call_function" and name in ("permute", "transpose", "t"):
             order, source = _order_of_axes(node, name, values), named[node.args[0]]

@@ -17,7 +17,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .forget import forget_shapes
-from .graph import Size, StepGraph, expression
+from .graph import Size, StepGraph, expression, shape_of
+from .ops.table import is_random, operation_of
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -30,11 +31,6 @@ def simplify(step: StepGraph) -> None:
 
 
 # -- helpers -------------------------------------------------------------------------------------------------
-
-
-def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes of a tensor as ints and sympy expressions (comparable, without adding conditions)."""
-    return tuple(expression(s) for s in node.meta["val"].shape)
 
 
 def sizes_of(shape: Iterable[Any]) -> list[Any]:
@@ -290,9 +286,7 @@ def split_backward_calls(step: StepGraph) -> None:
     """A backward call that gives the gradients of input and weights becomes two: one may have to stay in the
     loop, the other never."""
     for node in calls(step):
-        where = {aten.native_layer_norm_backward.default: 7, aten.native_group_norm_backward.default: 9,
-                 aten.convolution_backward.default: 10, aten.native_batch_norm_backward.default: 9,
-                 }.get(node.target)  # fmt: skip
+        where = operation_of(node).mask
         if where is None or where >= len(node.args):
             continue
         mask = list(node.args[where])
@@ -336,11 +330,6 @@ def _key(argument: Any) -> Any:
     if isinstance(argument, float):
         return ("float", repr(argument))
     return (type(argument), argument)
-
-
-def is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
 
 
 def remove_dead(step: StepGraph) -> None:

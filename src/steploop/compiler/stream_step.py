@@ -19,13 +19,13 @@ from torch.autograd import forward_ad
 
 from ..errors import BuildError
 from . import captures, forward_mode
-from .absorb import VIEWS
 from .batch import OncePiece
 from .captured import Capture
 from .dependencies import function_modes
-from .graph import Rows, op_name
+from .graph import Rows
 from .guards import same_content
 from .lower import copied, lower_forward, mixing_reasons
+from .ops.table import is_view
 from .partition import Loop, extract
 from .program import Call, Program
 from .recording import CudaRecorder, Recording, reasons_against, settings, types_of
@@ -217,13 +217,10 @@ def _native_plan(capture: Capture) -> tuple[Any, Loop, Any] | None:
     return plan, loops[0], plan.executable.runners[loops[0]]
 
 
-_VIEWS = VIEWS | {"t", "expand", "alias", "detach"}
-
-
 def _with_views(executable: Any, loop: Loop) -> Loop:
     """The loop together with the views of weights and constants that it reads: what it reads of them is then the user's
     own memory, and no copy that would be old when that changes."""
-    views = [n for n in executable.once.nodes if op_name(n) in _VIEWS]
+    views = [n for n in executable.once.nodes if is_view(n)]
     if not views:
         return loop
     wider = Loop([*views, *loop.nodes], loop.states)
