@@ -12,7 +12,7 @@ import steploop
 ROOT = Path(steploop.__file__).parent
 FRONT = {
     "arguments", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "kinds", "loop",
-    "packed", "scan", "replay", "share", "sizing", "state", "states", "step", "step_program", "stream",
+    "operation", "packed", "scan", "replay", "share", "sizing", "state", "states", "step", "step_program", "stream",
     "strict_export", "torchscript", "tracked", "tree", "until", "verify",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}
@@ -31,7 +31,7 @@ ALLOWED = {
     "cli": {"public", "library", "front", "recipes", "view", "backends", "compiler"},
 }
 # Of the front end only these know more of the compiler than the contract between the two.
-KNOW_THE_COMPILER = {"dispatch", "sizing"}
+KNOW_THE_COMPILER = {"dispatch", "operation", "sizing"}
 
 
 def name_of(path: Path) -> str:

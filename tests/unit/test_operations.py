@@ -31,7 +31,8 @@ FIRST_OF = {  # what is additive in its first argument, whatever else it is give
     "sigmoid_backward": (Y,), "tanh_backward": (Y,), "threshold_backward": (Y, 2.0), "silu_backward": (Y,),
     "gelu_backward": (Y,), "softplus_backward": (Y, 1.0, 20.0), "elu_backward": (1.0, 1.0, 1.0, False, Y),
     "leaky_relu_backward": (Y, 0.1, False), "hardtanh_backward": (Y, 1.0, 2.0),
-    "log_sigmoid_backward": (Y, (-Y.abs()).exp()), "glu_backward": (r(3, 8), 1),
+    "log_sigmoid_backward": (Y, (-Y.abs()).exp()),
+    "glu_backward": (r(3, 8), 1),
     "_softmax_backward_data": (Y.softmax(1), 1, torch.float64), "index": ([None, PLACES[0]],),
     "_log_softmax_backward_data": (Y.log_softmax(1), 1, torch.float64), "_unsafe_index": ([None, PLACES[0]],),
     "index_select": (1, PLACES[0]), "gather": (1, PLACES), "embedding": (PLACES % 3,),
@@ -42,7 +43,8 @@ MORE = {  # with all their arguments
     "mm": (X, r(4, 2)), "bmm": (r(2, 3, 4), r(2, 4, 5)), "mv": (X, r(4)), "addmm": (r(3, 2), X, r(4, 2)),
     "cat": ([X, Y], 1), "stack": ([X, Y], 1), "constant_pad_nd": (X, [1, 1]), "select_scatter": (X, r(3), 1, 2),
     "slice_scatter": (X, r(3, 2), 1, 0, 2), "diagonal_scatter": (X, r(3)), "scatter_add": (X, 1, PLACES, Y),
-    "unfold_backward": (r(3, 3, 2), [3, 4], 1, 2, 1), "view_as_real": (torch.complex(X, Y),), "_conj": (torch.complex(X, Y),),
+    "unfold_backward": (r(3, 3, 2), [3, 4], 1, 2, 1), "view_as_real": (torch.complex(X, Y),),
+    "_conj": (torch.complex(X, Y),),
     "view_as_complex": (r(3, 2),), "embedding_dense_backward": (r(3, 4, 2), PLACES, 5, -1, False),
 }  # fmt: skip
 SAMPLES = {**{name: (X, *rest) for name, rest in FIRST_OF.items()}, **MORE}
@@ -114,7 +116,8 @@ def test_what_is_called_a_view_computes_nothing(name):
 POINTWISE = {
     "where": (MASK, X, Y), "masked_fill": (X, MASK, torch.tensor(2.0)), "fill": (X, 2.0), "copy": (X, Y),
     "complex": (X, Y), "polar": (X, Y), "bucketize": (X, r(5).sort().values), "floor_divide": (X, Y),
-    "_to_copy": (X,), "_conj": (torch.complex(X, Y),), "_neg_view": (X,), "hardswish": (X,), "alias": (X,), "detach": (X,),
+    "_to_copy": (X,), "_conj": (torch.complex(X, Y),), "_neg_view": (X,), "hardswish": (X,),
+    "alias": (X,), "detach": (X,),
     "_prelu_kernel": (X, Y), "hardswish_backward": (X, Y), "hardsigmoid_backward": (X, Y), "clone": (X,),
     "softshrink_backward": (X, Y, 0.5), "hardshrink_backward": (X, Y, 0.5), "contiguous": (X,),
     **{n: SAMPLES[n] for n in ("softplus_backward", "elu_backward", "leaky_relu_backward", "hardtanh_backward",

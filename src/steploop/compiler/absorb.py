@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .graph import Rows, expression, op_name
+from .ir.graph import Rows, expression, op_name
 from .ops.table import is_view, operation_of
 from .partition import Batched, Loop, Partition, extract
 

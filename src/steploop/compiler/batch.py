@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from .graph import Rows, shape_at, symbols_of
 from .history_products import PRODUCTS
+from .ir.graph import Rows, shape_at, symbols_of
 from .ops.table import is_factory, is_random, linear_in
 from .partition import State
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument, print_size

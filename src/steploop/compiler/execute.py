@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from . import blocks
 from .absorb import absorb
 from .batch import OncePiece, Piece, Rowwise, StackedPiece
-from .graph import Rows, expression, size_at
+from .ir.graph import Rows, expression, size_at
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span, Unpacked

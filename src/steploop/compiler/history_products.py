@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from .graph import Rows, expression
+from .ir.graph import Rows, expression
 from .ops.table import Operation, put
 
 

@@ -28,7 +28,7 @@ from . import forward_mode, operators
 from .capture import Signature, Trace
 from .captured import Facts, sizes_of
 from .execute import Run, Shifted
-from .graph import Rows, expression
+from .ir.graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
 from .memory_operator import autograd_in_kernels
 from .ops.rules import CONTRACTED, Mixed

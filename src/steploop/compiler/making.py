@@ -19,18 +19,18 @@ from .capture import FixedBatch, Leaf, Observed, Signature, Trace, trace_forward
 from .captured import Capture, Facts, hint, lock, sizes_of
 from .dependencies import Dependencies, Number
 from .free_numbers import FreeNumber, NotFree
-from .graph import Size, expression
+from .ir.graph import Size, expression
 from .memory_operator import calls_in, must_inline, tracing
 from .ops.table import operation_of
-from .partition import Problem, State, needed_nodes, recurrent_components
+from .partition import needed_nodes, problem_of, recurrent_components
+from .passes.histories import use_whole_histories
+from .passes.manager import find_mixing, simplify
 from .program import Call, Program
 from .reads import Reads
 from .recorder import Recorder
 from .refusals import KEEP
-from .rows import annotate
 from .side_effects import Snapshot
-from .simplify import simplify
-from .whole_histories import use_whole_histories
+from .stages import aside
 
 
 class SideEffect(StepError):
@@ -137,7 +137,7 @@ class _Maker:
 
     def _check_free(self, trace: Trace, symbolic: bool, inline: set[int]) -> None:
         """The step must do with the floats what it did with symbols: it may ask what they are."""
-        with tracing(inline) as memory:
+        with aside(), tracing(inline) as memory:
             plain = trace_forward(self.program, self.signature, symbolic, Observed())
         plain.keep_alive.extend(memory.calls)
         calls = [[(target, len(floats)) for target, floats in t.numbers] for t in (trace, plain)]
@@ -294,7 +294,7 @@ def _add_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:
     try:
         joint = _joint(capture, program, tensors, set(capture.inline), Observed(recorder, free))
         opaque = {id(call.op) for call in calls_in(joint.graph.graph)}
-        if opaque and annotate(joint.graph):
+        if opaque and find_mixing(joint.graph):
             # Where gradients mix rows, everything may have to be one loop.
             joint = _joint(capture, program, tensors, opaque | set(capture.inline), Observed(recorder, free))
     except Exception:
@@ -390,12 +390,13 @@ def _like(
     groups = (signature.xs, signature.constants, signature.states)
     few = Signature(*([_with_rows(leaf, batch) for leaf in group] for group in groups), batch, signature.dynamic)
     try:
-        with tracing(inline) as memory:
+        with aside(), tracing(inline) as memory:
             other = trace_forward(program, few, False, Observed(Recorder(), free))
         other.keep_alive.extend(memory.calls)
     except Exception:
         return False
-    simplify(other.graph)
+    with aside():
+        simplify(other.graph)
     return _essence(trace, batch) == _essence(other, batch)
 
 
@@ -462,10 +463,9 @@ def _memories_in_loops(trace: Trace, program: Program) -> set[int]:
     if not calls_in(graph.graph):
         return set()
     simplify(graph)
-    if graph.batch is None or annotate(graph):
+    if graph.batch is None or find_mixing(graph):
         return {id(call.op) for call in calls_in(graph.graph)}
-    states = [State(p, n, name) for p, n, name in zip(graph.prevs, graph.nexts, program.state_names)]
-    problem = Problem(graph.graph, graph.batch, states, list(graph.outputs), [], states)
+    problem = problem_of(graph)
     return must_inline(graph.graph, recurrent_components(problem, needed_nodes(problem)))
 
 

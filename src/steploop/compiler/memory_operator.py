@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graph import LoopProgram, Rows, shape_at
+from .ir.graph import LoopProgram, Rows, shape_at
 from .ops.rules import CONTRACTED, Mixed
 from .ops.table import add
 from .schedule import Span

@@ -9,14 +9,14 @@ that computes it is a shift by one step.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .graph import LoopInput, LoopProgram, Rows
+from .ir.graph import LoopInput, LoopProgram, Rows, StepGraph
 from .memory_operator import is_memory
 from .ops.table import is_factory
 
@@ -49,6 +49,25 @@ class Problem:
     finals: list[State] = field(default_factory=list)
     stepwise: dict[fx.Node, str] = field(default_factory=dict)
     one_loop: bool = False
+
+
+def problem_of(
+    step: StepGraph, names: Sequence[str] = (), stepwise: dict[fx.Node, str] | None = None, one_loop: bool = False
+) -> Problem:
+    """A forward step as a problem: its outputs and states are wanted. names: of its states."""
+    named = names or [""] * len(step.prevs)
+    states = [State(p, n, name) for p, n, name in zip(step.prevs, step.nexts, named)]
+    return Problem(step.graph, step.batch, states, list(step.outputs), [], list(states), stepwise or {}, one_loop)
+
+
+def joint_problem_of(step: StepGraph) -> Problem:
+    """A forward step and its gradient as one problem, to see what loops in either."""
+    found = problem_of(step)
+    pairs = zip(step.ct_nexts, step.grad_prevs)
+    found.states += [State(c, g, "") for c, g in pairs if c is not None and g is not None]
+    found.finals = found.states
+    found.wanted += step.results("grad_xs", "grad_constants", "grad_captured")
+    return found
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from ..marks import wide
-from .graph import LoopProgram, Rows, expression, rows_of
+from .ir.graph import LoopProgram, Rows, expression, rows_of
 from .memory_operator import Dense
 from .ops.table import linear_groups, operation_of
 from .schedule import Span

@@ -20,7 +20,7 @@ from . import captures, forward_mode
 from .capture import Trace, is_tracing, keep_with_trace
 from .captured import Capture
 from .dependencies import Dependencies
-from .graph import LoopProgram, Rows, StepGraph, line_of, op_name
+from .ir.graph import LoopProgram, Rows, StepGraph, line_of, op_name
 from .loop_operator import Invocation, Layout, LoopFunction, hints_of, traced
 from .lower import (
     SAVE_LIMIT,
@@ -31,17 +31,18 @@ from .lower import (
     copied,
     lower_backward,
     lower_forward,
-    mixing_reasons,
     row_bytes,
 )
 from .making import with_joint
 from .masking import masked_call
 from .memory_operator import SequenceRunner, is_memory
+from .passes.histories import use_whole_histories
+from .passes.manager import mixing_reasons
 from .patterns import recognise
 from .plan import Plan, describe
 from .program import Call, Program, Result
 from .recorder import working
-from .whole_histories import use_whole_histories
+from .stages import as_text, recorded
 
 BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
 
@@ -326,7 +327,15 @@ def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "au
         needs = _as_needs(invocation.layout, tensors)
         backward = invocation.lowered.backward(needs, call.resets is not None)
         forward.backward = _described(backward.executable, f"{name} backward", [])
+    forward.again = lambda: _stages(program, call, backend, save)
     return forward
+
+
+def _stages(program: Program, call: Call, backend: str, save: str) -> str:
+    """The texts of all stages: the call is planned once more, from the capture on."""
+    with recorded() as found:
+        plan(program, call, backend=backend, save=save)
+    return as_text(found)
 
 
 def _described(executable: Any, title: str, notes: list[str]) -> Plan:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
 from torch import Tensor, fx
 
-from .graph import Rows, expression, line_of, op_name
+from ..errors import InputError
+from .ir.graph import Rows, expression, line_of, op_name
 from .memory_operator import is_memory, operation_name
 from .partition import Loop, Partition, State
 from .patterns import is_linear_recurrence
@@ -50,6 +51,7 @@ class Plan:
     An op that some loop waits for is in `before`, also where it stands between two loops; the others, and all
     of them when nothing loops after them, are in `after` (in `before` when there is no loop at all).
     backward: the plan of the gradient, None where nothing asks for one.
+    again: what `stages` runs.
     """
 
     title: str
@@ -58,6 +60,19 @@ class Plan:
     after: list[Op]
     notes: list[str] = field(default_factory=list)
     backward: Plan | None = None
+    again: Callable[[], str] | None = field(default=None, repr=False)
+
+    def stages(self) -> str:
+        """The step as text after every stage of the compiler: as it was captured, after every pass, its loops.
+
+        The step is captured once more for it, on the inputs that the plan was made for.
+        """
+        if self.again is None:
+            raise InputError("this plan was loaded or copied: only the plan that Loop.plan gave has the stages")
+        return self.again()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "again": None}
 
     def __str__(self) -> str:
         text = "\n".join(_table(self))

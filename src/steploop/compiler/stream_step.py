@@ -22,11 +22,12 @@ from . import captures, forward_mode
 from .batch import OncePiece
 from .captured import Capture
 from .dependencies import function_modes
-from .graph import Rows
 from .guards import same_content
-from .lower import copied, lower_forward, mixing_reasons
+from .ir.graph import Rows
+from .lower import copied, lower_forward
 from .ops.table import is_view
 from .partition import Loop, extract
+from .passes.manager import mixing_reasons
 from .program import Call, Program
 from .recording import CudaRecorder, Recording, reasons_against, settings, types_of
 

@@ -14,7 +14,7 @@ import functools
 import warnings
 from collections.abc import Callable
 
-from ...compiler.graph import LoopProgram
+from ...compiler.ir.graph import LoopProgram
 from .build import BuildError, compiler, folder, problem, what_to_install, wide_vectors
 from .lower import lower
 from .runner import Runner

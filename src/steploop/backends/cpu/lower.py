@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ...compiler.graph import LoopProgram, Size, expression, line_of, op_name
+from ...compiler.ir.graph import LoopProgram, Size, expression, line_of, op_name
 from ...compiler.ops.table import is_view
 from . import geometry
 from .expressions import Expressions, is_contiguous, same_shape

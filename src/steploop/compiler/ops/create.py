@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 from torch import fx
 
-from ..graph import shape_of
+from ..ir.graph import shape_of
 from .rules import Axis, first_axis, has, made_up, pointwise, pointwise_tuple
 from .table import add
 

@@ -6,7 +6,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..graph import Rows, shape_of
+from ..ir.graph import Rows, shape_of
 from .rules import CONTRACTED, Axis, Mixed, aligned, tensor_inputs
 from .table import add, is_zero
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 from torch import fx
 
-from ..graph import shape_of
+from ..ir.graph import shape_of
 from .rules import CONTRACTED, Axis, Mixed, Rule, along, first_axis, pointwise
 from .table import add
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 from torch import Tensor, fx
 
-from ..graph import shape_of
+from ..ir.graph import shape_of
 from .rules import CONTRACTED, Axis, Mixed, first_axis, leading, tensor_inputs
 from .table import add
 

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ..graph import Rows, expression, shape_of
+from ..ir.graph import Rows, expression, shape_of
 
 aten = torch.ops.aten
 

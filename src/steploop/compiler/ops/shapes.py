@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..graph import Rows, shape_of
+from ..ir.graph import Rows, shape_of
 from .rules import Axis, Mixed, Rule, aligned, along, first_axis, has, is_inner
 from .table import add
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..graph import packet_name
+from ..ir.graph import packet_name
 from .rules import Rule, pointwise
 
 

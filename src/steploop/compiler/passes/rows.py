@@ -18,9 +18,9 @@ from typing import Any
 import sympy
 from torch import Tensor, fx
 
-from .graph import Rows, Size, StepGraph, expression
-from .ops.rules import CONTRACTED, Axis, Mixed, made_up
-from .ops.table import is_random, linear_in, operation_of
+from ..ir.graph import Rows, Size, StepGraph, expression
+from ..ops.rules import CONTRACTED, Axis, Mixed, made_up
+from ..ops.table import is_random, linear_in, operation_of
 
 
 def annotate(step: StepGraph, per_step: Sequence[fx.Node] = ()) -> dict[fx.Node, str]:
