@@ -437,8 +437,16 @@ def _essence(trace: Trace, batch: int | None) -> list[Any]:
         elif node.op == "call_function":
             named[node] = f"call {len(calls)}"
             kwargs = tuple((k, plain(v)) for k, v in sorted(node.kwargs.items()))
-            calls.append((str(node.target), plain(node.args), kwargs))
+            args = [a for i, a in enumerate(node.args) if i != _HANDLE_AT.get(node.target)]
+            calls.append((str(node.target), plain(args), kwargs))
     return [*calls, *(named[n] for n in (*graph.outputs, *graph.nexts))]
+
+
+# Which argument is the number of something made in the trace: a loop, or a remembering operation.
+_HANDLE_AT = {
+    torch.ops.steploop.inner_loop.default: 1, torch.ops.steploop.inner_loop_backward.default: 3,
+    torch.ops.steploop.memory.default: 1, torch.ops.steploop.memory_backward.default: 2,
+}  # fmt: skip
 
 
 def _order_of_axes(node: fx.Node, name: str, values: dict[Any, Any]) -> list[int]:
