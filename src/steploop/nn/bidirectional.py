@@ -90,7 +90,9 @@ def _prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _joined(left: States, right: States) -> States:
     values = _prefixed("forward.", left) | _prefixed("backward.", right)
-    return States(values, _prefixed("forward.", left._own) | _prefixed("backward.", right._own))
+    states = States(values, _prefixed("forward.", left._own) | _prefixed("backward.", right._own))
+    states.count(lambda: left.steps)
+    return states
 
 
 def _concatenate(left: Any, right: Any, leading: int = 2) -> Any:
