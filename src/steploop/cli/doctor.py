@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json as text_format
 import os
 import platform
-import shutil
 import sys
 
+from .messages import FOR_RECIPES, pip
+from .options import AsJson
 
-def doctor() -> None:
-    """Tell what this machine has: versions, threads, compiler, cache; and what to install."""
+
+def doctor(json: AsJson = False) -> None:
+    """Tell what this machine has: versions, threads, compiler, cache; and what to install.
+
+    \b
+    steploop doctor
+    steploop doctor --json
+    """
     import torch
 
     from .. import __version__
+    from ..backends import cpu
 
     rows = {
         "steploop": __version__,
@@ -23,29 +33,17 @@ def doctor() -> None:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
     }
     # The native backend knows best of the compiler it uses; of threads it has something else to say.
-    native = _native_backend()
-    rows |= {f"native {name}" if name in rows else name: value for name, value in native.items()}
-    rows.setdefault("compiler", _compiler())
+    rows |= {f"native {name}" if name in rows else name: value for name, value in cpu.doctor().items()}
+    rows["recipes"] = _recipes()
+    if json:
+        print(text_format.dumps(rows, indent=1))
+        return
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:{width}}  {value}")
 
 
-def _compiler() -> str:
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    for name in wanted:
-        if found := shutil.which(name):
-            return found
-    if platform.system() == "Darwin":
-        return "none; to install one: xcode-select --install"
-    return "none; to install one: sudo apt install g++ (Debian, Ubuntu), sudo dnf install gcc-c++ (Fedora)"
-
-
-def _native_backend() -> dict[str, str]:
-    """What the native backend says of itself (its cache folder, its flags)."""
-    try:
-        from ..backends.cpu import doctor as examine
-    except ImportError:
-        return {"native loops": "not in this version; loops run on the eager backend"}
-    found = examine()
-    return dict(found) if isinstance(found, dict) else {"native loops": str(found)}
+def _recipes() -> str:
+    """Whether what `train`, `sample`, `compare` and `convert` need is there."""
+    missing = tuple(name for name in FOR_RECIPES if importlib.util.find_spec(name) is None)
+    return f"no {', '.join(missing)}; to install: {pip(missing)}" if missing else "all packages are there"

@@ -25,11 +25,12 @@ def packages_missing(error: ModuleNotFoundError) -> str | None:
     """The message for a package that a command needs; None for a module that has nothing to do with us."""
     name = (error.name or "").split(".")[0]
     if name in FOR_ALL_COMMANDS:
-        return f"The command line needs the package {name}.\n  fix:      {_pip(FOR_ALL_COMMANDS)}"
+        return f"The command line needs the package {name}.\n  fix:      {pip(FOR_ALL_COMMANDS)}"
     if name in FOR_RECIPES:
-        return f"This command needs the package {name}.\n  fix:      {_pip(FOR_RECIPES)}"
+        return f"This command needs the package {name}.\n  fix:      {pip(FOR_RECIPES)}"
     return None
 
 
-def _pip(packages: tuple[str, ...]) -> str:
+def pip(packages: tuple[str, ...]) -> str:
+    """The command that installs packages for the Python that runs now."""
     return f"{sys.executable or 'python'} -m pip install {' '.join(packages)}"

@@ -42,3 +42,4 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights, d
 UsedBackend = Annotated[Backend, typer.Option(help="What runs the loops.")]
 UsedDevice = Annotated[Device, typer.Option(help="Where the model is trained.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="A model that is in --out may be replaced.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

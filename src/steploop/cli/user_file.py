@@ -1,4 +1,4 @@
-"""Steps in a user's own file, for the commands that take FILE.py:Class."""
+"""A step in a user's own file and what it is called with, for the commands that take FILE.py:Class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,56 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import InputError, SteploopError, raised_at
+
+Target = Annotated[str, typer.Argument(metavar="FILE.py:Class", help="Where the step is.")]
+Init = Annotated[str, typer.Option(help='What the class is made with: "8, 16" or "8, bias=False".')]
+Input = Annotated[
+    list[str] | None,
+    typer.Option(help='Shape of a sequence, "T,B,I"; "T,B:int" for whole numbers. Repeatable.'),
+]
+Constant = Annotated[
+    list[str] | None,
+    typer.Option(help='Name and shape of a constant, "memory=B,S,I"; "table=V,E:unbatched". Repeatable.'),
+]
+
+
+@dataclass
+class Call:
+    """A Loop and the arguments it is called with."""
+
+    file: str
+    loop: Any
+    inputs: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+def call_of(target: str, init: str, inputs: list[str] | None, constants: list[str] | None, backend: str) -> Call:
+    """What FILE.py:Class and the options say; without inputs, what the file's `example()` returns."""
+    import steploop as sl
+
+    file, _, name = target.partition(":")
+    if name == "" and not file.endswith(".py"):
+        raise InputError(f"Expected FILE.py:Class, got {target!r}")
+    module = load(Path(file))
+    if inputs:
+        step, given = made(module, file, name, init), tuple(tensor(shape, "--input", "20,4,8") for shape in inputs)
+        named = dict(constant(text) for text in constants or [])
+    else:
+        if constants:
+            raise InputError("--constant goes with --input: an example() returns its constants itself.")
+        step, given, named = example(module, file, name)
+    if not isinstance(step, sl.Loop):
+        return Call(file, sl.Loop(step, backend=backend), given, named)
+    if backend != "auto":
+        step.backend = backend
+    return Call(file, step, given, named)
 
 
 @contextlib.contextmanager
@@ -78,18 +124,34 @@ def _arguments(init: str) -> tuple[list[Any], dict[str, Any]]:
         raise InputError(f'--init takes Python literals such as "8, 16" or "8, bias=False"; got {init!r}') from None
 
 
-def tensor(shape: str) -> Any:
-    """A random sequence of a shape: "20,4,8" of floats, "20,4:int" of zeros (a number that any table has)."""
+def tensor(shape: str, option: str, like: str) -> Any:
+    """Of a shape: "20,4,8" is random floats, "20,4:int" zeros (a number that any table has), "20,4:bool" all True."""
     import torch
 
     sizes, _, kind = shape.partition(":")
     try:
-        numbers = [int(size) for size in sizes.split(",")]
+        numbers = [int(size) for size in sizes.split(",")] if sizes else []
     except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 0 or kind not in ("", "float", "int"):
-        raise InputError(f'--input takes a shape such as "20,4,8" (T,B,I) or "20,4:int"; got {shape!r}')
-    return torch.zeros(numbers, dtype=torch.int64) if kind == "int" else torch.randn(numbers)
+        numbers = [-1]
+    if not numbers or min(numbers) < 0 or kind not in ("", "float", "int", "bool"):
+        raise InputError(
+            f'{option} takes a shape such as "{like}" (T,B,I for sequences), "20,4:int" or "20,4:bool"; got {shape!r}'
+        )
+    if kind in ("", "float"):
+        return torch.randn(numbers)
+    return torch.zeros(numbers, dtype=torch.int64) if kind == "int" else torch.ones(numbers, dtype=torch.bool)
+
+
+def constant(text: str) -> tuple[str, Any]:
+    """(name, tensor) from "memory=4,9,16" or "table=10,16:unbatched"."""
+    import steploop as sl
+
+    name, equals, shape = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise InputError(f'--constant takes a name and a shape such as "memory=4,9,16" (B first); got {text!r}')
+    plain = shape.removesuffix(":unbatched")
+    value = tensor(plain, "--constant", "memory=4,9,16")
+    return name, value if plain == shape else sl.unbatched(value)
 
 
 def example(module: Any, file: str, name: str) -> tuple[Any, tuple, dict[str, Any]]:
