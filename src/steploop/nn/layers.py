@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,10 @@ class Layers(nn.Module):
     Raises StepError for no layers and for what is no layer; UnsupportedError for a Loop that ends by itself (until=);
     InputError where batch_first differs; StateError for a wrong state.
     """
+
+    if TYPE_CHECKING:
+        # As type checkers see it: torch's own __call__ gives Any.
+        def __call__(self, *xs: Any, **arguments: Any) -> tuple[Any, States]: ...
 
     def __init__(
         self, *layers: nn.Module, batch_first: bool = False, backend: str = "auto", save: str = "auto"
