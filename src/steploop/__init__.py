@@ -57,3 +57,8 @@ __all__ = [
     "verify",
     "view",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names: what `dir(steploop)` and completion show."""
+    return sorted(__all__)

@@ -96,7 +96,7 @@ _NOT_THE_USERS = (
 )
 
 
-_COMMAND_LINE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cli.py")
+_COMMAND_LINE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cli") + os.sep
 
 
 def user_line() -> str:
@@ -104,7 +104,7 @@ def user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name == _COMMAND_LINE:  # what called the command line's program is no line of the user's
+        if name.startswith(_COMMAND_LINE):  # what called the command line's program is no line of the user's
             return ""
         if not name.startswith(_NOT_THE_USERS):
             return f"{name}:{frame.f_lineno}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,19 +32,32 @@ from .step_program import program_of
 from .stream import Stream
 from .tree import flatten, unflatten
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Y = TypeVar("Y")  # what one step returns; a loop's outputs have the same structure, with T before B
+Y_co = TypeVar("Y_co", covariant=True)
+
+
+class _Steps(Protocol[Y_co]):
+    """A Step, told by the type of what its `step` returns."""
+
+    @property
+    def step(self) -> Callable[..., Y_co]: ...
+
 
 @_disable_dynamo
-def _outside_dynamo(loop: Loop, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+def _outside_dynamo(loop: Loop[Any], xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
     """A call under torch.compile: a Loop is compiled already, and its capture is none of dynamo's business."""
     return loop._run(xs, arguments)
 
 
 @_disable_dynamo
-def _stream_outside_dynamo(loop: Loop, *arguments: Any) -> Stream:
+def _stream_outside_dynamo(loop: Loop[Any], *arguments: Any) -> Stream[Any]:
     return Stream(loop, *arguments)
 
 
-class Loop(nn.Module):
+class Loop(nn.Module, Generic[Y]):
     """A Step over whole sequences; an nn.Module whose parameters are the Step's, under "step.".
 
     outputs, state = loop(xs, ..., state=None, lengths=None, mask=None, resets=None, steps=None,
@@ -65,14 +78,18 @@ class Loop(nn.Module):
 
     _holds_own_states = True  # a Loop inside a Step is an inner sequence: its States are not the outer loop's
 
-    def __new__(cls, *_: Any, **__: Any) -> Loop:
+    if TYPE_CHECKING:
+        # As type checkers see it: torch's own __call__ gives Any.
+        def __call__(self, *xs: Any, **arguments: Any) -> tuple[Y, States]: ...
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
         loop = super().__new__(cls)
         tracked.register(loop)
         return loop
 
     def __init__(
         self,
-        step: Step,
+        step: _Steps[Y],
         batch_first: bool = False,
         reverse: bool = False,
         backend: str = "auto",
@@ -89,14 +106,14 @@ class Loop(nn.Module):
                     fix="flip the sequence: sl.Loop(step, until=...)(xs.flip(0))",
                 )
             )
-        self.step = step
+        self.step: Any = step
         self.batch_first = batch_first
         self.reverse = reverse
         self.backend = dispatch.checked_backend(backend)
         self.save = dispatch.checked_save(save)
         self.until = until
 
-    def forward(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
+    def forward(self, *xs: Any, **arguments: Any) -> tuple[Y, States]:
         """Run the step over every step of `xs`.
 
         xs:        tensors or pytrees of tensors, (T, B, ...), or PackedSequences; one per positional
@@ -132,7 +149,7 @@ class Loop(nn.Module):
         raise torchscript.error()
 
     @staticmethod
-    def _as_one_node(module: Loop | Step, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+    def _as_one_node(module: Loop[Any] | Step, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
         """A call under torch.export.export(..., strict=True)."""
         from . import strict_export
 
@@ -141,7 +158,7 @@ class Loop(nn.Module):
     def _run_given(self, *xs: Any, **arguments: Any) -> Any:
         return self._run(xs, _with_objects(arguments))
 
-    def last_output(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
+    def last_output(self, *xs: Any, **arguments: Any) -> tuple[Y, States]:
         """As a call, but with each row's output at its last valid step alone: (B, ...), zeros where it has none.
 
         Last is last in running order: with reverse=True the output that belongs to the row's first valid step.
@@ -164,7 +181,7 @@ class Loop(nn.Module):
         *,
         on_masked: str = "zero",
         **constants: Any,
-    ) -> Stream:
+    ) -> Stream[Y]:
         """One step at a time: `s = loop.stream(8)`, then `y = s(x)` with x (8, ...). See `sl.Stream`."""
         if torch.compiler.is_dynamo_compiling():
             return _stream_outside_dynamo(self, batch_size, state, on_masked, constants)

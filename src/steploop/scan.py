@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,15 @@ from .loop import Loop
 from .step import Step
 from .tree import Structure, flatten, flatten_like, unflatten
 
+Carry = TypeVar("Carry")
+X = TypeVar("X")
+Y = TypeVar("Y")
+
 
 def scan(
-    fn: Callable[[Any, Any], tuple[Any, Any]],
-    init: Any,
-    xs: Any,
+    fn: Callable[[Carry, X], tuple[Carry, Y]],
+    init: Carry,
+    xs: X,
     *,
     length: int | None = None,
     reverse: bool = False,
@@ -32,7 +36,7 @@ def scan(
     mask: Any = None,
     resets: Any = None,
     backend: str = "auto",
-) -> tuple[Any, Any]:
+) -> tuple[Carry, Y]:
     """carry, ys = scan(fn, init, xs): run `carry, y = fn(carry, x)` over axis 0 of xs.
 
     fn:      takes the carry and one slice of xs, returns (carry, y). May close over tensors and modules;

@@ -147,6 +147,10 @@ class State(nn.Module):
 
     @property
     def prev(self) -> Tensor:
+        """(B, *shape): the value after the previous step, or before the first. Only `begin` may assign it.
+
+        Raises StateError outside a running loop, and where nothing has set the value of a State without init.
+        """
         frame = self._frame("read")
         value = frame.prev[self]
         if value is None and self.unsized:
@@ -183,6 +187,10 @@ class State(nn.Module):
 
     @property
     def next(self) -> Tensor:
+        """(B, *shape): the value after this step. A step assigns it once, or leaves it: then the value stays.
+
+        Raises StateError where it is read before it is written, written twice, or of another shape or dtype.
+        """
         frame = self._frame("read")
         if self not in frame.next:
             raise StateError(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +15,9 @@ from . import torchscript, tracked
 from .errors import InputError, StepError, defined_at, describe, message, user_line
 from .frame import Frame, running
 from .state import State
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RESERVED = ("state", "lengths", "mask", "resets", "steps", "on_masked", "batch_size", "backend")
 
@@ -58,9 +61,9 @@ class Step(nn.Module):
     whole sequence: `cell(xs, ...)` is `sl.Loop(cell)(xs, ...)`, xs (T, B, ...).
     """
 
-    _loop_class: ClassVar[Callable[[Step], Any] | None] = None  # set by loop.py, which may not be imported here
+    _loop_class: ClassVar[Any] = None  # set by loop.py, which may not be imported here
 
-    def __new__(cls, *_: Any, **__: Any) -> Step:
+    def __new__(cls, *_: Any, **__: Any) -> Self:
         step = super().__new__(cls)
         step.__dict__[_KEPT] = Kept(id(step))
         tracked.register(step)
@@ -92,7 +95,7 @@ class Step(nn.Module):
         """
         return xs, named
 
-    def begin(self, **constants: Any) -> None:
+    def begin(self, *_: Any, **constants: Any) -> None:
         """Runs once per call before the first step, and may assign `self.h.prev`. Does nothing by default."""
 
     def forward(self, *xs: Any, **arguments: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,14 +27,17 @@ if TYPE_CHECKING:
 
 
 @_disable_dynamo
-def _outside_dynamo(stream: Stream, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+def _outside_dynamo(stream: Stream[Any], xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
     return stream(*xs, **arguments)
 
 
 _FIRST_ROOM = 16  # entries for which a stream's histories have room at first
 
 
-class Stream:
+Y = TypeVar("Y")  # what one step returns
+
+
+class Stream(Generic[Y]):
     """One step at a time over `batch_size` independent rows. Made by `loop.stream(batch_size, ...)`.
 
         stream = loop.stream(8)
@@ -48,7 +51,7 @@ class Stream:
     Histories (`sl.memory.CausalSelfAttention` and the like) are preallocated, and doubled when they are full.
     """
 
-    def __init__(self, loop: Loop, batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
+    def __init__(self, loop: Loop[Y], batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
         if loop.reverse:
             raise UnsupportedError(
                 message(
@@ -84,7 +87,7 @@ class Stream:
         if self._tree.parameter is not None and not self._tree.unsized:
             self._start([])
 
-    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None, **named: Any) -> Any:
+    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None, **named: Any) -> Y:
         """One step. xs (B, ...) each; mask, resets (B,) bool. Returns what the step returns, (B, ...).
 
         named: what the step takes by keyword but has a slice per step (Masked's `where`).

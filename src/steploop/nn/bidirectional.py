@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,18 @@ class Bidirectional(nn.Module):
     Raises InputError where the two cells' outputs cannot be joined; StateError for a wrong state.
     """
 
+    if TYPE_CHECKING:
+        # As type checkers see it: torch's own __call__ gives Any.
+        def __call__(self, *xs: Any, **arguments: Any) -> tuple[Any, States]: ...
+
     def __init__(
-        self, forward_cell: Step, backward_cell: Step, batch_first=False, backend="auto", save="auto"
-    ):
+        self,
+        forward_cell: Step,
+        backward_cell: Step,
+        batch_first: bool = False,
+        backend: str = "auto",
+        save: str = "auto",
+    ) -> None:
         super().__init__()
         self.batch_first = batch_first
         options = {"batch_first": batch_first, "backend": backend, "save": save}
@@ -65,9 +74,7 @@ class Bidirectional(nn.Module):
         if state is None:
             return {"forward": None, "backward": None}
         if not isinstance(state, Mapping):
-            raise StateError(
-                message("Bidirectional: `state` is not a dictionary of states.", found=describe(state))
-            )
+            raise StateError(message("Bidirectional: `state` is not a dictionary of states.", found=describe(state)))
         parts: dict[str, dict[str, Tensor]] = {"forward": {}, "backward": {}}
         for name, value in state.items():
             direction, dot, path = name.partition(".")
@@ -90,11 +97,14 @@ def _prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _joined(left: States, right: States) -> States:
     values = _prefixed("forward.", left) | _prefixed("backward.", right)
-    return States(values, _prefixed("forward.", left._own) | _prefixed("backward.", right._own))
+    states = States(values, _prefixed("forward.", left._own) | _prefixed("backward.", right._own))
+    states.count(lambda: left.steps)
+    return states
 
 
 def _concatenate(left: Any, right: Any, leading: int = 2) -> Any:
     """leading: how many axes stand before those of a row's output."""
+
     def is_packed(value: Any) -> bool:
         return isinstance(value, PackedSequence)
 
