@@ -157,6 +157,21 @@ class Loop(nn.Module):
             prepared = self.prepare(*xs, **arguments)
             return dispatch.plan(prepared.program, prepared.call, self.backend, self.save)
 
+    def profile(self, *xs: Any, **arguments: Any) -> Any:
+        """The Plan of a call with these arguments, and what each piece of it takes, forward and backward.
+
+            print(loop.profile(xs))                      # the plan, and a table of times and shares
+            loop.profile(xs).save_html("plan.html")      # the same on a page
+
+        The call is run a few times, for about half a second; the times are those of the run in the middle:
+        `plan.profile` and `plan.backward.profile` have `.seconds` of the pass and `.pieces` of each part of it.
+        Where anything that it reads requires a gradient, the backward pass is run too, for all those gradients. No
+        `.grad` is written; random numbers are drawn as in any call.
+        """
+        with explained(self.step, xs, arguments):
+            prepared = self.prepare(*xs, **arguments)
+            return dispatch.profile(prepared.program, prepared.call, self.backend, self.save)
+
     def stream(
         self,
         batch_size: int,
