@@ -1,4 +1,4 @@
-"""The page of a plan, in a browser: it renders, nothing is on its console, clicks and keys work, names are only names."""
+"""The page of a plan, in a browser: it renders, its console is empty, clicks and keys work, names are only names."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def page():
 
 def browse(text, tmp_path, script):
     """What a script finds in a page: it puts keys and values into `found`. The page's own errors are added."""
-    before = """<script>var found = {}, errors = []; addEventListener("error", e => errors.push(String(e.message)), true);
+    before = """<script>var found = {}, errors = [];
+        addEventListener("error", e => errors.push(String(e.message)), true);
         for (const kind of ["error", "warn"]) console[kind] = (...told) => errors.push(told.join(" "));</script>"""
     after = f"""<script>try {{ {script} }} catch (error) {{ errors.push(String(error)); }}
         found.errors = errors; found.hacked = typeof hacked;
@@ -87,7 +88,8 @@ def test_it_renders_and_clicks_light_up_both_sides(page, tmp_path):
         const line = (text) => all("#forward .ln[data-at]").find((e) => e.textContent.includes(text));
         found.lanes = all("#forward .lane > h2").filter(shown).map((e) => e.firstChild.textContent);
         found.cards = all("#forward .lane").map((lane) => lane.querySelectorAll(".card").length);
-        found.coloured = all("#forward .ln[data-at]").map((e) => [...e.querySelectorAll(".on")].map((i) => i.className));
+        const marks = (e) => [...e.querySelectorAll(".on")].map((i) => i.className);
+        found.coloured = all("#forward .ln[data-at]").map(marks);
         found.dark = getComputedStyle(document.body).backgroundColor;
 
         const card = one("#forward .lane.before .card"), more = card.querySelector(".more");
