@@ -1,4 +1,4 @@
-"""The mistakes that people make in their first hour: each has a message that says what to type; tracebacks are short."""
+"""The mistakes of people's first hour: each has a message that says what to type; tracebacks are short."""
 
 from __future__ import annotations
 
