@@ -167,7 +167,7 @@ def numbers() -> str:
     known = benchmarks()
     lines = ["| | steploop | Python loop | torch.nn | JAX scan |", "| --- | ---: | ---: | ---: | ---: |"]
     for words, heading, column, row in NUMBERS:
-        cells = [known[heading][peer][column] if peer else "" for peer in row]
+        cells = [known[heading][peer][column] if peer and peer in known[heading] else "" for peer in row]
         lines.append(f"| {words} | **{cells[0]}** | {' | '.join(cells[1:])} |")
     return "\n".join(lines)
 
