@@ -20,6 +20,7 @@ from .marks import wide
 from .states import States, given_states
 from .step import Step, survey
 from .step_program import program_of
+from .tracebacks import ends_at_the_call
 from .tree import unflatten
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Stream(Generic[Y]):
         if self._tree.parameter is not None and not self._tree.unsized:
             self._start([])
 
+    @ends_at_the_call
     def __call__(self, *xs: Any, mask: Any = None, resets: Any = None, **named: Any) -> Y:
         """One step. xs (B, ...) each; mask, resets (B,) bool. Returns what the step returns, (B, ...).
 
@@ -284,6 +286,13 @@ def _not_per_step(name: str) -> str:
 
 
 def _wrong_rows(x: Tensor, name: str, batch: Any) -> str:
+    if x.dim() > 0 and (x.dim() < 3 or x.shape[1] != batch):
+        return message(
+            f"This stream has {batch} rows, and {name} has {x.shape[0]}.",
+            expected=f"({batch}, ...), one step of every row",
+            found=describe(x),
+            fix=f"loop.stream({x.shape[0]}) has {x.shape[0]} rows; where {name} is a sequence: stream({name}[t])",
+        )
     return message(
         f"A stream takes one step: {name} has no time axis.",
         expected=f"({batch}, ...)",

@@ -13,7 +13,7 @@ ROOT = Path(steploop.__file__).parent
 FRONT = {
     "arguments", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "kinds", "loop",
     "operation", "packed", "scan", "replay", "share", "sizing", "state", "states", "step", "step_program", "stream",
-    "strict_export", "torchscript", "tracked", "tree", "until", "verify",
+    "strict_export", "torchscript", "tracebacks", "tracked", "tree", "until", "verify",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}
 # What the modules of a part may import besides errors, tree, marks and their own part.

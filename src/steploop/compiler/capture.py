@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +50,7 @@ from .ir.graph import Size, StepGraph, expression
 from .program import Program
 from .recorder import Recorder, tensors_read
 from .refusals import asks_for_gradient, is_user_file, own_operations, refusal, refused_call
+from .sources import line_of_frame
 from .stages import stage
 from .traced_as import TRACED_AS
 from .trial import refused_dtypes
@@ -614,13 +614,7 @@ def _size(env: ShapeEnv, value: Any) -> Any:
 
 
 def _user_line() -> str:
-    frame = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if is_user_file(name):
-            return f"{os.path.basename(name)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
+    return line_of_frame(sys._getframe(2))
 
 
 class _Lines(TorchFunctionMode):
