@@ -1,9 +1,13 @@
-"""A hook of mkdocs: where a page links to a file of the repository outside docs/, the site gets a page that shows it.
+"""A hook of mkdocs: pages of the site that are no files in docs/.
 
-In docs/ the link is what it is on disk, `../examples/tagger.py`. On the site it leads to `source/examples/tagger.md`.
-A link to a file that is not there is left as it is, so that mkdocs warns of it.
+Where a page links to a file of the repository outside docs/, the site gets a page that shows the file. In docs/ the link
+is what it is on disk, `../examples/tagger.py`; on the site it leads to `source/examples/tagger.md`. A link to a file that
+is not there is left as it is, so that mkdocs warns of it.
+
+Each notebook becomes a page beside it, without outputs; the notebook itself can be downloaded.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -35,9 +39,26 @@ def _shown(source: Path) -> str:
     return f"# {source}\n\n````{LANGUAGES.get(source.suffix, 'text')}\n{text}````\n"
 
 
+def _read(notebook: Path) -> str:
+    """A notebook as Markdown. Links between notebooks lead to their pages."""
+    name = notebook.name
+    shown = [f"Download: <a href='{name}' download>{name}</a>"]
+    for cell in json.loads(notebook.read_text())["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            shown.append(f"```python\n{text}\n```")
+        else:
+            shown.append(text.replace(".ipynb)", ".md)"))
+    shown[0], shown[1] = shown[1], shown[0]  # the title first
+    return "\n\n".join(shown) + "\n"
+
+
 def on_files(files, config):
+    for notebook in sorted(DOCS.rglob("*.ipynb")):
+        page = notebook.relative_to(DOCS).with_suffix(".md").as_posix()
+        files.append(File.generated(config, page, content=_read(notebook)))
     sources = set()
-    for file in files.documentation_pages():
+    for file in [file for file in files.documentation_pages() if not file.generated_by]:
         page = DOCS / file.src_uri
         found = (_outside(match[2], page.parent) for match in LINK.finditer(page.read_text()))
         sources |= {source for source in found if source is not None}
