@@ -80,5 +80,5 @@ if __name__ == "__main__":
     position, measured, seen = world(60, 24, 0.05, 2.0)
     with torch.no_grad():
         (found, variance, _), _ = sl.Loop(step)(measured, seen)
-    print(f"error of a measurement {(measured - position)[seen].std():.2f}, of the filter {(found - position).std():.2f}")
-    print(f"and the filter says {variance[20:].mean().sqrt():.2f}")
+    print(f"error of a measurement {(measured - position)[seen].std():.2f}")
+    print(f"error of the filter {(found - position).std():.2f}, and it says {variance[20:].mean().sqrt():.2f}")

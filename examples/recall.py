@@ -2,8 +2,8 @@
 
     python examples/recall.py
 
-Episodes of 3 to 6 steps follow each other in one stream. While it acts, the policy runs as a stream, one step at a time;
-for the loss the same policy runs over the whole piece at once. `resets` is True at the first step of an episode in both.
+Episodes of 3 to 6 steps follow each other in a row. While it acts, the policy runs as a stream, one step at a time; for
+the loss the same policy runs over the whole piece at once. `resets` is True at the first step of an episode in both.
 A2C: policy gradient with a value as the baseline (Mnih et al. 2016).
 """
 
@@ -19,7 +19,7 @@ CUES = 2
 
 
 class Recall:
-    """`rows` environments side by side. Seen (rows, CUES + 1): the cue at the first step, 1 in the last entry: act now."""
+    """`rows` environments side by side. Seen (rows, CUES + 1): the cue at the first step; 1 in the last entry: act."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows

@@ -76,4 +76,4 @@ def example() -> tuple[sl.Step, Tensor]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     losses = train(150)
-    print(f"error {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"error {losses[0]:.3f} -> {losses[-1]:.5f}")

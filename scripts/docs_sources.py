@@ -1,8 +1,8 @@
 """A hook of mkdocs: pages of the site that are no files in docs/.
 
-Where a page links to a file of the repository outside docs/, the site gets a page that shows the file. In docs/ the link
-is what it is on disk, `../examples/tagger.py`; on the site it leads to `source/examples/tagger.md`. A link to a file that
-is not there is left as it is, so that mkdocs warns of it.
+Where a page links to a file of the repository outside docs/, the site gets a page that shows the file. In docs/ the
+link is what it is on disk, `../examples/tagger.py`; on the site it leads to `source/examples/tagger.md`. A link to a
+file that is not there is left as it is, so that mkdocs warns of it.
 
 Each notebook becomes a page beside it, without outputs; the notebook itself can be downloaded.
 """

@@ -98,7 +98,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     assert "WARNING" not in built.stderr
     site = tmp_path / "site"
-    for page in ("start.html", "porting/returnn.html", "notebooks/start.html", "source/examples/tagger.html"):
+    for page in ("start.html", "porting/returnn.html", "notebooks/start.html", "source/examples/recall.html"):
         assert (site / page).exists(), page
     api = (site / "api" / "core.html").read_text()
     assert "last_output" in api and "PreparedScan" not in api

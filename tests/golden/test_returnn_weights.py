@@ -76,7 +76,7 @@ def test_the_pages_decoder(page):
 
 
 def test_the_pages_self_attention(page):
-    (QKV,) = [v for k, v in load("15a_transformer_dec1").items() if k.startswith("param/output/rec/dec_01_self_att_att/")]
+    QKV = load("15a_transformer_dec1")["param/output/rec/dec_01_self_att_att/QKV"]
     attention = sl.memory.CausalSelfAttention(2, len(QKV), bias=False)
     attention.qkv.load_state_dict({"weight": page["qkv_weight"](QKV, 2, 8, 8)})
     x = torch.randn(5, 3, len(QKV))
