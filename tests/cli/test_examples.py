@@ -62,7 +62,8 @@ def test_beam():
 
 
 @pytest.mark.parametrize("name", ["beam", "ctc", "kalman", "recall", "spiking", "state_space"])
-def test_its_plan_can_be_shown(name):
+def test_what_explain_shows_of_it_runs(name):
     step, inputs, *constants = importlib.import_module(name).example()
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    assert sl.Loop(step).plan(*inputs, **(constants[0] if constants else {})).loops
+    first = [x[:2] for x in inputs]
+    sl.Loop(step, backend="reference")(*first, **(constants[0] if constants else {}))
