@@ -1,8 +1,11 @@
-"""The code in README and docs runs; what they point to is there."""
+"""The code in README and docs runs; what they point to is there; the site builds without a warning."""
 
 import collections
+import importlib.util
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,21 +14,42 @@ import pytest
 import torch
 
 import steploop as sl
+from steploop import dispatch
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# How the code of a page runs. Most of the time would go into compiling, so only the first two pages have native loops,
+# and these, whose many loops are of kinds that the oracle tests compare with the plain loop anyway, run by that one.
+# The others are captured and run without native code. `--long`: all of them run as they would for a reader.
+NATIVE = {"README.md", "start.md"}
+PLAIN = {"attention.md", "legacy.md", "search.md", "porting/returnn.md", "porting/torch-nn.md", "tasks/search.md"}
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda p: p.name
-)
-def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+def name_of(page: Path) -> str:
+    return page.relative_to(DOCS if page.is_relative_to(DOCS) else ROOT).as_posix()
+
+
+@pytest.mark.filterwarnings("ignore:steploop runs loops without native code")
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=name_of)
+def test_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if not request.config.getoption("--long"):
+        if name_of(page) not in NATIVE:
+            monkeypatch.setenv("STEPLOOP_CXX", "no-compiler-for-pages")
+        if name_of(page) in PLAIN:
+            run_by_the_plain_loop(monkeypatch)
     if page.name == "legacy.md":
         write_tf1_checkpoint(Path("translate.npz"))
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     # One file name for the whole page: steploop reports lines of the page as the user's.
     exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "page"})
+
+
+def run_by_the_plain_loop(monkeypatch):
+    run = dispatch.run
+    monkeypatch.setattr(dispatch, "run", lambda program, call, *_: run(program, call, "reference"))
+    monkeypatch.setattr(dispatch, "stream_step", lambda *_: None)
 
 
 def write_tf1_checkpoint(path):
@@ -61,10 +85,35 @@ def test_the_conversion_in_the_docs_works(steploop, tmp_path, monkeypatch):
     assert Path("translate.safetensors").exists() and "EmbeddingAttentionSeq2Seq" in ran.out
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_menu():
+    """Each page of docs/, and each notebook, is named once in mkdocs.yml; and nothing else is."""
+    menu = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    named = re.findall(r"([\w./-]+\.md)\b", re.sub(r"#.*", "", menu))
+    made = [page.relative_to(DOCS).with_suffix(".md").as_posix() for page in DOCS.rglob("*.ipynb")]
+    assert sorted(named) == sorted([*map(name_of, PAGES[1:]), *made])
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings_handlers"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install -c constraints.txt -e '.[docs]'")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "WARNING" not in built.stderr
+    site = tmp_path / "site"
+    for page in ("start.html", "porting/returnn.html", "notebooks/start.html", "source/examples/recall.html"):
+        assert (site / page).exists(), page
+    api = (site / "api" / "core.html").read_text()
+    assert "last_output" in api and "PreparedScan" not in api
 
 
 def test_commands_exist(steploop):
