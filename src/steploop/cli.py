@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .recipes.charlm_training import Settings
 
 EXTRAS = 'pip install "steploop[recipes]"'
+OF_EXTRAS = ("lightning", "matplotlib", "tensorboard", "rich", "safetensors", "rapidfuzz")
 
 
 class Cell(str, enum.Enum):
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SteploopError as error:
         sys.exit(_complain(str(error)))
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("lightning", "matplotlib", "tensorboard", "rich", "safetensors"):
+        if (error.name or "").split(".")[0] not in OF_EXTRAS:
             raise
         sys.exit(_complain(f"This command needs the package {error.name}.\n  fix:      {EXTRAS}"))
     except OSError as error:
@@ -85,6 +86,8 @@ def _complain(message: str) -> int:
 
 
 def _application() -> typer.Typer:
+    from . import cli_g2p
+
     app = typer.Typer(
         help="Write one time step in plain PyTorch; run the whole sequence at once.",
         no_args_is_help=True,
@@ -92,9 +95,9 @@ def _application() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     recipes = typer.Typer(help="Train a model.", no_args_is_help=True)
-    recipes.callback()(lambda: None)  # keeps `charlm` a command of its own while it is the only one
     recipes.command("charlm")(train_charlm)
     app.add_typer(recipes, name="train")
+    cli_g2p.register(app, recipes)
     conversions = typer.Typer(help="Convert checkpoints of other frameworks.", no_args_is_help=True)
     conversions.callback()(lambda: None)
     conversions.command("tf1")(convert_tf1)
@@ -161,7 +164,8 @@ def train_charlm(
     if resume and overwrite:
         raise DataError("--resume keeps the model that --overwrite would replace: give one of them.")
     text = _text(data)
-    from .recipes.charlm_training import BEST, LAST, Settings, fit
+    from .recipes.charlm_training import Settings, fit
+    from .recipes.training import BEST, LAST
 
     given = dict(cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout)
     shape = dataclasses.replace(
