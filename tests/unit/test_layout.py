@@ -77,7 +77,7 @@ def part_of(name: str) -> str:
     first = name.split(".")[0]
     if first in LIBRARY:
         return "library"
-    return "front" if first in FRONT and first != "tree" else {"__main__": "cli"}.get(first, first)
+    return "front" if first in FRONT and first != "tree" else {"__main__": "cli", "cli_g2p": "cli"}.get(first, first)
 
 
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if name_of(path) not in ("public",)]
