@@ -162,6 +162,7 @@ def g2p(
             _print(word, found)
             if alignment is not None:
                 _draw(word, found[0], alignment)
+        sys.stdout.flush()
     if not all_said:
         raise typer.Exit(1)
 
@@ -191,7 +192,6 @@ def _print(word: str, found: list[Pronunciation]) -> None:
     for one in found:
         note = "proved" if one.proved else "" if one.finished else "cut"
         print(f"{word}\t{' '.join(one.phonemes)}\t{one.score:.4f}\t{note}".rstrip("\t"))
-    sys.stdout.flush()
 
 
 def _draw(word: str, best: Pronunciation, path: Path) -> None:

@@ -16,7 +16,8 @@ from steploop.recipes import g2p_training
 from steploop.recipes.g2p import Checkpoint, Model, Pronouncer, Shape
 from steploop.recipes.lexicon import Lexicon, Symbols
 
-TINY_SHAPE = Shape("gru", 1, 8, 4, 0.0)
+EAGER = ("--backend", "eager")  # nothing to compile
+COMMAND = ("train", "g2p", "--max-steps", "6", "--dropout", "0.3", *TINY)
 
 
 @pytest.fixture(scope="session")
@@ -33,32 +34,39 @@ def pronounces(words, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     with pytest.raises(SystemExit) as end:
-        main(["train", "g2p", "--data", str(words), "--out", str(folder), "--max-steps", "60", *TINY])
+        main([*COMMAND, "--data", str(words), "--out", str(folder)])
     assert not end.value.code
     return folder
 
 
-def batch(symbols: Symbols, words: list[str]):
-    """(letters, lengths, labels, lengths) of words that are said letter by letter."""
-    pad = sl.seq2seq.buckets.pad_to_longest
-    spelled = pad([symbols.spell(word) for word in words])
-    said = pad([symbols.say(tuple(word.upper())) for word in words])
-    return spelled.values, spelled.lengths, said.values, said.lengths
+@pytest.fixture(scope="session")
+def checkpoint(pronounces) -> Checkpoint:
+    return Checkpoint.read(pronounces / "model.safetensors")
 
 
-SYMBOLS = Symbols("abcde", ("A", "B", "C", "D", "E"))
+@pytest.fixture(scope="session")
+def loaded(checkpoint) -> Model:
+    return checkpoint.model("eager")
 
 
-@pytest.mark.parametrize("shape", [TINY_SHAPE, Shape("lstm", 2, 6, 3, 0.0)], ids=str)
-def test_the_model_is_the_plain_loop(shape):
+@pytest.fixture
+def one_model(loaded, monkeypatch):
+    """The commands use one model object, whose loops need to be captured once."""
+    monkeypatch.setattr(Checkpoint, "model", lambda self, backend: loaded)
+
+
+def test_the_model_is_the_plain_loop():
     torch.manual_seed(0)
-    models = [Model(6, 6, shape, backend) for backend in ("auto", "reference")]
+    symbols = Symbols("abcde", ("A", "B", "C", "D", "E"))
+    models = [Model(6, 6, Shape("lstm", 2, 6, 3, 0.0), backend) for backend in ("eager", "reference")]
     models[1].load_state_dict(models[0].state_dict())
-    # Sizes one after the other: padding, none, a single word, a single letter.
-    for words in (["abc", "de", "eeeeeda"], ["ab", "cd"], ["abcd"], ["a"], ["dd", "abcab", "c", "e"]):
+    pad = sl.seq2seq.buckets.pad_to_longest
+    # Sizes one after the other: padding, a single letter, no padding.
+    for words in (["abc", "de", "eeeeeda"], ["a"], ["ab", "cd"]):
+        (x, lengths), (y, label_lengths) = pad([(symbols.spell(w), symbols.say(tuple(w.upper()))) for w in words])
         found = []
         for model in models:
-            scores = model(*batch(SYMBOLS, words))
+            scores = model(x, lengths, y, label_lengths)
             model.zero_grad()
             scores.sin().sum().backward()
             found.append([scores, *(p.grad for p in model.parameters())])
@@ -66,44 +74,28 @@ def test_the_model_is_the_plain_loop(shape):
             torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    torch.manual_seed(3)
-    return Model(6, 6, TINY_SHAPE).eval()
-
-
-@pytest.mark.parametrize("beam", [1, 4])
-def test_a_word_is_said_alone_as_among_others(model, beam):
+def test_a_word_is_said_alike_in_any_company(loaded, checkpoint):
+    say = Pronouncer(loaded, checkpoint.symbols, beam=2, n_best=2).say
     words = ["abc", "e", "dabba", "ce"]
-    together = Pronouncer(model, SYMBOLS, beam, beam).say(words)
-    for word, found in zip(words, together, strict=True):
-        (alone,) = Pronouncer(model, SYMBOLS, beam, beam).say([word])
-        assert [one.phonemes for one in alone] == [one.phonemes for one in found]
-        assert [one.score for one in alone] == pytest.approx([one.score for one in found], abs=1e-4)
+    together = say(words)
+    for first in (0, 2):
+        for one, other in zip(together[first : first + 2], say(words[first : first + 2]), strict=True):
+            assert [p.phonemes for p in one] == [p.phonemes for p in other]
+            assert [p.score for p in one] == pytest.approx([p.score for p in other], abs=1e-4)
 
 
-def test_scores_are_the_trained_models(model):
+def test_scores_are_the_trained_models(loaded, checkpoint):
     """What a search says of a pronunciation is what training says of it."""
-    for word, found in zip(("abc", "dabba"), Pronouncer(model, SYMBOLS, 3, 3).say(["abc", "dabba"]), strict=True):
+    symbols = checkpoint.symbols
+    for word, found in zip(("abc", "dabba"), Pronouncer(loaded, symbols, 2, 2).say(["abc", "dabba"]), strict=True):
         assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
         for one in found:
-            labels = [SYMBOLS.phonemes.index(p) + 1 for p in one.phonemes] + [0] * one.finished
-            spelled = SYMBOLS.spell(word)[:, None]
-            given = torch.tensor(labels)[:, None]
-            scores = model(spelled, torch.tensor([len(word)]), given, torch.tensor([len(labels)]))
-            log_probs = scores.log_softmax(-1)[:, 0].gather(1, given)
+            labels = symbols.say(one.phonemes)[: len(one.phonemes) + one.finished, None]
+            scores = loaded(
+                symbols.spell(word)[:, None], torch.tensor([len(word)]), labels, torch.tensor([len(labels)])
+            )
+            log_probs = scores.log_softmax(-1)[:, 0].gather(1, labels)
             assert log_probs.sum().item() == pytest.approx(one.score, abs=1e-3)
-
-
-def test_where_it_looked(model):
-    (found,) = Pronouncer(model, SYMBOLS, 2, 2).say(["abca"], weights=True)
-    for one in found:
-        assert one.weights.shape == (len(one.phonemes) + one.finished, 4)
-        torch.testing.assert_close(one.weights.sum(1), torch.ones(len(one.weights)))
-    # It says the same when nobody wants to know.
-    assert [one.phonemes for one in Pronouncer(model, SYMBOLS, 2, 2).say(["abca"])[0]] == [
-        one.phonemes for one in found
-    ]
 
 
 def test_what_a_run_leaves_behind(pronounces):
@@ -112,8 +104,7 @@ def test_what_a_run_leaves_behind(pronounces):
     assert "decoder.py:" in (pronounces / "plan.txt").read_text()
     assert list((pronounces / "tensorboard").rglob("events.out.tfevents.*"))
     history = Checkpoint.read(pronounces / "last.ckpt").history
-    assert history[-1]["step"] == 60 and history[-1]["words"] == 60 * 16
-    assert history[-1]["train_nats"] < history[0]["train_nats"]
+    assert history[-1]["step"] == 6 and history[-1]["words"] == 6 * 16
     best, exported = (Checkpoint.read(pronounces / name) for name in ("best.ckpt", "model.safetensors"))
     assert best.history[-1]["dev_per"] == min(entry["dev_per"] for entry in history)
     assert (exported.shape, exported.symbols) == (best.shape, best.symbols)
@@ -121,30 +112,27 @@ def test_what_a_run_leaves_behind(pronounces):
         assert torch.equal(exported.weights[name], value), name
 
 
-def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(steploop, words, tmp_path):
-    command = ["train", "g2p", "--data", str(words), "--max-steps", "9", "--dropout", "0.3", *TINY]
-    assert steploop(*command, "--out", tmp_path / "whole").code == 0
+def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(steploop, words, pronounces, tmp_path):
     program = (
         "import os, signal, sys\n"
         "from steploop.cli import main\n"
         "from steploop.recipes.g2p_training import G2PTraining as T\n"
         "real = T.training_step\n"
         "def dies(self, batch, index):\n"
-        "    if self.global_step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if self.global_step == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(self, batch, index)\n"
         "T.training_step = dies\n"
         "main(sys.argv[1:])\n"
     )
-    parts = tmp_path / "parts"
-    killed = subprocess.run([sys.executable, "-c", program, *command, "--out", str(parts)], capture_output=True)
+    arguments = [*COMMAND, "--data", str(words), "--out", str(tmp_path / "parts")]
+    killed = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert Checkpoint.read(parts / "last.ckpt").history[-1]["step"] == 5
-    # The shape need not be typed again: it is the checkpoint's. Dropout has no weights, but is a part of it.
-    ran = steploop(*command[:6], *TINY[6:], "--out", parts, "--resume")
+    assert Checkpoint.read(tmp_path / "parts" / "last.ckpt").history[-1]["step"] == 3
+    ran = steploop(*arguments, "--resume")
     assert ran.code == 0, ran.err
-    whole, resumed = (Checkpoint.read(folder / "last.ckpt") for folder in (tmp_path / "whole", parts))
+    whole, resumed = (Checkpoint.read(folder / "last.ckpt") for folder in (pronounces, tmp_path / "parts"))
     for name, value in whole.weights.items():
-        torch.testing.assert_close(resumed.weights[name], value, atol=1e-6, rtol=0), name
+        torch.testing.assert_close(resumed.weights[name], value, atol=1e-6, rtol=0)
     for one, other in zip(whole.history, resumed.history, strict=True):
         assert other["train_nats"] == pytest.approx(one["train_nats"], abs=1e-5)
         assert other["dev_per"] == one["dev_per"]
@@ -152,13 +140,14 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(steploop, w
 
 def test_dev_per_halves_the_learning_rate_and_ends_training(words):
     lexicon = Lexicon.read(words)
-    module = g2p_training.G2PTraining(TINY_SHAPE, lexicon, Symbols.of(lexicon), g2p_training.Settings(max_steps=100))
-    module.validated_before = 0
-    module.history = [{"dev_per": per} for per in (0.5, 0.4, 0.4, 0.41)]
+    module = g2p_training.G2PTraining(
+        Shape("gru", 1, 4, 4), lexicon, Symbols.of(lexicon), g2p_training.Settings(max_steps=100)
+    )
+    module.history = [{"dev_per": per, **module.budget()} for per in (0.5, 0.4, 0.4, 0.41)]
     assert (module.without_gain(), module.halvings(), module.ended_early()) == (2, 1, False)
-    module.history += [{"dev_per": per} for per in (0.39, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4)]
+    module.history += [{"dev_per": per, **module.budget()} for per in (0.39, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4)]
     assert (module.without_gain(), module.halvings(), module.ended_early()) == (6, 4, True)
-    module.validated_before = 8  # a resumed run waits as long again
+    module.settings = g2p_training.Settings(max_steps=200)  # a run with a larger budget waits as long again
     assert not module.ended_early()
 
 
@@ -189,35 +178,36 @@ def test_another_model_is_in_the_way(steploop, words, pronounces, tmp_path):
     assert ran.code == 2 and "asked for:  1 x 16 GRU" in ran.err
     ran = steploop("train", "g2p", "--data", words, "--out", copy, "--resume", "--max-steps", "99", "--stress")
     assert ran.code == 2 and "other letters or phonemes" in ran.err
-    ran = steploop("train", "g2p", "--data", words, "--out", copy, "--resume", "--max-steps", "60")
-    assert ran.code == 2 and "has been trained for 60 steps already" in ran.err
+    ran = steploop("train", "g2p", "--data", words, "--out", copy, "--resume", "--max-steps", "6")
+    assert ran.code == 2 and "has been trained for 6 steps already" in ran.err
 
 
-def test_words_are_said(steploop, pronounces):
-    ran = steploop("g2p", "--model", pronounces / "model.safetensors", "abc", "Bad", "--n-best", "3")
+def test_words_are_said(steploop, pronounces, one_model):
+    ran = steploop("g2p", "--model", pronounces / "model.safetensors", "abc", "Bad", "--n-best", "2", "--beam", "2")
     assert ran.code == 0, ran.err
     lines = [line.split("\t") for line in ran.out.splitlines()]
-    assert [line[0] for line in lines] == ["abc"] * 3 + ["Bad"] * 3
+    assert [line[0] for line in lines] == ["abc"] * 2 + ["Bad"] * 2
     for _, phonemes, score, *note in lines:
         assert set(phonemes.split()) <= {"AH", "B", "K", "D", "IY", "AY"} and float(score) < 0
         assert note in ([], ["proved"], ["cut"])
-    scores = [float(line[2]) for line in lines]
-    assert scores[:3] == sorted(scores[:3], reverse=True)
-    # The checkpoint is the same model, and so is what comes through the input.
-    again = steploop("g2p", "--model", pronounces / "best.ckpt", "--n-best", "3", input="abc\n\nBad\n")
-    assert again.out == ran.out
+    # The checkpoint is the same model, and the input may have the words; what cannot be read is told.
+    text = "abc naïve\n\nBad\n"
+    again = steploop("g2p", "--model", pronounces / "best.ckpt", "--n-best", "2", "--beam", "2", input=text)
+    assert again.code == 1 and again.out == ran.out
+    assert "'naïve' has the characters 'n', 'v', 'ï', which the model has never seen" in again.err
 
 
-def test_unknown_characters_are_named_and_the_other_words_said(steploop, pronounces):
-    ran = steploop("g2p", "--model", pronounces / "model.safetensors", "ab", "naïve", "", "ba", "--beam", "1")
-    assert ran.code == 1
-    assert [line.split("\t")[0] for line in ran.out.splitlines()] == ["ab", "ba"]
-    assert "'naïve' has the characters 'n', 'v', 'ï', which the model has never seen" in ran.err
-    assert "An empty word" in ran.err and "Traceback" not in ran.err
+def test_no_word_that_can_be_read(steploop, pronounces):
+    ran = steploop("g2p", *EAGER, "--model", pronounces / "model.safetensors", "abcx", "")
+    assert ran.code == 1 and ran.out == ""
+    assert "'x'" in ran.err and "An empty word" in ran.err and "Traceback" not in ran.err
 
 
-def test_the_attention_as_a_picture(steploop, pronounces, tmp_path):
-    model = ("--model", pronounces / "model.safetensors")
+def test_the_attention_as_a_picture(steploop, pronounces, one_model, loaded, checkpoint, tmp_path):
+    model = ("--model", pronounces / "model.safetensors", "--beam", "1")
+    ((found,),) = Pronouncer(loaded, checkpoint.symbols).say(["abcd"], weights=True)
+    assert found.weights.shape == (len(found.phonemes) + found.finished, 4)
+    torch.testing.assert_close(found.weights.sum(1), torch.ones(len(found.weights)))
     ran = steploop("g2p", *model, "abcd", "--alignment", tmp_path / "look.png")
     assert ran.code == 0, ran.err
     assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
@@ -248,11 +238,11 @@ def test_the_model_of_another_recipe(steploop, trained, tmp_path):
     assert ran.code == 2 and "weights of another model" in ran.err
 
 
-def test_evaluate(steploop, words, pronounces, tmp_path):
+def test_evaluate(steploop, words, pronounces, one_model, tmp_path):
     model = ("--model", pronounces / "model.safetensors", "--data", words)
-    ran = steploop("evaluate", "g2p", *model, "--part", "dev", "--beam", "3", "--out", tmp_path)
+    ran = steploop("evaluate", "g2p", *model, "--part", "dev", "--beam", "2", "--out", tmp_path)
     assert ran.code == 0, ran.err
-    assert "greedy" in ran.out and "beam 3" in ran.out and "confusions" in ran.out
+    assert "greedy" in ran.out and "beam 2" in ran.out and "confusions" in ran.out
     numbers = json.loads((tmp_path / "dev-scores.json").read_text())
     best = Checkpoint.read(pronounces / "model.safetensors").history[-1]
     assert numbers["greedy"]["per"] == pytest.approx(best["dev_per"])

@@ -15,11 +15,13 @@ def read(tmp_path, text: str, **options) -> Lexicon:
 
 
 def test_the_format_of_cmudict(tmp_path):
-    found = read(tmp_path, "read R EH1 D\nread(2) R IY1 D # the verb\n\n'tis T IH1 Z\nNEW(1)  N UW1\n;;; a comment\n")
+    text = "read R EH1 D\nread(2) R IY1 D # the verb\n\n'tis T IH1 Z\nNEW(1)  N UW1\n"
+    found = read(tmp_path, text + ";;; a comment\n# and one more\n#x EH1 K S\n")
     assert found.entries == {
         "read": [("R", "EH", "D"), ("R", "IY", "D")],
         "'tis": [("T", "IH", "Z")],
         "new": [("N", "UW")],
+        "#x": [("EH", "K", "S")],
     }
     assert found.pairs()[:2] == [("read", ("R", "EH", "D")), ("read", ("R", "IY", "D"))]
 

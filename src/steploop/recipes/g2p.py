@@ -270,6 +270,8 @@ class Pronouncer:
 
     def search(self, letters: Tensor, lengths: Tensor, weights: bool = False) -> sl.search.Hypotheses:
         """letters (S, B), lengths (B,). At most 2 S + 10 labels are written for a word."""
+        device = self.model.encoder.embedding.weight.device
+        letters, lengths = letters.to(device), lengths.to(device)
         memory = self.model.encoder(letters, lengths)
         options = {
             "start": 0, "end": 0, "max_steps": 2 * len(letters) + 10, "memory": memory, "memory_lengths": lengths,

@@ -123,10 +123,6 @@ class G2PTraining(Training):
         super().optimizer_step(*arguments, **more)
         self.average.update_parameters(self.model)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        self.validated_before = len(self.history)
-
     def on_train_start(self) -> None:
         if self.random is not None:
             torch.set_rng_state(self.random)
@@ -149,6 +145,7 @@ class G2PTraining(Training):
     def on_validation_epoch_end(self) -> None:
         entry = {
             **self.measured(),
+            **self.budget(),
             "words": self.global_step * self.settings.batch,
             "dev_per": self.scores.per,
             "dev_wer": self.scores.wer,
@@ -180,8 +177,16 @@ class G2PTraining(Training):
         return len(values) - 1 - values.index(min(values)) if values else 0
 
     def ended_early(self) -> bool:
-        """Whether the dev PER has not fallen for so long that training ends. A resumed run waits as long again."""
-        return min(self.without_gain(), len(self.history) - self.validated_before) >= ENOUGH
+        """Whether the dev PER has not fallen for so long that training ends.
+
+        Validations of an earlier, smaller budget do not count: who resumes with a larger one wants to go on.
+        """
+        budget = self.budget()
+        same = [budget.items() <= entry.items() for entry in self.history]
+        return min(self.without_gain(), sum(same)) >= ENOUGH
+
+    def budget(self) -> dict[str, float]:
+        return {"minutes": self.settings.minutes or 0, "max_steps": self.settings.max_steps or 0}
 
     def halvings(self) -> int:
         """How often PATIENCE validations in a row brought nothing."""
@@ -257,9 +262,9 @@ def fit(
 
 def _write_plan(module: G2PTraining, folder: Path) -> None:
     """What moved out of the decoder's loop."""
-    letters, said = next(iter(module.batches))
-    memory = module.model.encoder(letters.values, letters.lengths)
-    plan = module.model.decoder.plan(said.values, memory=memory, memory_lengths=letters.lengths, lengths=said.lengths)
+    letters, said = ([part.to(module.device) for part in padded] for padded in next(iter(module.batches)))
+    memory = module.model.encoder(*letters)
+    plan = module.model.decoder.plan(said[0], memory=memory, memory_lengths=letters[1], lengths=said[1])
     (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
     plan.save_html(folder / "plan.html")
 

