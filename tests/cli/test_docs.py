@@ -127,7 +127,7 @@ def test_options_exist(steploop):
     """Each option that a page shows for a command is one of that command's."""
     for page in PAGES:
         for line in re.findall(r"steploop (\w+[^\n`]*?--[^\n`#]*)", page.read_text()):
-            command = line.split()[: 2 if line.startswith(("train", "convert")) else 1]
+            command = line.split()[: 2 if line.startswith(("train", "convert", "evaluate")) else 1]
             offered = steploop(*command, "--help").out
             for option in re.findall(r"--[a-z-]+", line):
                 assert option in offered, f"{page.name}: steploop {line}"
