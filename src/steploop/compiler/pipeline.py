@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BuildError, UnsupportedError
-from . import captures, forward_mode
+from . import captures, forward_mode, words
 from .capture import Trace, is_tracing, keep_with_trace
 from .captured import Capture
 from .dependencies import Dependencies
@@ -411,6 +411,8 @@ def backend_module(name: str) -> Any:
         module = import_module(f"..backends.{name}", __package__)
     except ImportError:
         return None
+    if words.compare is None and hasattr(module, "comparison"):
+        words.compare = module.comparison()
     return module if hasattr(module, "compile") else None
 
 
