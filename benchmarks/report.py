@@ -76,7 +76,10 @@ def markdown(run: Run, images: list[tuple[str, str]]) -> str:
     parts = [_head(meta), _target_table(results)]
     parts += [f"![{title}]({path})" for title, path in images]
     parts += [_case_table(results, case) for case in TABLES]
-    parts += [_stream(results), _search(results), _g2p(results), _guards(results), _memory(results), _first(results)]
+    parts += [_stream(results, "stream", "LSTM", "torch.nn", "torch.nn.LSTMCell")]
+    actor = "A GRU with layer norm and two heads, with resets"
+    parts += [_stream(results, "actor", actor, "eager", "the loop by hand")]
+    parts += [_search(results), _g2p(results), _guards(results), _memory(results), _first(results)]
     parts += [_unrolled(results), _grid(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -202,15 +205,17 @@ def _notes(rows: Results) -> list[str]:
     return ["", *[f"- {title_of(peer)}: {_escaped(note)}" for peer, note in notes]] if notes else []
 
 
-def _stream(results: Results) -> str:
-    rows = [r for r in results if r["case"] == "stream"]
+def _stream(results: Results, case: str, what: str, other: str, of_other: str) -> str:
+    rows = [r for r in results if r["case"] == case]
     if not rows:
         return ""
-    lines = ["## One streamed step", "", f"LSTM, {Workload(**rows[0]['work'])}, without gradients.", ""]
-    lines += ["| | one step | ratio to torch.nn.LSTMCell |", "|---|---:|---:|"]
+    work = Workload(**rows[0]["work"])
+    lines = ["## One streamed step" + (" of an actor-critic" if case == "actor" else ""), ""]
+    lines += [f"{what}, {work}, without gradients.", ""]
+    lines += [f"| | one step | ratio to {of_other} |", "|---|---:|---:|"]
     for r in (r for r in rows if "blank" not in r):
-        title = "torch.nn.LSTMCell" if r["peer"] == "torch.nn" else title_of(r["peer"])
-        compared = targets.ratio(results, "stream", "forward", r["peer"], "torch.nn")
+        title = of_other if r["peer"] == other else title_of(r["peer"])
+        compared = targets.ratio(results, case, "forward", r["peer"], other)
         shown = "" if compared is None else f"{compared:.2f}"
         lines.append(f"| {title} | {seconds(r['median'])} | {shown} |")
     return "\n".join(lines + _footnotes(rows))

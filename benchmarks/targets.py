@@ -178,6 +178,8 @@ def _all() -> list[Target]:
     made.append(Target(text, 1.25, _growth_with_time))
     made.append(Target("kernels compiled for a new T or B", 0, _compiled_anew, unit=""))
     made.append(Target("one streamed step / torch.nn.LSTMCell", 0.5, _ratio("stream", "forward", "torch.nn")))
+    text = "one streamed step of an actor-critic with resets / loop by hand"
+    made.append(Target(text, 0.4, _ratio("actor", "forward", "eager")))
     for what, limit in (("call", 15.0), ("streamed step", 3.0)):
         made.append(Target(f"guards of a {what}, LSTM", limit, _guards(what), unit=" us"))
     text = "peak memory, layer-norm LSTM training / torch.nn.LSTM's"

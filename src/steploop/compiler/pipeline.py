@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import BuildError, UnsupportedError
 from ..view.plan_table import counted
-from . import captures, forward_mode
+from . import captures, forward_mode, words
 from .capture import Trace, is_tracing, keep_with_trace
 from .captured import Capture
 from .dependencies import Dependencies
@@ -431,6 +431,8 @@ def backend_module(name: str) -> Any:
         module = import_module(f"..backends.{name}", __package__)
     except ImportError:
         return None
+    if words.compare is None and hasattr(module, "comparison"):
+        words.compare = module.comparison()
     return module if hasattr(module, "compile") else None
 
 
