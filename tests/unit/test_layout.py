@@ -24,7 +24,7 @@ ALLOWED = {
     "marks": set(),
     "compiler": {"view", "backends.cpu.stepper"},
     "backends": {"tree"}
-    | {f"compiler.{name}" for name in ("blocks", "graph", "ops", "printing", "program", "recording", "schedule")},
+    | {f"compiler.{name}" for name in ("blocks", "ir", "ops", "printing", "program", "recording", "schedule")},
     "front": {"compiler", "backends"},
     "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
     "recipes": {"public"},

@@ -23,6 +23,8 @@ from .edit import values
 from .graph import INPUTS, RESULTS, Size, StepGraph, expression
 from .show import Names, call
 
+aten = torch.ops.aten
+
 
 class Broken(AssertionError):
     """A step graph that can't be one: a mistake in the pass that is named."""
@@ -96,9 +98,11 @@ def _of_value(node: fx.Node) -> Iterator[str]:
     if not fakes or torch.Tag.nondeterministic_seeded in node.target.tags:
         return
     mode = fakes[0].fake_mode
+    # Copies are left out of a graph, so that the strides of what a view reads may be others: it is run as a reshape.
+    target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
     try:
         with _disable_current_modes(), enable_python_dispatcher(), mode, torch.no_grad():
-            found = node.target(*values(node.args, mode), **values(node.kwargs, mode))
+            found = target(*values(node.args, mode), **values(node.kwargs, mode))
     except Exception as error:
         yield f"can't be called: {error}"
         return
