@@ -45,7 +45,7 @@ from .plan import Plan, describe
 from .profile import timed
 from .program import Call, Program, Result
 from .recorder import working
-from .stages import as_text, recorded
+from .stages import as_text, recorded_stages
 
 BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
 
@@ -349,7 +349,7 @@ def _planned(program: Program, call: Call, backend: str, save: str) -> tuple[Pla
 
 def _stages(program: Program, call: Call, backend: str, save: str) -> str:
     """The texts of all stages: the call is planned once more, from the capture on."""
-    with recorded() as found:
+    with recorded_stages() as found:
         plan(program, call, backend=backend, save=save)
     return as_text(found)
 
