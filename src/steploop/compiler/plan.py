@@ -127,7 +127,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain Python data."""
-        found = asdict(replace(self, backward=None))
+        found = asdict(replace(self, backward=None, again=None))
+        del found["again"]
         found["backward"] = None if self.backward is None else self.backward.to_dict()
         return found
 
