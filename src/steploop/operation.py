@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from .errors import InputError, describe, message
 
 
 def register_operation(
-    operation: Any, *, rows: str, linear: Sequence[Sequence[int]] = (), native: Mapping[str, Callable] | None = None
+    operation: Any, *, rows: str, linear: Sequence[Sequence[int]] = (), written_as: Callable[..., Any] | None = None
 ) -> None:
     """Tells the compiler what an operation of `torch.library` does, so that it can leave loops.
 
@@ -24,8 +22,8 @@ def register_operation(
     linear: groups of positions of arguments in which the operation is additive together, while its others stay as they
         are: [(0,)] for op(a + b, c) = op(a, c) + op(b, c). Gradients of weights that pass through such an operation
         are summed before it, over all steps at once.
-    native: {"cpu": function}, how native loops compute it; see docs/extending.md. Without it a loop that holds the
-        operation runs on the backend "eager".
+    written_as: a function of the same arguments that does the same with torch's operations. Native loops run that;
+        without it a loop that holds the operation runs on the backend "eager".
 
     What is said here is believed. `sl.verify(step, ...)` compares the compiled step with the plain loop.
 
@@ -33,20 +31,7 @@ def register_operation(
     """
     from .compiler.ops.register import register
 
-    name = register(operation, rows, linear)
-    for backend, lowering in (native or {}).items():
-        if backend != "cpu":
-            raise InputError(
-                message(
-                    f"There is no backend {describe(backend)} that takes lowerings.",
-                    expected='"cpu"',
-                    found=describe(backend),
-                    fix='native={"cpu": lowering}',
-                )
-            )
-        from .backends.cpu.lowering import lowers
-
-        lowers(name)(lowering)
+    register(operation, rows, linear, written_as)
 
 
 __all__ = ["register_operation"]

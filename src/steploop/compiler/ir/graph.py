@@ -229,6 +229,6 @@ def packet_name(target: Any) -> str:
     packet = getattr(target, "overloadpacket", None)
     if packet is None:
         return getattr(target, "__name__", str(target))
-    if target.namespace in ("aten", "steploop"):
+    if target.namespace in ("aten", "prims", "steploop"):
         return packet.__name__
     return f"{target.namespace}::{packet.__name__}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...errors import InputError, describe, message
@@ -13,11 +13,14 @@ from .table import Operation, put
 _ROWS = {"pointwise": pointwise, "front": first_axis()}
 
 
-def register(operation: Any, rows: str, linear: Sequence[Sequence[int]]) -> str:
-    """Puts an operation into the table; gives the name that backends know it by."""
-    target = _packet_of(operation)
-    name = packet_name(target)
-    if "::" not in name or not hasattr(target, "overloads"):
+def register(
+    operation: Any, rows: str, linear: Sequence[Sequence[int]], written_as: Callable[..., Any] | None
+) -> None:
+    """Puts an operation into the table."""
+    packet = _packet_of(operation)
+    overloads = [getattr(packet, name) for name in packet.overloads()] if hasattr(packet, "overloads") else []
+    name = packet_name(overloads[0]) if overloads else ""
+    if "::" not in name:
         raise InputError(
             message(
                 "Only operations of your own can be registered.",
@@ -35,10 +38,10 @@ def register(operation: Any, rows: str, linear: Sequence[Sequence[int]]) -> str:
                 fix="leave an operation that mixes rows unregistered: it runs step by step",
             )
         )
-    _check_groups(name, target, linear)
+    _check_groups(name, max(len(o._schema.arguments) for o in overloads), linear)
     groups = tuple(tuple(group) for group in linear)
-    put(name, Operation(name, rows=_ROWS[rows], pointwise=rows == "pointwise", linear=groups))
-    return name
+    facts = {"rows": _ROWS[rows], "pointwise": rows == "pointwise", "linear": groups, "written_as": written_as}
+    put(name, Operation(name, **facts))
 
 
 def _packet_of(operation: Any) -> Any:
@@ -46,8 +49,7 @@ def _packet_of(operation: Any) -> Any:
     return getattr(overload, "overloadpacket", overload)
 
 
-def _check_groups(name: str, target: Any, linear: Any) -> None:
-    most = max(len(getattr(target, o)._schema.arguments) for o in target.overloads())
+def _check_groups(name: str, most: int, linear: Any) -> None:
     listed = isinstance(linear, (list, tuple)) and all(isinstance(g, (list, tuple)) and g for g in linear)
     if not listed or any(not isinstance(at, int) or not 0 <= at < most for group in linear for at in group):
         raise InputError(

@@ -8,7 +8,7 @@ the batch, which is slower and never wrong. How a backend runs an operation is t
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class Operation:
     sizes: positions of arguments that are sizes of the result. Elsewhere a size is a number that is computed with.
     mask: the position of the flags that say which gradients a backward call gives.
     random: it draws numbers.
+    written_as: a function that does the same with torch's operations; for operations that are not torch's own.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Operation:
     sizes: tuple[int, ...] = ()
     mask: int | None = None
     random: bool = False
+    written_as: Callable[..., Any] | None = None
 
     @property
     def cheap(self) -> bool:
