@@ -127,7 +127,7 @@ def test_options_exist(steploop):
     """Each option that a page shows for a command is one of that command's."""
     for page in PAGES:
         for line in re.findall(r"steploop (\w+[^\n`]*?--[^\n`#]*)", page.read_text()):
-            command = line.split()[: 2 if line.startswith(("train", "convert")) else 1]
+            command = line.split()[: 2 if line.startswith(("train", "convert", "evaluate")) else 1]
             offered = steploop(*command, "--help").out
             for option in re.findall(r"--[a-z-]+", line):
                 assert option in offered, f"{page.name}: steploop {line}"
@@ -139,7 +139,7 @@ def test_the_example_runs(steploop, capsys):
     assert "tagger.py:" in ran.out
 
 
-# What the README's table shows, made from real plans: `python tests/cli/test_docs.py` prints it.
+# What the README's tables show, made from real plans and docs/benchmarks.md; to renew: python tests/cli/test_docs.py
 def shown() -> dict:
     sys.path.insert(0, str(ROOT / "examples"))
     from tagger import Tagger
@@ -188,10 +188,54 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_table_in_the_readme_is_what_the_plans_say():
-    written = re.search(r"<!-- plan:begin.*?-->\n(.*?)\n<!-- plan:end -->", PAGES[0].read_text(), re.DOTALL)
-    assert written.group(1) == table(), "to renew it: python tests/cli/test_docs.py"
+def benchmarks() -> dict[str, dict[str, list[str]]]:
+    """The tables of docs/benchmarks.md: by heading and by the first cell of a row, the other cells without ratios."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for line in (ROOT / "docs" / "benchmarks.md").read_text().splitlines():
+        if line.startswith("## "):
+            rows = found[line[3:]] = {}
+        elif line.startswith("| ") and found:
+            first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            rows[first] = [re.sub(r" \([\d.]+\)$", "", cell) for cell in cells]
+    return found
+
+
+# What the README shows of it: its own words, the heading there, the column, and who is in the row.
+PEERS = ("steploop", "eager loop", "torch.nn", "JAX scan")
+NUMBERS = [
+    ("LSTM", "LSTM", 1, PEERS),
+    ("a user's LSTM with peepholes, GELU and a third state", "A step that nobody wrote as a layer", 1, PEERS),
+    ("a user's layer-norm LSTM with resets", "User-written layer-norm LSTM with resets", 1, PEERS),
+    ("a decoder with attention and input feeding", "Attention decoder with input feeding", 1, PEERS),
+    ("LSTM, lengths between 1 and T (torch.nn: padded)", "Ragged batches", 1, ("steploop", "", "torch.nn, padded", "")),
+    ("one step of an LSTM as a stream, B=1", "One streamed step", 0, ("steploop", "", "torch.nn.LSTMCell", "JAX scan")),
+]
+
+
+def numbers() -> str:
+    known = benchmarks()
+    lines = ["| | steploop | Python loop | torch.nn | JAX scan |", "| --- | ---: | ---: | ---: | ---: |"]
+    for words, heading, column, row in NUMBERS:
+        cells = [known[heading][peer][column] if peer and peer in known[heading] else "" for peer in row]
+        lines.append(f"| {words} | **{cells[0]}** | {' | '.join(cells[1:])} |")
+    return "\n".join(lines)
+
+
+MADE = {"plan": table, "numbers": numbers}
+
+
+def marked(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- {name}:begin.*?-->\n)(.*?)(<!-- {name}:end -->)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_tables_in_the_readme_are_what_plans_and_benchmarks_say(name):
+    written = marked(name).search(PAGES[0].read_text())
+    assert written.group(2).rstrip("\n") == MADE[name](), "to renew it: python tests/cli/test_docs.py"
 
 
 if __name__ == "__main__":
-    print(table())
+    text = PAGES[0].read_text()
+    for name, made in MADE.items():
+        text = marked(name).sub(lambda found, made=made: f"{found[1]}{made()}\n{found[3]}", text)
+    PAGES[0].write_text(text)
