@@ -16,8 +16,10 @@ _ROWS = {"pointwise": pointwise, "front": first_axis()}
 def register(operation: Any, rows: str, linear: Sequence[Sequence[int]]) -> str:
     """Puts an operation into the table; gives the name that backends know it by."""
     target = _packet_of(operation)
-    name = packet_name(target)
-    if "::" not in name or not hasattr(target, "overloads"):
+    # A packet does not say its namespace; its overloads do.
+    overloads = target.overloads() if hasattr(target, "overloads") else []
+    name = packet_name(getattr(target, overloads[0])) if overloads else ""
+    if "::" not in name:
         raise InputError(
             message(
                 "Only operations of your own can be registered.",
