@@ -23,7 +23,10 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # and these, whose many loops are of kinds that the oracle tests compare with the plain loop anyway, run by that one.
 # The others are captured and run without native code. `--long`: all of them run as they would for a reader.
 NATIVE = {"README.md", "start.md"}
-PLAIN = {"attention.md", "legacy.md", "search.md", "porting/returnn.md", "porting/torch-nn.md", "tasks/search.md"}
+PLAIN = {
+    "attention.md", "legacy.md", "memory.md", "search.md", "steps.md", "porting/returnn.md", "porting/torch-nn.md",
+    "porting/torchrl.md", "tasks/rl.md", "tasks/search.md", "tasks/speech.md",
+}  # fmt: skip
 
 
 def name_of(page: Path) -> str:
