@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import kinds, until
-from .backends import BACKENDS, reference
+from .backends import BACKENDS, choose, reference  # noqa: F401 (choose hands the backends down)
 from .compiler.program import Call, Program, Result
 from .errors import InputError, StepError, UnsupportedError, describe, message
 

@@ -22,9 +22,9 @@ ALLOWED = {
     "view": set(),
     "tree": set(),
     "marks": set(),
-    "compiler": {"view", "backends.cpu.stepper"},
+    "compiler": {"view", "backends.contract"},
     "backends": {"tree"}
-    | {f"compiler.{name}" for name in ("blocks", "ir", "ops", "printing", "program", "recording", "schedule")},
+    | {f"compiler.{name}" for name in "blocks choices ir ops printing program recording schedule words".split()},
     "front": {"compiler", "backends"},
     "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
     "recipes": {"public"},
