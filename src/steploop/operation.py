@@ -44,7 +44,7 @@ def register_operation(
                     fix='native={"cpu": lowering}',
                 )
             )
-        from .backends.cpu.lower import lowers
+        from .backends.cpu.lowering import lowers
 
         lowers(name)(lowering)
 

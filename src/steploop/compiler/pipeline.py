@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..view.plan_table import counted
 from . import captures, forward_mode
-from .capture import Trace, is_tracing, keep_with_trace
+from .capture import Trace, keep_with_trace
 from .captured import Capture
 from .choices import chooser
 from .dependencies import Dependencies
@@ -47,11 +47,7 @@ from .stages import as_text, recorded_stages
 
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
-    """Runs a call. Differentiable; see `Loop` for what the arguments mean."""
-    if not is_tracing() and traced([*call.xs, *call.constants, *call.initial]):
-        from . import traced_calls
-
-        return traced_calls.run(program, call, backend, save)
+    """Runs a call that nobody else traces. Differentiable; see `Loop` for what the arguments mean."""
     program, call = batch_guessed(program, call)
     capture, dependencies = captures.find(program, call)
     if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
