@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import steploop as sl
+from steploop import dispatch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -56,14 +57,22 @@ def test_state_space():
     fell(importlib.import_module("state_space").train(40, steps=40, rows=8), 0.4)
 
 
+@pytest.fixture
+def _by_the_plain_loop(monkeypatch):
+    run = dispatch.run
+    monkeypatch.setattr(dispatch, "run", lambda program, call, *_: run(program, call, "reference"))
+
+
+@pytest.mark.usefixtures("_by_the_plain_loop")
 def test_beam():
     model, losses = importlib.import_module("beam").train(40, rows=16)
     fell(losses, 0.7)
 
 
+@pytest.mark.usefixtures("_by_the_plain_loop")
 @pytest.mark.parametrize("name", ["beam", "ctc", "kalman", "recall", "spiking", "state_space"])
 def test_what_explain_shows_of_it_runs(name):
     step, inputs, *constants = importlib.import_module(name).example()
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     first = [x[:2] for x in inputs]
-    sl.Loop(step, backend="reference")(*first, **(constants[0] if constants else {}))
+    sl.Loop(step)(*first, **(constants[0] if constants else {}))

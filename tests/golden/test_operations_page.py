@@ -19,16 +19,17 @@ HEAD = """# What the compiler knows of operations
 
 Made from the compiler's own tables by `tests/golden/test_operations_page.py`. One row per ATen operation:
 
-- **rows**: whether it keeps the rows of a batch apart. "each number": the result is computed number by number. "rule": a
-  rule says where the batch is in the result. An operation that mixes rows runs step by step.
-- **additive in**: the arguments (numbered from 0) in which it is additive together: sums over steps may be taken before it.
-- **kind**: a *view* computes nothing; what *moves* numbers copies them; what is *made of sizes* is made again where it is
-  used; a *pass over a row* is as fast inside a native loop as outside.
-- **native**: whether a native loop has a form of its own for it. Others are taken apart by torch's decompositions, where
-  there are some; otherwise their loop runs on the backend "eager".
+- **rows**: whether it keeps the rows of a batch apart. "each number": the result is computed number by number.
+  "rule": a rule says where the batch is in the result. An operation that mixes rows runs step by step.
+- **additive in**: the arguments (numbered from 0) in which it is additive together: sums over steps may be
+  taken before it.
+- **kind**: a *view* computes nothing; what *moves* numbers copies them; what is *made of sizes* is made again
+  where it is used; a *pass over a row* is as fast inside a native loop as outside.
+- **native**: whether a native loop has a form of its own for it. Others are taken apart by torch's decompositions,
+  where there are some; otherwise their loop runs on the backend "eager".
 
-Operations that are not here, and that torch marks as element by element, count as such; all others mix rows. [Operations of
-your own](extending.md#an-operation-of-torchlibrary) can be added.
+Operations that are not here, and that torch marks as element by element, count as such; all others mix rows.
+[Operations of your own](extending.md#an-operation-of-torchlibrary) can be added.
 
 | operation | rows | additive in | kind | native |
 | --- | --- | --- | --- | --- |
@@ -47,8 +48,8 @@ def _is_aten(name: str) -> bool:
 def _row(name: str, row: Operation) -> str:
     rows = "each number" if row.pointwise or row.rows is pointwise else "rule" if row.rows else ""
     additive = "; ".join(" + ".join(map(str, group)) for group in row.linear)
-    kinds = [f"view ({row.view})" if row.view else "", "moves" if row.moves else "", "made of sizes" if row.factory else "",
-             "pass over a row" if row.row_pass else ""]  # fmt: skip
+    kinds = [f"view ({row.view})" if row.view else "", "moves" if row.moves else "",
+             "made of sizes" if row.factory else "", "pass over a row" if row.row_pass else ""]  # fmt: skip
     kind = ", ".join(k for k in kinds if k)
     return f"| `{name}` | {rows or _by_tag(name)} | {additive} | {kind} | {'yes' if name in NATIVE else ''} |"
 

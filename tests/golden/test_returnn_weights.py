@@ -1,4 +1,7 @@
-"""The porting guide docs/porting/returnn.md, with RETURNN's own weights: its code gives RETURNN's own numbers."""
+"""The porting guide docs/porting/returnn.md, with RETURNN's own weights: its code gives RETURNN's own numbers.
+
+By the plain loop, which the other tests compare with the compiled one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import steploop as sl
+from steploop import dispatch
 
 FOLDER = Path(__file__).parent / "returnn"
 PAGE = Path(__file__).parents[2] / "docs" / "porting" / "returnn.md"
@@ -21,12 +25,13 @@ def load(name):
     return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
 
 
-@pytest.fixture(scope="module")
-def page():
+@pytest.fixture
+def page(monkeypatch):
     """What the page's code defines, up to where it searches."""
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     blocks = [block for block in blocks if "sl.search" not in block]
-    space = {"__name__": "page"}
+    space, run = {"__name__": "page"}, dispatch.run
+    monkeypatch.setattr(dispatch, "run", lambda program, call, *_: run(program, call, "reference"))
     exec(compile("\n".join(blocks), str(PAGE), "exec"), space)
     return space
 
@@ -37,7 +42,7 @@ def test_a_native_lstm():
     cell.load_state_dict(
         sl.nn.convert.from_returnn("lstm", [arrays[f"param/output/rec/lstm/rec/{n}"] for n in ("W", "W_re", "b")])
     )
-    y, _ = sl.Loop(cell, batch_first=True)(arrays["in/data"], lengths=arrays["in_len/data"].long())
+    y, _ = sl.Loop(cell, batch_first=True, backend="reference")(arrays["in/data"], lengths=arrays["in_len/data"].long())
     y = y @ arrays["param/output/rec/output/W"] + arrays["param/output/rec/output/b"]
     y = y * sl.length_mask(arrays["in_len/data"].long(), y.shape[1]).unsqueeze(-1)
     torch.testing.assert_close(y, arrays["out/output"], rtol=1e-5, atol=1e-5)
@@ -67,7 +72,7 @@ def test_the_pages_decoder(page):
     encoder = torch.tanh(arrays["in/data"] @ found("encoder/W") + found("encoder/b"))
     valid = sl.length_mask(arrays["in_len/data"].long(), encoder.shape[1])
     lengths = arrays["in_len/classes"].long()
-    scores, _ = sl.Loop(decoder, batch_first=True)(
+    scores, _ = sl.Loop(decoder, batch_first=True, backend="reference")(
         arrays["in/classes"].long(), lengths=lengths,
         encoder=encoder, enc_ctx=encoder @ found("enc_ctx/W") + found("enc_ctx/b"), valid=valid,
     )  # fmt: skip

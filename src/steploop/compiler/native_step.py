@@ -38,27 +38,31 @@ def native(step: StreamStep, call: Call, backend: Backend) -> NativeStep | None:
     return NativeStep(step, *found, call, backend)
 
 
+class _NotTaken(Exception):
+    """The backend can't run the step, or its compiler failed."""
+
+
 def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | None:
-    """The lowered step, its one loop and what runs that."""
+    """The lowered step, its one loop and what runs that; None where the backend does not take it."""
     graph = capture.forward.graph
     if graph.batch is None or mixing_reasons(graph):
         return None
-    refused: list[Any] = []
 
     def choose(program: Any, _widen: Any) -> Any:
         if backend.reasons_against(program):
-            refused.append(program)
-            return None
+            raise _NotTaken
         try:
             return backend.compile(program)
         except BuildError:
-            refused.append(program)
-            return None
+            raise _NotTaken from None
 
-    with torch.no_grad():
-        plan = lower_forward(graph, [], capture.program.state_names, choose, one_loop=True)
+    try:
+        with torch.no_grad():
+            plan = lower_forward(graph, [], capture.program.state_names, choose, one_loop=True)
+    except _NotTaken:
+        return None
     loops = plan.executable.partition.loops
-    if refused or len(loops) != 1 or len(plan.executable.partition.segments) != 1:
+    if len(loops) != 1 or len(plan.executable.partition.segments) != 1:
         return None
     if not _plain(plan, loops[0]):
         return None
