@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import dispatch, sizing, torchscript, until
-from .arguments import Arguments, check_on_masked, take_apart
+from .arguments import check_on_masked, take_apart
 from .compiler.program import Call, Program
 from .devices import check_call, explained
 from .errors import InputError, UnsupportedError, describe, message
@@ -74,12 +74,12 @@ class Stream(Generic[Y]):
         self.constants = constants
         self._given = state
         self._tree = survey(loop.step)
-        self._own: list[Tensor | None] | None = None
+        self._own: Any = None  # list of what each State was before its first step
         self._values: list[Tensor] = []
         self._last: list[Tensor] | None = None
         self._program: Any = None
         self._structure: Any = None
-        self._arguments: Arguments | None = None
+        self._arguments: Any = None
         self._fast: Any = None  # runs single steps without gradients, once the first has gone the usual way
         self._count = -1
         self._until: int | None = None  # which state ends a row
@@ -240,7 +240,7 @@ class Stream(Generic[Y]):
     def _with_room(self, state: dict[str, Any]) -> dict[str, Any]:
         """A given state whose histories are as long as this stream's; the shorter ones are padded."""
         states, names = self._tree.states, self._tree.names
-        given = [v if isinstance(v := state.get(name), Tensor) else None for name in names]
+        given: list[Any] = [v if isinstance(v := state.get(name), Tensor) else None for name in names]
         room = max(sizing.room_of(states, given), sizing.room_of(states, self._own))
         self._own = sizing.with_room(states, self._own, room)
         padded = zip(names, sizing.with_room(states, given, room), strict=True)

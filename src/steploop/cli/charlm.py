@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,7 +51,9 @@ def train_charlm(
 
     from ..recipes.charlm_training import BEST, LAST, Settings, fit
 
-    given = dict(cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout)
+    given: dict[str, Any] = dict(
+        cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout
+    )
     shape = dataclasses.replace(
         _shape_to_begin_with(out / LAST if resume else None),
         **{name: value for name, value in given.items() if value is not None},
