@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ["STEPLOOP_CHECK_GRAPHS"] = "1"  # every graph is checked after every pass, in child processes too
     torch.set_num_threads(min(2, torch.get_num_threads()))
     torch.backends.cudnn.allow_tf32 = False  # products of float32 are not TF32 by torch's default; convolutions are
 

@@ -56,6 +56,16 @@ def plan(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
     return pipeline.plan(program, call, backend=backend, save=save)
 
 
+def profile(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
+    """The Plan of a call with what its pieces take; of a loop that ends by itself, all steps of it."""
+    from .compiler import pipeline
+
+    _no_transforms()
+    if call.until is not None:
+        program, call = until.whole(program, call)
+    return pipeline.profile(program, call, backend=backend, save=save)
+
+
 def stream_step(program: Program, call: Call, backend: str) -> Any:
     """What runs single steps like this call without gradients, with little around it; None where nothing does."""
     if backend == "reference":

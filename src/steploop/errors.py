@@ -139,6 +139,11 @@ def defined_at(function: Any) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
 
 
+def is_the_users(filename: str) -> bool:
+    """Whether a frame of this file is one of the user's, not of this library, of torch, or of what they make."""
+    return not filename.startswith((*_NOT_THE_USERS, "<steploop", "<eval_with_key>"))
+
+
 def describe(value: Any) -> str:
     """A value's type as messages name it: '(4, 8) float32', 'float 0.5', 'None'."""
     if isinstance(value, torch.Tensor):

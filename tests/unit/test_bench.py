@@ -23,7 +23,7 @@ TINY = SCALES["tiny"]
 LONG = pytest.mark.long
 FAST = ["steploop-eager", "torch.nn", "eager", "gemm"]  # compile nothing
 # Cases where only "steploop" stands for us.
-NEED_OURS = ("ragged", "grid", "stream", "guards", "memory", "first", "seq2seq_two_projections")
+NEED_OURS = ("ragged", "grid", "stream", "actor", "guards", "memory", "first", "seq2seq_two_projections")
 SMALL = {
     "lstm": Workload("lstm", 4, 2, 3, 5),
     "gru": Workload("gru", 4, 2, 3, 5),

@@ -8,7 +8,8 @@ import steploop as sl
 
 NAMES = """
 BuildError CarryError DataError InputError Loop MismatchError OutsideError Report State StateError States Step StepError
-SteploopError Stream UnsupportedError length_mask memory nn plan scan search seq2seq share unbatched verify view
+SteploopError Stream UnsupportedError length_mask memory nn plan register_operation
+scan search seq2seq share unbatched verify view
 """.split()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..compiler.graph import LoopProgram
+from ..compiler.ir.graph import LoopProgram
 from ..compiler.recording import CudaRecorder, Recording, reasons_against, settings, types_of
 from . import eager
 

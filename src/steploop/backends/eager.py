@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, fx
 
-from ..compiler.graph import LoopProgram, Rows, rows_of, shape_at, symbols_of
+from ..compiler.ir.graph import LoopProgram, Rows, rows_of, shape_at, symbols_of
 from ..compiler.printing import Source, call_text, fuse_addmm, last_uses, print_size
 from ..compiler.schedule import Span
 

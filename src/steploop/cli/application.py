@@ -12,6 +12,7 @@ from .charlm import compare, train_charlm
 from .convert import convert_tf1
 from .doctor import doctor
 from .explain import explain
+from .g2p import evaluate_g2p, g2p, train_g2p
 from .sample import sample
 from .verify import verify
 
@@ -25,14 +26,18 @@ def application() -> typer.Typer:
     )
     app.callback(help=app.info.help)(_program)
     recipes = typer.Typer(help="Train a model.", no_args_is_help=True)
-    recipes.callback()(lambda: None)  # keeps `charlm` a command of its own while it is the only one
     recipes.command("charlm")(train_charlm)
+    recipes.command("g2p")(train_g2p)
     app.add_typer(recipes, name="train")
+    evaluations = typer.Typer(help="Tell how good a model is.", no_args_is_help=True)
+    evaluations.callback()(lambda: None)  # keeps `g2p` a command of its own while it is the only one
+    evaluations.command("g2p")(evaluate_g2p)
+    app.add_typer(evaluations, name="evaluate")
     conversions = typer.Typer(help="Convert checkpoints of other frameworks.", no_args_is_help=True)
     conversions.callback()(lambda: None)
     conversions.command("tf1")(convert_tf1)
     app.add_typer(conversions, name="convert")
-    for command in (sample, compare, explain, verify, bench, cache, doctor):
+    for command in (sample, compare, g2p, explain, verify, bench, cache, doctor):
         app.command()(command)
     return app
 

@@ -49,7 +49,8 @@ def train_charlm(
     text = _text(data)
     from rich.console import Console
 
-    from ..recipes.charlm_training import BEST, LAST, Settings, fit
+    from ..recipes.charlm_training import Settings, fit
+    from ..recipes.training import BEST, LAST
 
     given: dict[str, Any] = dict(
         cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout

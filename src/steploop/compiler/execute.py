@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from . import blocks
 from .absorb import absorb
 from .batch import OncePiece, Piece, Rowwise, StackedPiece
-from .graph import Rows, expression, size_at
+from .ir.graph import Rows, expression, size_at
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span, Unpacked
@@ -78,12 +78,14 @@ class Executable:
 
     choose: gives a compiled loop for a LoopProgram, or for what a function gives that makes it wider (`absorb`).
     down: runs from the last step to the first.
+    clock: while a profile is made, what times each part: `clock.time(part, function, *arguments)`.
     """
 
     partition: Partition
     choose: Callable[[Any, Callable[..., Any]], Any]
     down: bool = False
     runners: dict[Loop, Any] = field(default_factory=dict)
+    clock: Any = None
 
     def __post_init__(self) -> None:
         problem = self.partition.problem
@@ -227,7 +229,7 @@ class _Runner:
     def run(self, longest: int | None, outward: Sequence[fx.Node]) -> Run:
         e = self.e
         self.outward = {n: self._blank(n) for n in outward if n in e.only_given and self._scatters()}
-        values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
+        values = self._timed(None, e.once, self.sizes, [self.once_values[n] for n in e.once.reads])
         self.once_values.update(zip(e.once.nodes, values))
         spans = e.spans(self.schedule, longest)
         placed = [] if len(spans) == 1 else [n for n in self.problem.wanted if n not in self.outward]
@@ -244,6 +246,11 @@ class _Runner:
             self._advance(values)
             del values
         return Run(wanted, [self.current[s.prev] for s in self.problem.finals], sums)
+
+    def _timed(self, part: Batched | Loop | None, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function that runs a part of the partition (None: what is the same at every step)."""
+        clock = self.e.clock
+        return function(*arguments) if clock is None else clock.time(part, function, *arguments)
 
     def _collect(self, wanted: list[Tensor], span: Span, values: dict[fx.Node, Tensor], whole: bool) -> None:
         """Writes what is wanted of a span into its place among all steps."""
@@ -314,10 +321,10 @@ class _Runner:
         self.after: dict[fx.Node, Tensor] = {}
         for segment in self.e.partition.segments:
             if isinstance(segment, Loop):
-                self._loop(segment, span, values)
+                self._timed(segment, self._loop, segment, span, values)
             elif segment in self.e.pieces:
                 piece = self.e.pieces[segment]
-                results = piece(rowwise, self.sizes, [values[n] for n in piece.reads])
+                results = self._timed(segment, piece, rowwise, self.sizes, [values[n] for n in piece.reads])
                 values.update(zip(piece.results, results))
         return values
 

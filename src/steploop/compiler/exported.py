@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import DataError, InputError, UnsupportedError, describe, message
 from .capture import Trace, condition, conditions_of
 from .captured import Facts, sizes_of
-from .graph import StepGraph, expression
 from .graph_data import Damaged, NotPlain, Reader, graph_to_data, one_line, size_from_data, size_to_data
+from .ir.graph import StepGraph, expression
 from .loop_operator import Invocation, Layout, invocation_of
 from .lower import Needs
 from .program import Call
@@ -250,7 +250,7 @@ class Exported(Invocation):
         self, trace: Trace, facts: Facts, layout: Layout, options: Options, lower: Callable[..., Any],
         text: str | None, hints: dict[str, int],
     ):  # fmt: skip
-        from .lower import mixing_reasons
+        from .passes.manager import mixing_reasons
 
         graph = trace.graph
         mixing = graph.batch is not None and bool(mixing_reasons(graph))

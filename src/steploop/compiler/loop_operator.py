@@ -28,9 +28,11 @@ from . import forward_mode, operators
 from .capture import Signature, Trace
 from .captured import Facts, sizes_of
 from .execute import Run, Shifted
-from .graph import Rows, expression
+from .ir.graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
 from .memory_operator import autograd_in_kernels
+from .ops.rules import CONTRACTED, Mixed
+from .ops.table import add
 from .program import Call
 from .schedule import Schedule, make_schedule
 
@@ -501,8 +503,6 @@ class LoopFunction(torch.autograd.Function):
 
 def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
     """See `rows.py`: an inner loop keeps the rows of the outer step apart if its own step does."""
-    from .rows import CONTRACTED, Mixed
-
     names = torch.ops.steploop
     backward = node.target in (names.inner_loop_backward.default, names.loop_backward.default)
     tensors = node.args[1] if backward else node.args[0]
@@ -529,3 +529,7 @@ def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
                 shared = dim is None or (name == "constants" and not batched[i])
                 result.append(CONTRACTED if shared else Rows(dim, outer, inner))
     return tuple(result)
+
+
+add("loop inner_loop", rows=rows_rule, sizes=(3,))
+add("loop_backward inner_loop_backward", rows=rows_rule, sizes=(5,))

@@ -11,10 +11,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from .. import torchscript
-from ..errors import InputError, StateError, describe, message
+from ..errors import InputError, StateError, StepError, describe, message
+from ..frame import running
 from ..loop import Loop
 from ..states import States
 from ..step import Step
+from ..tracebacks import ends_at_the_call
 
 
 class Bidirectional(nn.Module):
@@ -30,7 +32,8 @@ class Bidirectional(nn.Module):
     sequence.
     The loops are the children "forward_loop" and "backward_loop". batch_first, backend, save: as for sl.Loop.
 
-    Raises InputError where the two cells' outputs cannot be joined; StateError for a wrong state.
+    Raises InputError where the two cells' outputs cannot be joined; StateError for a wrong state; StepError inside a
+    step for an input (B, features), which is no sequence.
     """
 
     if TYPE_CHECKING:
@@ -51,7 +54,11 @@ class Bidirectional(nn.Module):
         self.forward_loop = Loop(forward_cell, **options)
         self.backward_loop = Loop(backward_cell, reverse=True, **options)
 
+    __call__ = ends_at_the_call(nn.Module.__call__)
+
     def forward(self, *xs: Any, state: States | None = None, **arguments: Any) -> tuple[Any, States]:
+        if running() is not None:
+            _check_inner(xs)
         given = self._split(state)
         left, left_state = self.forward_loop(*xs, state=given["forward"], **arguments)
         right, right_state = self.backward_loop(*xs, state=given["backward"], **arguments)
@@ -89,6 +96,20 @@ class Bidirectional(nn.Module):
                 )
             parts[direction][path] = value
         return {direction: States(part) for direction, part in parts.items()}
+
+
+def _check_inner(xs: tuple[Any, ...]) -> None:
+    """StepError for one step's slice (B, features), which would be read as a sequence of B steps."""
+    for x in xs:
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() < 3:
+            raise StepError(
+                message(
+                    "A Bidirectional was called inside a step with one step of a sequence: it reads whole sequences.",
+                    expected="an inner sequence of this step, (S, B, features)",
+                    found=describe(x),
+                    fix="run it over the whole sequence before the loop: ys, _ = layer(xs);  loop(ys)",
+                )
+            )
 
 
 def _prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

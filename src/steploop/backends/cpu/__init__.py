@@ -5,6 +5,7 @@ fuse.py              statements -> phases of loop nests
 emit.py              phases -> C++;  kernels/ holds what every kernel includes
 build.py, cache.py   C++ -> a library, kept per user; what is safe to load
 runner.py            calls it
+stepper.py           calls it for one step at a time; comparing.py: what streams and guards need beside it
 interpret.py         what the loop language means, in plain torch
 """
 
@@ -14,8 +15,9 @@ import functools
 import warnings
 from collections.abc import Callable
 
-from ...compiler.graph import LoopProgram
+from ...compiler.ir.graph import LoopProgram
 from .build import BuildError, compiler, folder, problem, what_to_install, wide_vectors
+from .comparing import comparison
 from .lower import lower
 from .runner import Runner
 from .threads import runtime
@@ -73,4 +75,4 @@ def doctor() -> dict[str, str]:
     }
 
 
-__all__ = ["Runner", "compile", "doctor", "name", "reasons_against"]
+__all__ = ["Runner", "comparison", "compile", "doctor", "name", "reasons_against"]

@@ -19,7 +19,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ...compiler.graph import LoopProgram, Size, expression, line_of, op_name
+from ...compiler.ir.graph import LoopProgram, Size, expression, line_of, op_name
+from ...compiler.ops.table import is_view
 from . import geometry
 from .expressions import Expressions, is_contiguous, same_shape
 from .language import (
@@ -54,17 +55,14 @@ DTYPES = (
 
 Lowered = Any  # Expr or a tuple of them
 TABLE: dict[str, Callable[[Lowering, fx.Node], Lowered]] = {}
-VIEWS: set[str] = {"getitem"}
 
 
-def lowers(*names: str, view: bool = False) -> Callable[[Callable], Callable]:
+def lowers(*names: str) -> Callable[[Callable], Callable]:
     """Registers the lowering of ATen packets."""
 
     def register(function: Callable) -> Callable:
         for name in names:
             TABLE[name] = function
-        if view:
-            VIEWS.update(names)
         return function
 
     return register
@@ -365,9 +363,9 @@ class Lowering:
         total = whole_size if whole_size is not None else product(self.shape(node))
         count = 0.0
         for user in node.users:
-            if op_name(user) in VIEWS and not isinstance(user.meta["val"], (tuple, list)):
+            if is_view(user) and not isinstance(user.meta["val"], (tuple, list)):
                 count += self._uses(user, total)
-            elif op_name(user) in VIEWS:
+            elif is_view(user):
                 count += sum(self._uses(item, total) for item in user.users)
             else:
                 count += _ratio(product(self.shape(node)), total)

@@ -281,7 +281,7 @@ def _convert(low: Lowering, node: fx.Node) -> Expr:
     return low.make.cast(low.args(node)[0], node.args[1])
 
 
-@lowers("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "positive", view=True)
+@lowers("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "positive")
 def _same(low: Lowering, node: fx.Node) -> Expr:
     return low.args(node)[0]
 

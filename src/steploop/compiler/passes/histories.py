@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .graph import Rows, Size, StepGraph, expression
-from .history_products import history_cotangent, history_scores, history_sums
-from .labels import Label, aligned, backwards, flat, forwards, product_of
-from .memory_operator import MemoryCall, call_of
-from .partition import Problem, State, needed_nodes, recurrent_components
-from .rows import annotate
-from .simplify import call, remove_dead, remove_identities, replace, shape_of
+from ..history_products import history_cotangent, history_scores, history_sums
+from ..ir.edit import call, remove_dead, replace
+from ..ir.graph import Rows, Size, StepGraph, expression, shape_of
+from ..memory_operator import MemoryCall, call_of
+from ..partition import joint_problem_of, needed_nodes, recurrent_components
+from ..stages import stage
+from .axes import Label, aligned, backwards, flat, forwards, product_of
+from .identities import remove_identities
+from .manager import find_mixing
 
 aten = torch.ops.aten
 
@@ -57,7 +59,7 @@ class _Found:
 def use_whole_histories(step: StepGraph) -> list[MemoryCall]:
     """Rewrites products with histories in place; returns the calls that the graph refers to from then on."""
     candidates = [n for n in step.graph.nodes if n.target is torch.ops.steploop.memory.default and call_of(n).frames]
-    if not candidates or step.batch is None or annotate(step, [*step.outputs, *step.nexts]):
+    if not candidates or step.batch is None or find_mixing(step, [*step.outputs, *step.nexts]):
         return []
     looped = _in_loops(step)
     made: list[MemoryCall] = []
@@ -70,16 +72,14 @@ def use_whole_histories(step: StepGraph) -> list[MemoryCall]:
     if made:
         remove_dead(step)
         remove_identities(step)
+        step.edited()
+        stage("use_whole_histories", step)
     return made
 
 
 def _in_loops(step: StepGraph) -> set[fx.Node]:
     """Every node in a loop, but for operations that are one by themselves."""
-    states = [State(p, n, "") for p, n in zip(step.prevs, step.nexts)]
-    states += [State(c, g, "") for c, g in zip(step.ct_nexts, step.grad_prevs) if c is not None and g is not None]
-    lists = (step.outputs, step.grad_xs, step.grad_constants, step.grad_captured)
-    wanted = [n for group in lists for n in group if n is not None]
-    problem = Problem(step.graph, step.batch, states, wanted, [], states)
+    problem = joint_problem_of(step)
     return {n for c in recurrent_components(problem, needed_nodes(problem)) for n in c}
 
 
@@ -110,8 +110,7 @@ class _Reader:
 
     def __init__(self, step: StepGraph, found: _Found, looped: set[fx.Node]):
         self.found, self.looped = found, looped
-        lists = (step.outputs, step.nexts, step.grad_xs, step.grad_constants, step.grad_prevs, step.grad_captured)
-        self.results = {n for group in lists for n in group if n is not None}
+        self.results = set(step.results())
 
     def read(self, node: fx.Node, axes: list[list[Label]]) -> None:
         if node in self.results:

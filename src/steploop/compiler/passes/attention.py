@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import StepGraph
-from .simplify import call, calls, remove_dead, replace, shape_of, sizes_of
+from ..ir.edit import call, calls, remove_dead, replace, sizes_of
+from ..ir.graph import StepGraph, shape_of
 
 aten = torch.ops.aten
 _FORWARD = aten._scaled_dot_product_flash_attention_for_cpu.default

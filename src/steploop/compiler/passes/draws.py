@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import StepGraph
-from .simplify import argument, call, calls, made, remove_dead, replace, sizes_of
+from ..ir.edit import argument, call, calls, made, remove_dead, replace, sizes_of
+from ..ir.graph import StepGraph
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .simplify import shape_of
+from ..ir.graph import shape_of
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ can be run for other batch sizes than the one it was captured with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,11 @@ def shape_at(value: Tensor, sizes: Mapping[str, int]) -> list[int]:
     return [size_at(expression(n), sizes) for n in value.shape]
 
 
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a tensor as ints and sympy expressions (comparable, without adding conditions)."""
+    return tuple(expression(s) for s in node.meta["val"].shape)
+
+
 def symbols_of(node: fx.Node) -> set[sympy.Symbol]:
     """The symbols of sizes in what a node gives and in what it is given."""
     found: set[sympy.Symbol] = set()
@@ -104,12 +109,31 @@ class Rows:
         return self.outer == 1 and self.inner == 1
 
 
+# The lists of a StepGraph, by what stands in them.
+INPUTS = ("xs", "constants", "prevs", "captured", "ct_outputs", "ct_nexts")
+GRADIENTS = ("grad_xs", "grad_constants", "grad_prevs", "grad_captured")
+RESULTS = ("outputs", "nexts", *GRADIENTS)
+ROLES = (*INPUTS[:4], "outputs", "nexts", *INPUTS[4:], *GRADIENTS)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `passes.rows` found: the nodes that mix rows, with the reason. The rest it wrote on the nodes.
+
+    per_step: the nodes of which the value of every step is wanted, and not only a sum over the steps.
+    """
+
+    per_step: tuple[fx.Node, ...]
+    mixing: dict[fx.Node, str]
+
+
 @dataclass(eq=False)
 class StepGraph:
     """One step (forward, or forward and backward together) as a graph with the roles of its inputs and outputs.
 
-    In a joint graph the cotangents are inputs and the gradients outputs; `gradients` and the three lists of
-    cotangents are empty in a forward graph. Entries of `grad_*` are None where no gradient flows.
+    In a joint graph the cotangents are inputs and the gradients results; these lists (`ct_*`, `grad_*`) are empty in a
+    forward graph. Entries of `grad_*` are None where no gradient flows.
+    known: the last analysis of the rows, None once the graph has changed since.
     """
 
     graph: fx.Graph
@@ -127,6 +151,20 @@ class StepGraph:
     grad_constants: list[fx.Node | None] = field(default_factory=list)
     grad_prevs: list[fx.Node | None] = field(default_factory=list)
     grad_captured: list[fx.Node | None] = field(default_factory=list)
+    known: Analysis | None = None
+
+    def results(self, *roles: str) -> list[fx.Node]:
+        """The nodes in the given roles, each once; without roles, all that the step gives."""
+        return list(dict.fromkeys(n for role in roles or RESULTS for n in getattr(self, role) if n is not None))
+
+    def map_results(self, change: Callable[[fx.Node], fx.Node]) -> None:
+        """Puts other nodes in the place of results."""
+        for role in RESULTS:
+            getattr(self, role)[:] = [None if n is None else change(n) for n in getattr(self, role)]
+
+    def edited(self) -> None:
+        """Whoever changes the graph says so: what was found out about it is forgotten."""
+        self.known = None
 
 
 @dataclass(eq=False)
@@ -177,9 +215,14 @@ def line_of(node: fx.Node) -> str:
 
 
 def op_name(node: fx.Node) -> str:
-    """The ATen packet of a call, e.g. "mm"."""
-    target = node.target
+    """The ATen packet of a call, e.g. "mm"; the name of an operation from elsewhere has its namespace: "mine::mm"."""
+    return packet_name(node.target)
+
+
+def packet_name(target: Any) -> str:
     packet = getattr(target, "overloadpacket", None)
-    if packet is not None:
+    if packet is None:
+        return getattr(target, "__name__", str(target))
+    if target.namespace in ("aten", "steploop"):
         return packet.__name__
-    return getattr(target, "__name__", str(target))
+    return f"{target.namespace}::{packet.__name__}"
