@@ -145,7 +145,7 @@ class Step(nn.Module):
         return loop
 
 
-def defines_forward(kind: type) -> str:
+def defines_forward(kind: type[Step]) -> str:
     """The message for a Step with a `forward` of its own."""
     return message(
         f"{kind.__name__} defines forward, which a Step uses itself.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -158,7 +159,8 @@ class Stream(Generic[Y]):
 
     def _short(self, xs: tuple[Tensor, ...], mask: Any, resets: Any) -> Any:
         """A step by the short way; None where it can't be taken."""
-        fast, back = self._fast, ()
+        fast = self._fast
+        back: Sequence[Tensor] = ()
         if mask is not None:
             mask = self._flags(mask, "mask").to(fast.device).contiguous()
         if resets is not None:
@@ -204,7 +206,7 @@ class Stream(Generic[Y]):
         name = type(self.loop.step).__name__
         return f"Stream({name}, batch_size={self.batch_size}, states: {states or unknown}{masked})"
 
-    def fork(self) -> Stream:
+    def fork(self) -> Stream[Y]:
         """A copy that stands where this one does and goes on by itself: steps, resets and new states of the one don't
         change the other. Both run the same Loop, with the same weights and constants. Gradients flow through."""
         twin = copy(self)
@@ -214,7 +216,7 @@ class Stream(Generic[Y]):
             twin._given = self._given.copy()
         return twin
 
-    def __copy__(self) -> Stream:
+    def __copy__(self) -> Stream[Y]:
         self._show()
         twin = object.__new__(type(self))
         vars(twin).update(vars(self), _fast=None if self._fast is None else self._fast.fork())
