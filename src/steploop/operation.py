@@ -9,7 +9,11 @@ from .errors import InputError, describe, message
 
 
 def register_operation(
-    operation: Any, *, rows: str, linear: Sequence[Sequence[int]] = (), native: Mapping[str, Callable[..., Any]] | None = None
+    operation: Any,
+    *,
+    rows: str,
+    linear: Sequence[Sequence[int]] = (),
+    native: Mapping[str, Callable[..., Any]] | None = None,
 ) -> None:
     """Tells the compiler what an operation of `torch.library` does, so that it can leave loops.
 
