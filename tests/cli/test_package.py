@@ -131,3 +131,15 @@ def test_what_is_packed(built):
     (unpacked,) = (path for path in built.iterdir() if path.is_dir())
     for name in ("CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "constraints.txt", "tests/conftest.py"):
         assert (unpacked / name).is_file(), f"{name} is not in the sdist: MANIFEST.in"
+
+
+def test_the_version_is_the_same_everywhere():
+    """The wheel's comes from pyproject.toml."""
+    import steploop
+
+    named = [
+        re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
+        for file, pattern in (("pyproject.toml", r'^version = "(.*)"'), ("CITATION.cff", r"^version: (.*)"))
+    ]
+    assert {match and match[1] for match in named} == {steploop.__version__}
+    assert f"\n## {steploop.__version__}" in (ROOT / "CHANGELOG.md").read_text()
