@@ -179,9 +179,10 @@ def fit(
     prepare(folder, settings, checked_history, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
     module = CharTraining(shape, vocabulary, text, settings).to(settings.device)
-    plan = module.loop.plan(module.train_streams.window(0).inputs.to(settings.device))
-    (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
-    plan.save_html(folder / "plan.html")
+    if settings.backend != "reference":  # the plain Python loop has no plan
+        plan = module.loop.plan(module.train_streams.window(0).inputs.to(settings.device))
+        (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+        plan.save_html(folder / "plan.html")
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console or Console())
     draw(str(shape), module.history, folder / "curve.png")
     return module
