@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import sys
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ if not hasattr(os, "fork"):
     pytest.skip("a child of this process is needed: os.fork", allow_module_level=True)
 
 
-def lives(arguments: list[str], seconds: float | None = None) -> tuple[int, float]:
+def lives(log: Path, arguments: list[str], seconds: float | None = None) -> tuple[int, float]:
     """`steploop` in a child of this process: (exit code, seconds of CPU time).
 
     seconds: of CPU time, after which the system ends it, wherever it is; the exit code is then negative.
@@ -30,7 +32,7 @@ def lives(arguments: list[str], seconds: float | None = None) -> tuple[int, floa
         code = 3
         try:
             torch.set_num_threads(1)
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            sys.stdout = sys.stderr = log.open("w")
             signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends a process at once, as SIGKILL does
             if seconds is not None:
                 signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -39,7 +41,10 @@ def lives(arguments: list[str], seconds: float | None = None) -> tuple[int, floa
             main(arguments)
         except SystemExit as end:
             code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stderr.flush()
             os._exit(code)
     _, status, usage = os.wait4(child, 0)
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
@@ -50,8 +55,9 @@ def test_a_run_that_is_killed_at_any_moment_ends_like_an_unbroken_one(text, tmp_
     # With dropout: the random numbers have to go on where they were.
     command = ["train", "charlm", "--data", str(text), "--max-steps", "6", "--dropout", "0.3", "--backend", "reference"]
     command += [*TINY, "--out"]
-    code, whole_seconds = lives([*command, str(tmp_path / "whole")])
-    assert code == 0
+    log = tmp_path / "log"
+    code, whole_seconds = lives(log, [*command, str(tmp_path / "whole")])
+    assert code == 0, log.read_text()
     whole = {name: Checkpoint.read(tmp_path / "whole" / name) for name in ("last.ckpt", "best.ckpt")}
     moments, kills, run = random.Random(0), 0, 0
     while kills < KILLS:
@@ -61,9 +67,9 @@ def test_a_run_that_is_killed_at_any_moment_ends_like_an_unbroken_one(text, tmp_
             how = "--resume" if (out / "last.ckpt").exists() else "--overwrite"
             # The last run is let go on to its end.
             limit = moments.uniform(0.05, 0.9) * whole_seconds if kills < KILLS else None
-            code, _ = lives([*command, str(out), how], limit)
+            code, _ = lives(log, [*command, str(out), how], limit)
             kills += code < 0
-        assert code == 0
+        assert code == 0, log.read_text()
         for name, expected in whole.items():
             found = Checkpoint.read(out / name)
             assert [entry["val_nats"] for entry in found.history] == [e["val_nats"] for e in expected.history], name

@@ -49,7 +49,7 @@ def train_charlm(
     text = _text(data)
     from rich.console import Console
 
-    from ..recipes.charlm_training import Settings, fit
+    from ..recipes.charlm_training import WEIGHTS, Settings, fit
     from ..recipes.training import BEST, LAST
 
     given: dict[str, Any] = dict(
@@ -75,7 +75,8 @@ def train_charlm(
     best = min(module.history, key=lambda entry: entry["val_nats"])
     console.print(
         f"Best validation loss: {best['val_nats']:.4f} nats = {best['val_bits_per_character']:.4f} bits per "
-        f"character.\n  checkpoints  {out / BEST}, {out / LAST}\n  curve        {out / 'curve.png'}\n"
+        f"character.\n  checkpoints  {out / BEST}, {out / LAST}\n  weights      {out / WEIGHTS}\n"
+        f"  curve        {out / 'curve.png'}\n"
         f"  plan         {out / 'plan.txt'}, {out / 'plan.html'}\n"
         f"  logs         {out / 'logs'}, {out / 'tensorboard'}\n"
         f'Try it:  steploop sample --checkpoint {out / BEST} --prompt "..."',

@@ -21,11 +21,12 @@ import steploop as sl
 
 from . import texts
 from .charlm import CharModel, Checkpoint, Shape, Streams, Window, bits, cross_entropy
-from .training import Training, check_settings, prepare, train
+from .training import BEST, Training, check_settings, prepare, train
 
 matplotlib.use("Agg")  # only files are drawn, and a server has no display
 from matplotlib import pyplot  # noqa: E402
 
+WEIGHTS = "model.safetensors"
 VALIDATIONS = 10  # in a whole run; fewer where they would take more than a tenth of its time
 VALIDATION_STEPS = 256  # longer windows give the same loss in fewer calls
 VALIDATION_STREAM = 8192  # characters; the first of a stream, read without a past, must not count for much
@@ -184,6 +185,7 @@ def fit(
         (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
         plan.save_html(folder / "plan.html")
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console or Console())
+    Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
     draw(str(shape), module.history, folder / "curve.png")
     return module
 
