@@ -65,6 +65,12 @@ class OutsideError(SteploopError, IndexError, RuntimeError):
     """An index outside its axis. torch raises one of IndexError and RuntimeError, by operation; this is both."""
 
 
+NO_SECOND_DERIVATIVE = (
+    "second derivatives of a Loop are not supported: its backward pass is compiled and can't be "
+    'differentiated again. Use sl.Loop(step, backend="reference") where create_graph=True is needed.'
+)
+
+
 def message(
     what: str,
     *,

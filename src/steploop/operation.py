@@ -48,7 +48,7 @@ def register_operation(
                     fix='native={"cpu": lowering}',
                 )
             )
-        from .backends.cpu.lower import lowers
+        from .backends.cpu.lowering import lowers
 
         lowers(name)(lowering)
 

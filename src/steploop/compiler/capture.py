@@ -162,7 +162,7 @@ def _trace(
         ):  # fmt: skip
             trace = _Tracer(program, signature, symbolic, wanted, observed).run()
         trace.keep_alive.extend(_inner[-1])
-        stage("capture" if wanted is None else "capture with gradient", trace.graph)
+        stage("capture" if wanted is None else "capture with gradient", trace.graph, recorded=True)
     finally:
         _inner.pop()
         forget_shapes()

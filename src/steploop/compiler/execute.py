@@ -101,7 +101,7 @@ class Executable:
         self.in_place = self._read_in_place()
         self.only_given = self._only_given()
         self.bytes_per_row = self._bytes_per_row()
-        products = (getattr(runner, "product", None) for runner in self.runners.values())
+        products = (runner.product for runner in self.runners.values())
         self.long_product = next((p for p in products if p is not None), None)
 
     def _choose(self, loop: Loop) -> None:
@@ -129,11 +129,11 @@ class Executable:
         """Sequences that only loops read which take rows from where the caller has them."""
         problem, found = self.problem, set()
         for loop, ran in self.ran.items():
-            if getattr(self.runners[loop], "reads_in_place", False):
+            if self.runners[loop].reads_in_place:
                 found.update(n for n in ran.inputs if n.op == "placeholder" and n.meta["varies"])
         found -= {*problem.wanted, *problem.summed, *self.partition.delayed, *(s.next for s in problem.states)}
         for loop, ran in self.ran.items():
-            if not getattr(self.runners[loop], "reads_in_place", False):
+            if not self.runners[loop].reads_in_place:
                 found.difference_update(ran.inputs)
         return found.difference(*(p.reads for p in self.pieces.values()))
 
@@ -142,7 +142,7 @@ class Executable:
         problem = self.problem
         found: set[fx.Node] = set()
         for loop, runner in self.runners.items():
-            if getattr(runner, "writes_into", False):
+            if runner.writes_into:
                 found.update(n for n in self.ran[loop].kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
         in_loops = {state.prev for loop in self.runners for state in loop.states}
         found -= {*problem.summed, *(s.next for s in self.partition.delayed.values())}
@@ -345,7 +345,7 @@ class _Runner:
         inputs = [values[n] for n in self.e.ran[loop].inputs]
         runner = self.e.runners[loop]
         into = ()
-        if (self.places or self.outward) and getattr(runner, "writes_into", False):
+        if (self.places or self.outward) and runner.writes_into:
             into = (self._memory(loop, span),)
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)
         for state, value in zip(loop.states, after):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..backends.contract import Runner
 from .ir.graph import LoopProgram, Rows, shape_at
 from .ops.rules import CONTRACTED, Mixed
 from .ops.table import add
@@ -263,7 +264,7 @@ add("memory memory_backward", rows=rows_rule)
 # -- the sequence form in the place of a loop ------------------------------------------------------------------
 
 
-class SequenceRunner:
+class SequenceRunner(Runner):
     """Runs a component that is one remembering operation, over all steps of a span at once.
 
     Stands in for a compiled loop; see `backends.eager.Runner` for what it takes and gives.

@@ -22,36 +22,35 @@ from .program import Call
 from .words import Table
 
 if TYPE_CHECKING:
+    from ..backends.contract import Backend
     from .stream_step import StreamStep
 
 
-def native(step: StreamStep, call: Call) -> Any:
-    """The step as one kernel call; None where the native backend does not take it."""
+def native(step: StreamStep, call: Call, backend: Backend) -> NativeStep | None:
+    """The step as one kernel call; None where the backend does not take it."""
+    key = ("stream", backend.name)
     plans = step.capture.plans
-    if "stream" not in plans:
-        plans["stream"] = _native_plan(step.capture)
-    found = plans["stream"]
+    if key not in plans:
+        plans[key] = _native_plan(step.capture, backend)
+    found = plans[key]
     if found is None or found[2].left_to_torch(step.sizes):
         return None
-    return NativeStep(step, *found, call)
+    return NativeStep(step, *found, call, backend)
 
 
-def _native_plan(capture: Capture) -> tuple[Any, Loop, Any] | None:
+def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | None:
     """The lowered step, its one loop and what runs that."""
-    from .pipeline import backend_module
-
-    cpu = backend_module("cpu")
     graph = capture.forward.graph
-    if cpu is None or graph.batch is None or mixing_reasons(graph):
+    if graph.batch is None or mixing_reasons(graph):
         return None
     refused: list[Any] = []
 
     def choose(program: Any, _widen: Any) -> Any:
-        if cpu.reasons_against(program):
+        if backend.reasons_against(program):
             refused.append(program)
             return None
         try:
-            return cpu.compile(program)
+            return backend.compile(program)
         except BuildError:
             refused.append(program)
             return None
@@ -64,8 +63,8 @@ def _native_plan(capture: Capture) -> tuple[Any, Loop, Any] | None:
     if not _plain(plan, loops[0]):
         return None
     loop = _with_views(plan.executable, loops[0])
-    if loop is not loops[0] and not cpu.reasons_against(loop.program):
-        return plan, loop, cpu.compile(loop.program)
+    if loop is not loops[0] and not backend.reasons_against(loop.program):
+        return plan, loop, backend.compile(loop.program)
     return plan, loops[0], plan.executable.runners[loops[0]]
 
 
@@ -95,9 +94,7 @@ class NativeStep:
     change is counted by torch (one through `.data` or through numpy is not), so the sources are compared byte by byte.
     """
 
-    def __init__(self, step: StreamStep, plan: Any, loop: Loop, runner: Any, call: Call):
-        from ..backends.cpu.stepper import Stepper
-
+    def __init__(self, step: StreamStep, plan: Any, loop: Loop, runner: Any, call: Call, backend: Backend):
         self.step, self.plan, self.loop = step, plan, loop
         self.constants = dict(zip(plan.step.constants, call.constants))
         xs = [loop.inputs.index(x) if x in loop.inputs else -1 for x in plan.step.xs]
@@ -106,7 +103,7 @@ class NativeStep:
         outputs = [loop.kept.index(n) for n in plan.step.outputs]
         self.watched = [*step.captured(), *call.constants]
         self.places = self._places()
-        self.stepper = Stepper(runner, self._constants(), xs, states, outputs, step.batch, step.sizes)
+        self.stepper = backend.stepper(runner, self._constants(), xs, states, outputs, step.batch, step.sizes)
         self.run = self.stepper.run
         self._note_sources()
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..backends.contract import Runner
 from ..marks import wide
 from .ir.graph import LoopProgram, Rows, expression, rows_of
 from .memory_operator import Dense
@@ -26,7 +27,7 @@ from .schedule import Span
 aten = torch.ops.aten
 
 
-class Recognised:
+class Recognised(Runner):
     """Runs a recognised loop; takes and gives what `backends.eager.Runner` does.
 
     scan(before, x) -> values after every step, (P, B, ...), from the value before, (B, ...), and the sequence x,

@@ -127,7 +127,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain Python data."""
-        found = asdict(replace(self, backward=None))
+        found = asdict(replace(self, backward=None, again=None))
+        del found["again"]
         found["backward"] = None if self.backward is None else self.backward.to_dict()
         return found
 
@@ -203,10 +204,10 @@ class _Described:
                 op = replace(op, name=operation_name(node), why=why, hop="its whole sequence at once")
             ops.append(op)
         program = loop.program
-        reasons = [f"{line}: {text}" if line else text for text, line in getattr(program, "reasons", [])]
+        reasons = [f"{line}: {text}" if line else text for text, line in program.reasons]
         return PlannedLoop(
-            number, ops, [s.name for s in loop.states], getattr(program, "backend", ""), reasons,
-            "linear recurrence" if is_linear_recurrence(program) else "", getattr(program, "launched", ""),
+            number, ops, [s.name for s in loop.states], program.backend, reasons,
+            "linear recurrence" if is_linear_recurrence(program) else "", program.launched,
             getattr(self.executable.runners[loop], "text", ""),
         )  # fmt: skip
 

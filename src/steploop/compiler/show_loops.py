@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import fx
 
+from ..backends.contract import Runner
 from .ir.graph import StepGraph
 from .ir.show import Names
 from .partition import Loop, Partition
 
 
-def show_loops(step: StepGraph, partition: Partition, runners: Mapping[Loop, Any]) -> str:
+def show_loops(step: StepGraph, partition: Partition, runners: Mapping[Loop, Runner]) -> str:
     """Segment by segment. A loop is followed by the text of what runs it, where the backend has one."""
     names = Names(step)
     lines = [f"once: {_list(partition.once, names)}"] if partition.once else []
@@ -26,15 +26,9 @@ def show_loops(step: StepGraph, partition: Partition, runners: Mapping[Loop, Any
         lines.append(f"loop {number}, {states}: {_list(segment.nodes, names)}")
         lines += [f"  reads {_list(segment.inputs, names)}"] if segment.inputs else []
         lines += [f"  keeps {_list(segment.kept, names)}"] if segment.kept else []
-        runner = runners.get(segment)
-        lines += [f"  | {line}" for line in _text_of(runner).splitlines()]
+        lines += [f"  | {line}" for line in runners[segment].show().splitlines()]
     return "\n".join(lines) + "\n"
 
 
 def _list(nodes: Sequence[fx.Node], names: Names) -> str:
     return ", ".join(map(names.of, nodes))
-
-
-def _text_of(runner: Any) -> str:
-    shown = getattr(runner, "show", None)
-    return shown() if shown is not None else ""

@@ -21,10 +21,10 @@ _recorded: ContextVar[list[tuple[str, str]] | None] = ContextVar("steploop_stage
 _aside: ContextVar[bool] = ContextVar("steploop_stages_aside", default=False)
 
 
-def stage(name: str, step: StepGraph) -> None:
-    """Notes what a graph looks like after a stage, where somebody looks."""
+def stage(name: str, step: StepGraph, recorded: bool = False) -> None:
+    """Notes what a graph looks like after a stage, where somebody looks. recorded: torch has just made it."""
     if os.environ.get("STEPLOOP_CHECK_GRAPHS", "0") != "0":
-        check(step, name)
+        check(step, name, values_too=not recorded)
     note(name, lambda: show(step))
 
 
@@ -56,7 +56,7 @@ def aside() -> Iterator[None]:
 
 
 @contextmanager
-def recorded() -> Iterator[list[tuple[str, str]]]:
+def recorded_stages() -> Iterator[list[tuple[str, str]]]:
     """Collects (name, text) of the stages that run inside."""
     found: list[tuple[str, str]] = []
     token = _recorded.set(found)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..marks import wide
 from . import captures, forward_mode
 from .batch import OncePiece
+from .choices import choice
 from .dependencies import function_modes
 from .guards import Kinds, kinds_guard
 from .ir.graph import StepGraph, op_name
@@ -64,7 +65,8 @@ class StreamStep:
         self._same_settings = _settings_guard(self.device)
         self._same_kinds = kinds_guard([x[0] for x in call.xs])
         self._same_constants = Kinds(call.constants).unchanged if call.constants else _always
-        self._run = native(self, call) if backend != "eager" and self.device.type == "cpu" else None
+        stepping = choice(backend).stepping() if self.device.type == "cpu" else None
+        self._run = None if stepping is None else native(self, call, stepping)
         if self._run is None:
             self._run = straight = _Straight(self, call)
             if self.device.type == "cuda" and backend == "auto" and not reasons_against(straight.calls):

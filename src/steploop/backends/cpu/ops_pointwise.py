@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .language import Expr
-from .lower import Lowering, Unsupported, lowers
+from .lowering import Lowering, Unsupported, lowers
 
 _ARITHMETIC = {
     "add": "add", "sub": "sub", "mul": "mul", "maximum": "maximum", "minimum": "minimum", "fmax": "fmax",

@@ -9,7 +9,7 @@ from torch import fx
 
 from . import geometry
 from .language import Dim, Expr, whole
-from .lower import Lowering, Unsupported, lowers
+from .lowering import Lowering, Unsupported, lowers
 from .ops_pointwise import node_arg, option
 
 

@@ -17,7 +17,7 @@ from ...compiler import blocks
 from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.schedule import Span, Unpacked
 from ...errors import InputError, without_memory
-from .. import eager
+from .. import contract, eager
 from . import checks, products, threads
 from .build import build
 from .emit import TAIL, Printer, prelude
@@ -37,7 +37,7 @@ EARLY = 48  # rows that products of sequences are made for at a time where a til
 WAIT = 1 << 17  # bytes of weights whose products take longer than a meeting of the threads
 
 
-class Runner:
+class Runner(contract.Runner):
     """One compiled loop."""
 
     writes_into = True  # takes memory for kept values, see __call__

@@ -23,18 +23,24 @@ from .edit import values
 from .graph import INPUTS, RESULTS, Size, StepGraph, expression
 from .show import Names, call
 
+aten = torch.ops.aten
+
 
 class Broken(AssertionError):
     """A step graph that can't be one: a mistake in the pass that is named."""
 
 
-def check(step: StepGraph, after: str) -> None:
-    """Raises `Broken`. after: what has been done to the graph last, for the message."""
-    for problem in _problems(step):
+def check(step: StepGraph, after: str, values_too: bool = True) -> None:
+    """Raises `Broken`. after: what has been done to the graph last, for the message.
+
+    values_too: torch runs every call that is new since the last check, to see that its value is right. Of a graph that
+        torch itself has just recorded that is known.
+    """
+    for problem in _problems(step, values_too):
         raise Broken(f"after {after}: {problem}\nThis is a mistake of steploop: please report it with the step.")
 
 
-def _problems(step: StepGraph) -> Iterator[str]:
+def _problems(step: StepGraph, values_too: bool) -> Iterator[str]:
     yield from _of_roles(step)
     names = Names(step)
     symbols = set(step.symbols) | ({step.batch} if step.batch is not None else set())
@@ -46,7 +52,7 @@ def _problems(step: StepGraph) -> Iterator[str]:
         yield from (f"{text} reads {i.name} before it is there" for i in node.all_input_nodes if i not in seen)
         seen.add(node)
         if node.op == "call_function":
-            yield from (f"{text}: {p}" for p in _of_call(node, symbols))
+            yield from (f"{text}: {p}" for p in _of_call(node, symbols, values_too))
         elif node.op != "placeholder":
             yield f"{text} is a {node.op}, not a call or an input"
 
@@ -61,7 +67,7 @@ def _of_roles(step: StepGraph) -> Iterator[str]:
                 yield f"{role}[{i}] is computed, not given"
 
 
-def _of_call(node: fx.Node, symbols: set[Any]) -> Iterator[str]:
+def _of_call(node: fx.Node, symbols: set[Any], values_too: bool) -> Iterator[str]:
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable:
         yield "changes something in place"
@@ -72,9 +78,10 @@ def _of_call(node: fx.Node, symbols: set[Any]) -> Iterator[str]:
             yield f"has the size {leaf.expr}, which no input has"
     if node.meta.get("val") is None and not _may_be_none(node):
         yield "has no value"
-    elif "checked" not in node.meta or node.meta["checked"] != _key(node):
-        yield from _of_value(node)
-        node.meta["checked"] = _key(node)
+    elif node.meta.get("checked") != (key := _key(node)):
+        if values_too and not node.meta.pop("ran", False):
+            yield from _of_value(node)
+        node.meta["checked"] = key
 
 
 def _may_be_none(node: fx.Node) -> bool:
@@ -83,9 +90,17 @@ def _may_be_none(node: fx.Node) -> bool:
 
 
 def _key(node: fx.Node) -> Any:
-    tensors = [v for v in tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
-    types = [(t.dtype, tuple(map(expression, t.shape))) for t in tensors]
-    return node.target, repr(node.args), repr(node.kwargs), types
+    """What the value of a call depends on, as far as its type goes: a call is run again where that has changed."""
+    leaves = tree_leaves((node.args, node.kwargs))
+    return node.target, [_type(leaf) for leaf in leaves], [_type(leaf) for leaf in tree_leaves(node.meta.get("val"))]
+
+
+def _type(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return [_type(leaf) for leaf in tree_leaves(value.meta.get("val"))]
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(map(expression, value.shape))
+    return value if isinstance(value, (bool, int, float, str, Size)) else repr(value)
 
 
 def _of_value(node: fx.Node) -> Iterator[str]:
@@ -96,9 +111,11 @@ def _of_value(node: fx.Node) -> Iterator[str]:
     if not fakes or torch.Tag.nondeterministic_seeded in node.target.tags:
         return
     mode = fakes[0].fake_mode
+    # Copies are left out of a graph, so that the strides of what a view reads may be others: it is run as a reshape.
+    target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
     try:
         with _disable_current_modes(), enable_python_dispatcher(), mode, torch.no_grad():
-            found = node.target(*values(node.args, mode), **values(node.kwargs, mode))
+            found = target(*values(node.args, mode), **values(node.kwargs, mode))
     except Exception as error:
         yield f"can't be called: {error}"
         return

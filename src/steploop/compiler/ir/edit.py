@@ -39,6 +39,7 @@ def call(before: fx.Node, target: Any, *args: Any, line: str | None = None, **kw
     with _disable_current_modes(), enable_python_dispatcher(), fake.fake_mode, torch.no_grad():
         node.meta["val"] = target(*values(args, fake.fake_mode), **kwargs)
     node.meta["line"] = before.meta.get("line", "") if line is None else line
+    node.meta["ran"] = True  # the checker need not do it again
     return node
 
 

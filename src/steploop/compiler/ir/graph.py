@@ -190,6 +190,9 @@ class LoopProgram:
     `nexts[i]` its new value (a node, possibly a placeholder); axis 0 of a state is the batch unless
     `batch` is None. `kept` are values wanted from every step: packed along their rows axis, or
     stacked (T, ...) where they have none. `names` are the users' names of the states.
+
+    Once it is known what runs it: backend, its name; reasons, why faster ones don't, as (reason, source line);
+    launched, how it is launched where that is not the usual way.
     """
 
     graph: fx.Graph
@@ -200,6 +203,9 @@ class LoopProgram:
     kept: list[fx.Node]
     names: list[str]
     mixes_rows: bool = False
+    backend: str = ""
+    reasons: list[tuple[str, str]] = field(default_factory=list)
+    launched: str = ""
 
     @property
     def calls(self) -> list[fx.Node]:
