@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from types import FrameType
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ _COMMAND_LINE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cli") 
 
 def user_line() -> str:
     """'file.py:14' of the innermost running frame that is neither steploop's nor torch's, or ''."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(_COMMAND_LINE):  # what called the command line's program is no line of the user's
@@ -120,7 +121,8 @@ def user_line() -> str:
 
 def warn(text: str) -> None:
     """A warning that names the user's line, however deep inside steploop it is noticed."""
-    frame, level = sys._getframe(1), 2
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level if frame is not None else 2)

@@ -326,7 +326,8 @@ class Prepared:
             missing = self.call.steps - (0 if result.taken is None else len(result.taken))
             if result.taken is not None and missing:  # what the caller packed is as long as it was
                 outputs = [torch.cat([o, o.new_zeros(missing, *o.shape[1:])]) for o in outputs]
-            outputs = [pack(output, self.packed, self.call.lengths.cpu()) for output in outputs]
+            lengths: Any = self.call.lengths
+            outputs = [pack(output, self.packed, lengths.cpu()) for output in outputs]
         elif self.batch_first:
             outputs = [output.transpose(0, 1) for output in outputs]
         structure = result.out_spec if result.out_spec is not None else self.program.out_spec
@@ -343,7 +344,8 @@ class Prepared:
 def _count_of(call: Call, result: Result) -> Callable[[], Tensor]:
     """Gives (B,) int64, the steps of a call that were valid for each row; few callers ask."""
     marks = [None if m is None else m.clone() for m in (call.lengths, call.mask)]  # the caller may write into them
-    steps, batch, taken = call.steps, call.batch, result.taken
+    steps, taken = call.steps, result.taken
+    batch: Any = call.batch
     device = result.states[0].device if result.states else None
 
     def count() -> Tensor:

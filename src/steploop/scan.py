@@ -173,7 +173,7 @@ class ScanFunction:
         self.carry = carry
         self.x = x
         self.batched = batched
-        self.program: Program | None = None
+        self.program: Any = None  # the Program, set once it is made of this function
 
     def __call__(
         self, xs: Sequence[Tensor], constants: Sequence[Tensor], prevs: Sequence[Tensor]

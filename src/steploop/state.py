@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -47,14 +48,16 @@ class State(nn.Module):
     """
 
     # torch.jit reads all other attributes of a module; these have no value outside a running loop.
+    init: Any
     __jit_ignored_attributes__ = __jit_unused_properties__ = ("prev", "next", "latest")
 
     def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if name not in self.__jit_ignored_attributes__]
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return [name for name in names if name not in self.__jit_ignored_attributes__]
 
     def __init__(
         self,
-        *shape: int,
+        *shape: int | EllipsisType,
         init: float | Tensor | str | Callable[..., Tensor] | None = 0.0,
         dtype: torch.dtype | None = None,
         grows_with: State | None = None,
@@ -62,7 +65,7 @@ class State(nn.Module):
         super().__init__()
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
-        self.unsized = shape == (...,)
+        self.unsized = len(shape) == 1 and shape[0] is ...
         self._counter = (grows_with,)  # in a tuple: it is no child of this module
         self.shape = () if self.unsized else _checked_shape(shape)
         if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -122,7 +125,7 @@ class State(nn.Module):
         init = self.init
         if init is None or (self.unsized and shape is None):
             return None
-        shape = shape if self.unsized else self.shape
+        shape = shape if self.unsized and shape is not None else self.shape
         if isinstance(init, Tensor):
             return init.to(device=device, dtype=dtype).expand(batch, *shape)
         if callable(init):
@@ -279,7 +282,7 @@ class State(nn.Module):
         )
 
     def _checked_start(self, value: Any, frame: Frame, name: str) -> Tensor:
-        old = frame.prev[self]
+        old: Any = frame.prev[self]
         if self.init is None or self.unsized:
             dtype = self.dtype if self.dtype is not None or not isinstance(value, Tensor) else value.dtype
             shape = (frame.batch, *value.shape[1:]) if isinstance(value, Tensor) else (frame.batch, "...")

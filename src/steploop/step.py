@@ -145,7 +145,7 @@ class Step(nn.Module):
         return loop
 
 
-def defines_forward(kind: type) -> str:
+def defines_forward(kind: type[Step]) -> str:
     """The message for a Step with a `forward` of its own."""
     return message(
         f"{kind.__name__} defines forward, which a Step uses itself.",
@@ -376,7 +376,7 @@ def _visit(module: nn.Module, path: str, found: Survey, seen: set[int], ours: bo
     inside = ours and not getattr(type(module), "_holds_own_states", False)
     for name, child in module._modules.items():
         if child is not None and id(child) not in seen:
-            own = module.copies if name in getattr(type(module), "_copied", ()) else copies
+            own: Any = module.copies if name in getattr(type(module), "_copied", ()) else copies
             _visit(child, f"{path}.{name}" if path else name, found, seen, inside, own)
 
 

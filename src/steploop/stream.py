@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import dispatch, sizing, torchscript, until
-from .arguments import Arguments, check_on_masked, take_apart
+from .arguments import check_on_masked, take_apart
 from .compiler.program import Call, Program
 from .devices import check_call, explained
 from .errors import InputError, UnsupportedError, describe, describe_type, message
@@ -79,12 +80,12 @@ class Stream(Generic[Y]):
         self.constants = constants
         self._given = state
         self._tree = survey(loop.step)
-        self._own: list[Tensor | None] | None = None
+        self._own: Any = None  # list of what each State was before its first step
         self._values: list[Tensor] = []
         self._last: list[Tensor] | None = None
         self._program: Any = None
         self._structure: Any = None
-        self._arguments: Arguments | None = None
+        self._arguments: Any = None
         self._fast: Any = None  # runs single steps without gradients, once the first has gone the usual way
         self._count = -1
         self._until: int | None = None  # which state ends a row
@@ -158,7 +159,8 @@ class Stream(Generic[Y]):
 
     def _short(self, xs: tuple[Tensor, ...], mask: Any, resets: Any) -> Any:
         """A step by the short way; None where it can't be taken."""
-        fast, back = self._fast, ()
+        fast = self._fast
+        back: Sequence[Tensor] = ()
         if mask is not None:
             mask = self._flags(mask, "mask").to(fast.device).contiguous()
         if resets is not None:
@@ -204,7 +206,7 @@ class Stream(Generic[Y]):
         name = type(self.loop.step).__name__
         return f"Stream({name}, batch_size={self.batch_size}, states: {states or unknown}{masked})"
 
-    def fork(self) -> Stream:
+    def fork(self) -> Stream[Y]:
         """A copy that stands where this one does and goes on by itself: steps, resets and new states of the one don't
         change the other. Both run the same Loop, with the same weights and constants. Gradients flow through."""
         twin = copy(self)
@@ -214,7 +216,7 @@ class Stream(Generic[Y]):
             twin._given = self._given.copy()
         return twin
 
-    def __copy__(self) -> Stream:
+    def __copy__(self) -> Stream[Y]:
         self._show()
         twin = object.__new__(type(self))
         vars(twin).update(vars(self), _fast=None if self._fast is None else self._fast.fork())
@@ -348,7 +350,7 @@ class Stream(Generic[Y]):
     def _with_room(self, state: dict[str, Any]) -> dict[str, Any]:
         """A given state whose histories are as long as this stream's; the shorter ones are padded."""
         states, names = self._tree.states, self._tree.names
-        given = [v if isinstance(v := state.get(name), Tensor) else None for name in names]
+        given: list[Any] = [v if isinstance(v := state.get(name), Tensor) else None for name in names]
         room = max(sizing.room_of(states, given), sizing.room_of(states, self._own))
         self._own = sizing.with_room(states, self._own, room)
         padded = zip(names, sizing.with_room(states, given, room), strict=True)

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -30,7 +30,7 @@ def ends_at_the_call(function: _Function) -> _Function:
             shown = error if running() is not None else without_internals(error)
             raise shown  # noqa: B904  STEPLOOP_TRACEBACK=full shows what is in between
 
-    return call
+    return cast(_Function, call)
 
 
 def without_internals(error: Exception) -> Exception:

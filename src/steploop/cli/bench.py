@@ -83,7 +83,7 @@ def _runner(loop: Any, call: Call, backward: bool) -> Callable[[], None]:
     from torch.utils import _pytree as pytree
 
     leaves = [p for p in (*loop.parameters(), *pytree.tree_leaves(call.inputs)) if getattr(p, "requires_grad", False)]
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     def run() -> None:
         with torch.set_grad_enabled(backward):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,10 +49,12 @@ def train_charlm(
     text = _text(data)
     from rich.console import Console
 
-    from ..recipes.charlm_training import Settings, fit
+    from ..recipes.charlm_training import WEIGHTS, Settings, fit
     from ..recipes.training import BEST, LAST
 
-    given = dict(cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout)
+    given: dict[str, Any] = dict(
+        cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout
+    )
     shape = dataclasses.replace(
         _shape_to_begin_with(out / LAST if resume else None),
         **{name: value for name, value in given.items() if value is not None},
@@ -73,7 +75,8 @@ def train_charlm(
     best = min(module.history, key=lambda entry: entry["val_nats"])
     console.print(
         f"Best validation loss: {best['val_nats']:.4f} nats = {best['val_bits_per_character']:.4f} bits per "
-        f"character.\n  checkpoints  {out / BEST}, {out / LAST}\n  curve        {out / 'curve.png'}\n"
+        f"character.\n  checkpoints  {out / BEST}, {out / LAST}\n  weights      {out / WEIGHTS}\n"
+        f"  curve        {out / 'curve.png'}\n"
         f"  plan         {out / 'plan.txt'}, {out / 'plan.html'}\n"
         f"  logs         {out / 'logs'}, {out / 'tensorboard'}\n"
         f'Try it:  steploop sample --checkpoint {out / BEST} --prompt "..."',

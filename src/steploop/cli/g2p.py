@@ -68,7 +68,9 @@ def train_g2p(
 
     before = Checkpoint.read(out / LAST) if resume else None
     lexicon = _lexicon(data, stress or (before is not None and before.symbols.stress))
-    given = dict(cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout)
+    given: dict[str, Any] = dict(
+        cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout
+    )
     shape = dataclasses.replace(
         Shape() if before is None else before.shape,
         **{name: value for name, value in given.items() if value is not None},

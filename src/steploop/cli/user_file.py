@@ -79,7 +79,7 @@ def load(file: Path) -> Any:
         raise InputError(f"No such file: {file}")
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise InputError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
@@ -115,7 +115,7 @@ def made(module: Any, file: str, name: str, init: str) -> Any:
 def _arguments(init: str) -> tuple[list[Any], dict[str, Any]]:
     """Positional and named literals, from "8, hidden_size=16"."""
     try:
-        call = ast.parse(f"f({init})", mode="eval").body
+        call: Any = ast.parse(f"f({init})", mode="eval").body
         return (
             [ast.literal_eval(value) for value in call.args],
             {word.arg: ast.literal_eval(word.value) for word in call.keywords},
@@ -154,7 +154,7 @@ def constant(text: str) -> tuple[str, Any]:
     return name, value if plain == shape else sl.unbatched(value)
 
 
-def example(module: Any, file: str, name: str) -> tuple[Any, tuple, dict[str, Any]]:
+def example(module: Any, file: str, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(step or loop, inputs, constants) from the module's `example()`, or from the function that was named."""
     function = getattr(module, name or "example", None)
     if not callable(function) or isinstance(function, type):

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..step import Step
 
@@ -19,6 +19,11 @@ class GatedCell(Step):
     hidden_size).
     All start uniform in +-1/sqrt(hidden_size), drawn in torch.nn's order: the same seed gives the same cell.
     """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
 
     def __init__(
         self,

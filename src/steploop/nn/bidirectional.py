@@ -50,7 +50,7 @@ class Bidirectional(nn.Module):
     ) -> None:
         super().__init__()
         self.batch_first = batch_first
-        options = {"batch_first": batch_first, "backend": backend, "save": save}
+        options: dict[str, Any] = {"batch_first": batch_first, "backend": backend, "save": save}
         self.forward_loop = Loop(forward_cell, **options)
         self.backward_loop = Loop(backward_cell, reverse=True, **options)
 

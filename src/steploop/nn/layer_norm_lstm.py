@@ -39,6 +39,14 @@ class LayerNormLSTMCell(Step):
     eps: added to the variance.  Raises ValueError for an unknown layer_norm or a size below 1.
     """
 
+    norm_i: nn.Module
+    norm_f: nn.Module
+    norm_g: nn.Module
+    norm_o: nn.Module
+    norm_ih: nn.Module
+    norm_hh: nn.Module
+    norm_c: nn.Module
+
     def __init__(
         self,
         input_size: int,

@@ -68,11 +68,16 @@ class Layers(nn.Module):
             self.add_module(str(k), _whole_sequence(layer, k, options))
         self._check()
 
+    @property
+    def _named(self) -> dict[str, nn.Module]:
+        """The layers by name. (torch's `named_children` leaves out a layer that comes a second time.)"""
+        return {name: layer for name, layer in self._modules.items() if layer is not None}
+
     def __len__(self) -> int:
         return len(self._modules)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._modules.values())
+        return iter(self._named.values())
 
     def __getitem__(self, k: int) -> nn.Module:
         return list(self)[k]
@@ -95,10 +100,10 @@ class Layers(nn.Module):
         values: dict[str, Tensor] = {}
         own: dict[str, Tensor] = {}
         counts: list[States] = []
-        for name, layer in self._modules.items():
-            is_last = name == str(len(self) - 1)
-            options = {**marks, **first, **(shown if is_last else {}), **_constants_of(layer, arguments)}
-            outputs, state = _call(layer, xs, given[name], options, last if is_last else "__call__")
+        for name, layer in self._named.items():
+            is_last = name == [*self._named][-1]
+            options: dict[str, Any] = marks | first | (shown if is_last else {}) | _constants_of(layer, arguments)
+            outputs, state = _call(layer, xs, given.get(name), options, last if is_last else "__call__")
             values |= {f"{name}.{path}": value for path, value in state.items()}
             own |= {f"{name}.{path}": value for path, value in state._own.items()}
             counts += [] if isinstance(layer, _TorchLayer) else [state]  # an sl.nn.LSTM does not count its steps
@@ -131,7 +136,7 @@ class Layers(nn.Module):
 
     def _check(self) -> None:
         """At every call: a layer may have been changed or replaced since the last one."""
-        for name, layer in self._modules.items():
+        for name, layer in self._named.items():
             if getattr(layer, "until", None) is not None:
                 raise UnsupportedError(
                     message(
@@ -156,7 +161,7 @@ class Layers(nn.Module):
         return "batch_first=True" if self.batch_first else ""
 
 
-def _whole_sequence(layer: Any, k: int, options: dict[str, Any]) -> nn.Module:
+def _whole_sequence(layer: Any, k: int, options: dict[str, Any]) -> Any:
     """A layer as it was given if it takes whole sequences, else in a Loop."""
     if isinstance(layer, (Loop, Bidirectional, Layers, _TorchLayer)):
         return layer

@@ -59,7 +59,7 @@ class Stack(Step):
         return len(self._modules)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._modules.values())
+        return iter(cell for cell in self._modules.values() if cell is not None)
 
     def __getitem__(self, k: int) -> nn.Module:
         return list(self)[k]

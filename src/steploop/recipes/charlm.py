@@ -10,6 +10,7 @@ Vocabulary size V, streams B, window length T, all tensors time-major.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -167,10 +168,20 @@ class Checkpoint:
     def model(self, backend: str = "auto") -> sl.Loop:
         """The trained model, ready to read text."""
         loop = sl.Loop(CharModel(len(self.vocabulary), self.shape), backend=backend)
-        loop.load_state_dict(
-            {name.removeprefix("loop."): value for name, value in self.content["state_dict"].items()}
-        )
+        loop.load_state_dict(self.weights)
         return loop.eval()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The state_dict of the model, an `sl.Loop`."""
+        return {name.removeprefix("loop."): value for name, value in self.content["state_dict"].items()}
+
+    def save_weights(self, path: Path) -> None:
+        """A safetensors file, which any program can read; the card, without the history, is in its header."""
+        from safetensors.torch import save_file
+
+        card = json.dumps(self.card(self.shape, self.vocabulary, self.history[-1:]))
+        save_file({name: value.contiguous() for name, value in self.weights.items()}, path, {"charlm": card})
 
     def check_same(self, shape: Shape, vocabulary: Vocabulary) -> None:
         """Raises DataError that names both sides unless this checkpoint is of that model and vocabulary."""

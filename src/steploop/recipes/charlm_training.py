@@ -21,11 +21,12 @@ import steploop as sl
 
 from . import texts
 from .charlm import CharModel, Checkpoint, Shape, Streams, Window, bits, cross_entropy
-from .training import Training, check_settings, prepare, train
+from .training import BEST, Training, check_settings, prepare, train
 
 matplotlib.use("Agg")  # only files are drawn, and a server has no display
 from matplotlib import pyplot  # noqa: E402
 
+WEIGHTS = "model.safetensors"
 VALIDATIONS = 10  # in a whole run; fewer where they would take more than a tenth of its time
 VALIDATION_STEPS = 256  # longer windows give the same loss in fewer calls
 VALIDATION_STREAM = 8192  # characters; the first of a stream, read without a past, must not count for much
@@ -179,10 +180,12 @@ def fit(
     prepare(folder, settings, checked_history, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
     module = CharTraining(shape, vocabulary, text, settings).to(settings.device)
-    plan = module.loop.plan(module.train_streams.window(0).inputs.to(settings.device))
-    (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
-    plan.save_html(folder / "plan.html")
+    if settings.backend != "reference":  # the plain Python loop has no plan
+        plan = module.loop.plan(module.train_streams.window(0).inputs.to(settings.device))
+        (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+        plan.save_html(folder / "plan.html")
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console or Console())
+    Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
     draw(str(shape), module.history, folder / "curve.png")
     return module
 

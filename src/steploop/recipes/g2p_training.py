@@ -250,7 +250,8 @@ def fit(
     prepare(folder, settings, checked_history, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
     module = G2PTraining(shape, lexicon, symbols, settings).to(settings.device)
-    _write_plan(module, folder)
+    if settings.backend != "reference":  # the plain Python loop has no plan
+        _write_plan(module, folder)
     console = console or Console()
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console)
     if module.ended_early():

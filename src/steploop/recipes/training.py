@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -136,11 +137,41 @@ class Training(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class Draws(L.Callback):
+    """Keeps where torch's random numbers were: a resumed run draws (dropout) what an unbroken one would have drawn."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        on_cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+        return {"cpu": torch.get_rng_state(), **on_cuda}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        self.kept = state_dict
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Not before the first batch: what stands before it (a DataLoader that begins) draws as well."""
+        if "cpu" in self.kept:
+            torch.set_rng_state(self.kept["cpu"].cpu())
+        if "cuda" in self.kept and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.kept["cuda"].cpu())
+        self.kept = {}
+
+
 class Keep(L.Callback):
     """After each validation: last.ckpt, and best.ckpt where the criterion was the lowest so far."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+
+    def on_fit_start(self, trainer: L.Trainer, module: Training) -> None:
+        """A run that died between its two files has not kept its best one: it is what the run goes on from."""
+        values = [entry[module.criterion] for entry in module.history]
+        if values and values[-1] == min(values):
+            unfinished = self.folder / f"{BEST}.unfinished"
+            shutil.copyfile(self.folder / LAST, unfinished)
+            _publish(unfinished, self.folder / BEST)
 
     def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
         self._save(trainer, LAST)
@@ -153,9 +184,16 @@ class Keep(L.Callback):
         unfinished = self.folder / f"{name}.unfinished"
         try:
             trainer.save_checkpoint(unfinished)
-            os.replace(unfinished, self.folder / name)
+            _publish(unfinished, self.folder / name)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def _publish(unfinished: Path, path: Path) -> None:
+    """Move a file to its place once the disk has all of it: after a power cut the old file is there, or the new one."""
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 class Show(L.Callback):
@@ -253,7 +291,7 @@ def train(
         gradient_clip_val=settings.clip,
         logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")],
         log_every_n_steps=10,
-        callbacks=[Keep(folder), Show(console, folder)],
+        callbacks=[Keep(folder), Draws(), Show(console, folder)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

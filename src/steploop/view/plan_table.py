@@ -107,7 +107,7 @@ def _heading(loop: Any, word: str) -> str:
 
 
 def _lines(ops: Iterable[Any]) -> list[tuple[str, ...]]:
-    found = []
+    found: list[tuple[str, ...]] = []
     for group in grouped(ops):
         inside = f", in {group.piece}'s kernel" if _is_absorbed(group) else ""
         names, sizes = shortened(group.names, _WIDEST[1]), shortened(group.sizes, _SIZES, "), ")
