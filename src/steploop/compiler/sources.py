@@ -13,10 +13,10 @@ from typing import Any
 from .refusals import is_user_file
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_LIBRARIES = (
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,  # our own layers
-    os.path.dirname(os.path.abspath(os.__file__)) + os.sep,
-)
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_RECIPES = os.path.join(_OURS, "recipes") + os.sep  # programs such as users write
+_LIBRARIES = (_OURS, os.path.dirname(os.path.abspath(os.__file__)) + os.sep)
+_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _MARGIN = 3  # lines shown around one whose function is not found
 _LONGEST = 120  # lines of a function that are shown
 
@@ -50,7 +50,9 @@ def line_of_frame(frame: FrameType | None) -> str:
 
 def is_library(file: str) -> bool:
     """Whether a file is one of an installed package, ours among them."""
-    return file.startswith(_LIBRARIES) or f"{os.sep}site-packages{os.sep}" in file
+    if file.startswith(_OURS):
+        return not file.startswith(_RECIPES)
+    return file.startswith(_LIBRARIES) or any(name in file for name in _INSTALLED)
 
 
 def caller_of(line: str) -> str:
