@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steploop.recipes.g2p import Model, Pronouncer, Shape
-from steploop.recipes.lexicon import Symbols
+import steploop as sl
+from steploop.recipes.g2p import Model, Shape
 from steploop.seq2seq.buckets import pad_to_longest
 
 from .data import Workload
@@ -52,24 +52,29 @@ def make_runner(name: str, work: Workload, mode: str) -> Runner:
     torch.manual_seed(0)
     shape = Shape("lstm", 1, work.H, work.I, dropout=0.0)
     model = Model(LETTERS, work.V, shape, PEERS[name].backend if ours else "eager")
-    with torch.no_grad():
-        model.decoder.step.output.bias[0] = 0.5  # untrained words end too
     batches = batches_of(work)
     if mode == "training":
         scores = model if ours else ByHand(model).scores
         return Runner(lambda: trained(model, scores, batches), gradients)
-    symbols = Symbols("?" * (LETTERS - 1), ("?",) * (work.V - 1))
-    search: Callable[..., Any] = Pronouncer(model.eval(), symbols, BEAM[mode]).search if ours else None
-    if not ours:
-        by_hand = ByHand(model)
-        search = lambda letters, lengths: by_hand.search(letters, lengths, BEAM[mode])
+    with torch.no_grad():
+        model.decoder.step.output.bias[0] = -20.0  # a word ends when it has as many phonemes as it should
+    model.eval()
+    search = searched if ours else ByHand(model).search
 
     @torch.no_grad()
     def run() -> list[Tensor]:
-        found = [search(letters, lengths) for letters, lengths, _, _ in batches]
-        return [hypotheses.scores[:, 0] for hypotheses in found] if ours else found
+        return [search(model, *batch, BEAM[mode]) for batch in batches]
 
     return Runner(run, lambda found: {f"y {k}": scores.numpy() for k, scores in enumerate(found)})
+
+
+def searched(model: Model, letters: Tensor, lengths: Tensor, _: Tensor, limits: Tensor, count: int) -> Tensor:
+    """The score of the best hypothesis of every word; a beam where count > 1."""
+    options = {"start": 0, "end": 0, "max_steps": limits, "memory_lengths": lengths}
+    memory = model.encoder(letters, lengths)
+    if count == 1:
+        return sl.search.greedy(model.decoder, memory=memory, **options).scores[:, 0]
+    return sl.search.beam(model.decoder, size=count, memory=memory, **options).scores[:, 0]
 
 
 def trained(model: Model, scores: Callable[..., Tensor], batches: list[Batch]) -> tuple[Tensor, Model]:
@@ -139,8 +144,8 @@ class ByHand:
             outputs.append(fed)
         return self.decoder.output(torch.stack(outputs))
 
-    def search(self, letters: Tensor, lengths: Tensor, count: int) -> Tensor:
-        """The score of the best hypothesis of every word; a beam where count > 1."""
+    def search(self, _: Model, letters: Tensor, lengths: Tensor, __: Tensor, limits: Tensor, count: int) -> Tensor:
+        """As `searched`."""
         batch = len(lengths)
         encoded = self.encoded(letters, lengths)
         states = self.begin(encoded[0])
@@ -151,7 +156,7 @@ class ByHand:
         score = torch.full((batch, count), float("-inf"))
         score[:, 0] = 0.0
         ended = torch.zeros(batch, count, dtype=torch.bool)
-        for _ in range(2 * len(letters) + 10):
+        for step in range(1, int(limits.max()) + 1):
             states, fed = self.advance(self.decoder.embedding(label), states, *encoded)
             log_probs = self.decoder.output(fed).log_softmax(-1).view(batch, count, -1)
             only_end = torch.full_like(log_probs, float("-inf"))
@@ -161,7 +166,7 @@ class ByHand:
             parent, label = index // log_probs.shape[2], (index % log_probs.shape[2]).view(-1)
             if count > 1:
                 states = tuple(state.index_select(0, (rows + parent).view(-1)) for state in states)
-            ended = label.view(batch, count) == 0
+            ended = (label.view(batch, count) == 0) | (step >= limits).unsqueeze(1)
             if bool(ended.all()):
                 break
         return score[:, 0]

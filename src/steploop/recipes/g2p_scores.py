@@ -84,6 +84,7 @@ def draw_by_length(scores: dict[str, Scores], path: Path) -> None:
     axes.set_ylabel("word error rate (%)")
     counts.set_ylabel("words")
     axes.set_ylim(0, 100)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
