@@ -41,7 +41,7 @@ def _of_a_streamed_step(loop: sl.Loop, work: Workload, calls: int) -> list[float
     short, states = stream._fast, stream._values
     kernel = short._run.run
     pairs = [
-        (_rounds(lambda: short([x], states), calls, 1)[0], _rounds(lambda: kernel([x], states), calls, 1)[0])
+        (_rounds(lambda: short.take([x], states), calls, 1)[0], _rounds(lambda: kernel([x], states), calls, 1)[0])
         for _ in range(ROUNDS)
     ]
     return [max(whole - alone, 0.0) for whole, alone in pairs]

@@ -125,7 +125,8 @@ class NativeStep:
         self.sources = self._sources()
         dense = [s for s in self.sources if s.is_dense]
         self.others = [s for s in self.sources if not s.is_dense]
-        self.same_bytes = _same_bytes(dense)
+        # (what lies in memory in pieces is looked at each time)
+        self.bytes_differ = (lambda: 0) if self.others else _comparison(dense)
 
     def _sources(self) -> list[Source]:
         """What the kernel reads a copy of, or something that was made of it."""
@@ -149,8 +150,8 @@ class NativeStep:
         values.update(zip(once.nodes, once(self.step.sizes, [values[n] for n in once.reads])))
         return [values.get(n) for n in self.loop.inputs]
 
-    def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if [*map(Tensor.data_ptr, self.watched)] != self.places or not self.same_bytes() or self.others:
+    def take(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:
             self._look_again()
         return self.run(xs, states)
 
@@ -158,13 +159,13 @@ class NativeStep:
         self, xs: Sequence[Tensor], states: Sequence[Tensor], mask: Tensor | None, resets: Tensor | None,
         back: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]] | None:  # fmt: skip
-        if [*map(Tensor.data_ptr, self.watched)] != self.places or not self.same_bytes() or self.others:
+        if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:
             self._look_again()
         return self.run(xs, states, mask, resets, back)
 
     def _look_again(self) -> None:
         places = self._places()
-        if places != self.places or not self.same_bytes() or not all(s.same() for s in self.others):
+        if places != self.places or not all(s.same() for s in self.sources):
             self.stepper.set_constants(self._constants())
             self.places = places
             self._note_sources()
@@ -182,10 +183,7 @@ class Source:
         return same_content(self.tensor, self.copy)
 
 
-def _same_bytes(sources: Sequence[Source]) -> Callable[[], bool]:
-    """Whether these, which lie in memory in one piece, hold what they held."""
+def _comparison(sources: Sequence[Source]) -> Callable[[], int]:
+    """What gives -1 where these, which lie in memory in one piece, hold what they held."""
     found = [(s.tensor.data_ptr(), s.copy.data_ptr(), s.size) for s in sources if s.size]
-    if not found:
-        return lambda: True
-    table = Table(found)
-    return lambda: table.differs() < 0
+    return Table(found).question() if found else lambda: -1
