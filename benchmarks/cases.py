@@ -77,6 +77,7 @@ DECODER = Workload("decoder", 50, 64, 256, 256, S=50)
 SEARCH = Workload("decoder", 50, 64, 256, 256, S=50, V=1000)
 SEQ2SEQ = Workload("seq2seq", 50, 64, 256, 256, S=50, V=10_000)
 RAGGED = replace(LSTM, ragged=True)
+G2P = Workload("g2p", 15, 64, 64, 256, S=14, V=40)
 STREAM = Workload("lstm", 64, 1, 128, 128)
 ACTOR = Workload("actor", 64, 16, 64, 128, resets=True)
 FIRST_CALL = Workload("lstm", 64, 16, 128, 128)
@@ -225,6 +226,12 @@ def _searches(case: str, scale: Scale, work: Workload) -> list[Job]:
     return [{**compare(case, scale, work, (mode,), ("eager", *OURS)), "action": "search"} for mode in modes]
 
 
+def g2p(scale: Scale) -> list[Job]:
+    """The grapheme-to-phoneme recipe's model: a training step, greedy search and beam search (8)."""
+    modes = ("training", "greedy", "beam")
+    return [{**compare("g2p", scale, G2P, (mode,), ("eager", *OURS)), "action": "g2p"} for mode in modes]
+
+
 def memory(scale: Scale) -> list[Job]:
     """Peak memory of a training step of the layer-norm LSTM (torch.nn: its LSTM), each in its own process."""
     jobs = []
@@ -244,6 +251,6 @@ CASES: dict[str, Callable[[Scale], list[Job]]] = {
     f.__name__: f
     for f in (
         lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, actor, guards,
-        search, search_one_row, memory, first, unrolled, grid,
+        search, search_one_row, g2p, memory, first, unrolled, grid,
     )  # fmt: skip
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import cases, plots, targets
 from .data import Workload
+from .g2p import BATCHES as G2P_BATCHES
 from .measure import paired_ratio
 from .peers import PEERS
 
@@ -78,7 +79,7 @@ def markdown(run: Run, images: list[tuple[str, str]]) -> str:
     parts += [_stream(results, "stream", "LSTM", "torch.nn", "torch.nn.LSTMCell")]
     actor = "A GRU with layer norm and two heads, with resets"
     parts += [_stream(results, "actor", actor, "eager", "the loop by hand")]
-    parts += [_search(results), _guards(results), _memory(results), _first(results)]
+    parts += [_search(results), _g2p(results), _guards(results), _memory(results), _first(results)]
     parts += [_unrolled(results), _grid(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -244,6 +245,22 @@ def _search(results: Results) -> str:
         shown = "" if compared is None else f"{compared:.2f}"
         title = "batched loop by hand" if r["peer"] == "eager" else title_of(r["peer"])
         lines.append(f"| {title} | {r['work']['B']} | {r['mode']} | {seconds(r['median'])} | {shown} |")
+    return "\n".join(lines + _footnotes(rows))
+
+
+def _g2p(results: Results) -> str:
+    rows = [r for r in results if r["case"] == "g2p"]
+    if not rows:
+        return ""
+    lines = ["## Grapheme to phoneme", "", "The recipe's model on batches of words of like lengths: a bidirectional"]
+    lines += [f"LSTM and an attention decoder with input feeding, {Workload(**rows[0]['work'])}; S and T are the"]
+    lines += ["longest word's. The eager loop has nn.LSTMCell and padded batches.", ""]
+    lines += ["| | | words/s | ratio to the eager loop |", "|---|---|---:|---:|"]
+    for r in (r for r in rows if "blank" not in r):
+        compared = targets.ratio(results, "g2p", r["mode"], r["peer"], "eager")
+        shown = "" if compared is None else f"{compared:.2f}"
+        words = G2P_BATCHES * r["work"]["B"] / r["median"]
+        lines.append(f"| {title_of(r['peer'])} | {r['mode']} | {words:,.0f} | {shown} |")
     return "\n".join(lines + _footnotes(rows))
 
 

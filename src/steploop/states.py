@@ -23,9 +23,9 @@ class States(dict[str, Tensor]):
     def __init__(self, values: Mapping[str, Tensor] | Any = (), own: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(values)
         self._own: dict[str, Tensor] = dict(own or {})
-        self._steps: Tensor | Callable[[], Tensor] | None = None
+        self._steps: Tensor | Callable[[], Tensor | None] | None = None
 
-    def count(self, steps: Tensor | Callable[[], Tensor] | None) -> None:
+    def count(self, steps: Tensor | Callable[[], Tensor | None] | None) -> None:
         """Say what `steps` is, or how it is found when it is asked for."""
         self._steps = steps
 

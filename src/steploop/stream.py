@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .marks import wide
 from .states import States, given_states
 from .step import Step, survey
 from .step_program import program_of
+from .tracebacks import ends_at_the_call
 from .tree import unflatten
 
 if TYPE_CHECKING:
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
 
 
 @_disable_dynamo
-def _outside_dynamo(stream: Stream, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+def _outside_dynamo(stream: Stream[Any], xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
     return stream(*xs, **arguments)
 
 
 _FIRST_ROOM = 16  # entries for which a stream's histories have room at first
 
 
-class Stream:
+Y = TypeVar("Y")  # what one step returns
+
+
+class Stream(Generic[Y]):
     """One step at a time over `batch_size` independent rows. Made by `loop.stream(batch_size, ...)`.
 
         stream = loop.stream(8)
@@ -52,7 +56,7 @@ class Stream:
     Histories (`sl.memory.CausalSelfAttention` and the like) are preallocated, and doubled when they are full.
     """
 
-    def __init__(self, loop: Loop, batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
+    def __init__(self, loop: Loop[Y], batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
         if loop.reverse:
             raise UnsupportedError(
                 message(
@@ -88,7 +92,8 @@ class Stream:
         if self._tree.parameter is not None and not self._tree.unsized:
             self._start([])
 
-    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None, **named: Any) -> Any:
+    @ends_at_the_call
+    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None, **named: Any) -> Y:
         """One step. xs (B, ...) each; mask, resets (B,) bool. Returns what the step returns, (B, ...).
 
         named: what the step takes by keyword but has a slice per step (Masked's `where`).
@@ -382,6 +387,13 @@ def _not_per_step(name: str) -> str:
 
 
 def _wrong_rows(x: Tensor, name: str, batch: Any) -> str:
+    if x.dim() > 0 and (x.dim() < 3 or x.shape[1] != batch):
+        return message(
+            f"This stream has {batch} rows, and {name} has {x.shape[0]}.",
+            expected=f"({batch}, ...), one step of every row",
+            found=describe(x),
+            fix=f"loop.stream({x.shape[0]}) has {x.shape[0]} rows; where {name} is a sequence: stream({name}[t])",
+        )
     return message(
         f"A stream takes one step: {name} has no time axis.",
         expected=f"({batch}, ...)",

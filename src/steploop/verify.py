@@ -23,6 +23,7 @@ from .errors import InputError, MismatchError, describe, message
 from .loop import Loop
 from .scan import prepare_scan
 from .step import Step, Unbatched
+from .tracebacks import ends_at_the_call
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Report:
         return "\n".join(lines)
 
 
+@ends_at_the_call
 def verify(what: Any, *arguments: Any, **options: Any) -> Report:
     """Run the reference and the optimised way on clones of the caller's data, and compare.
 

@@ -12,22 +12,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from .graph import Rows, expression, op_name
+from .ir.graph import Rows, expression, op_name
+from .ops.table import is_view, operation_of
 from .partition import Batched, Loop, Partition, extract
-from .simplify import is_random
 
-VIEWS = frozenset(
-    """split split_with_sizes chunk unbind getitem slice select narrow unsqueeze squeeze transpose permute view
-    _unsafe_view reshape""".split()
-)
-
-REDUCTIONS = frozenset(
-    """native_layer_norm native_layer_norm_backward _softmax _log_softmax _softmax_backward_data sum mean amax amin var
-    cat softplus_backward glu hardswish""".split()
-)
 WIDE = 16  # numbers of a row that are worth an operation inside: narrow ones are better off with all rows at once
 
 
@@ -111,7 +101,7 @@ class _Finder:
             if all(self.there_before(i) or i in known for i in sources):
                 known.add(node)
             elif node not in self.needed and self._comes_of(sources, {*found, *known}):
-                if self._is_operation(node) or (op_name(node) in VIEWS and _all_in_front(node)):
+                if self._is_operation(node) or (is_view(node) and _all_in_front(node)):
                     found[node] = None
         for node in reversed(list(found)):
             if node not in self.wanted and any(u not in found for u in node.users if u in self.calls):
@@ -127,12 +117,12 @@ class _Finder:
         return bool(users) and all(u in self.inside or u in self.taken for u in users)
 
     def _is_view(self, node: fx.Node) -> bool:
-        return op_name(node) in VIEWS and node not in self.wanted and _all_in_front(node)
+        return is_view(node) and node not in self.wanted and _all_in_front(node)
 
     def _is_operation(self, node: fx.Node) -> bool:
         """Pointwise, or a reduction of every row, over rows that are wide enough."""
-        known = op_name(node) in REDUCTIONS or torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if not self.operations or not known or is_random(node) or not _rows_in_front(node):
+        known = operation_of(node)
+        if not self.operations or not (known.row_pass or known.pointwise) or known.random or not _rows_in_front(node):
             return False
         sequences = [i for i in node.all_input_nodes if i.meta["varies"]]
         return all(map(_rows_in_front, sequences)) and max(map(_width, [node, *sequences])) >= WIDE

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from . import blocks
 from .absorb import absorb
 from .batch import OncePiece, Piece, Rowwise, StackedPiece
-from .graph import Rows, expression, size_at
+from .ir.graph import Rows, expression, size_at
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span, Unpacked
@@ -78,12 +78,14 @@ class Executable:
 
     choose: gives a compiled loop for a LoopProgram, or for what a function gives that makes it wider (`absorb`).
     down: runs from the last step to the first.
+    clock: while a profile is made, what times each part: `clock.time(part, function, *arguments)`.
     """
 
     partition: Partition
     choose: Callable[[Any, Callable[..., Any]], Any]
     down: bool = False
     runners: dict[Loop, Any] = field(default_factory=dict)
+    clock: Any = None
 
     def __post_init__(self) -> None:
         problem = self.partition.problem
@@ -99,7 +101,7 @@ class Executable:
         self.in_place = self._read_in_place()
         self.only_given = self._only_given()
         self.bytes_per_row = self._bytes_per_row()
-        products = (getattr(runner, "product", None) for runner in self.runners.values())
+        products = (runner.product for runner in self.runners.values())
         self.long_product = next((p for p in products if p is not None), None)
 
     def _choose(self, loop: Loop) -> None:
@@ -127,11 +129,11 @@ class Executable:
         """Sequences that only loops read which take rows from where the caller has them."""
         problem, found = self.problem, set()
         for loop, ran in self.ran.items():
-            if getattr(self.runners[loop], "reads_in_place", False):
+            if self.runners[loop].reads_in_place:
                 found.update(n for n in ran.inputs if n.op == "placeholder" and n.meta["varies"])
         found -= {*problem.wanted, *problem.summed, *self.partition.delayed, *(s.next for s in problem.states)}
         for loop, ran in self.ran.items():
-            if not getattr(self.runners[loop], "reads_in_place", False):
+            if not self.runners[loop].reads_in_place:
                 found.difference_update(ran.inputs)
         return found.difference(*(p.reads for p in self.pieces.values()))
 
@@ -140,7 +142,7 @@ class Executable:
         problem = self.problem
         found: set[fx.Node] = set()
         for loop, runner in self.runners.items():
-            if getattr(runner, "writes_into", False):
+            if runner.writes_into:
                 found.update(n for n in self.ran[loop].kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
         in_loops = {state.prev for loop in self.runners for state in loop.states}
         found -= {*problem.summed, *(s.next for s in self.partition.delayed.values())}
@@ -227,7 +229,7 @@ class _Runner:
     def run(self, longest: int | None, outward: Sequence[fx.Node]) -> Run:
         e = self.e
         self.outward = {n: self._blank(n) for n in outward if n in e.only_given and self._scatters()}
-        values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
+        values = self._timed(None, e.once, self.sizes, [self.once_values[n] for n in e.once.reads])
         self.once_values.update(zip(e.once.nodes, values))
         spans = e.spans(self.schedule, longest)
         placed = [] if len(spans) == 1 else [n for n in self.problem.wanted if n not in self.outward]
@@ -244,6 +246,11 @@ class _Runner:
             self._advance(values)
             del values
         return Run(wanted, [self.current[s.prev] for s in self.problem.finals], sums)
+
+    def _timed(self, part: Batched | Loop | None, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function that runs a part of the partition (None: what is the same at every step)."""
+        clock = self.e.clock
+        return function(*arguments) if clock is None else clock.time(part, function, *arguments)
 
     def _collect(self, wanted: list[Tensor], span: Span, values: dict[fx.Node, Tensor], whole: bool) -> None:
         """Writes what is wanted of a span into its place among all steps."""
@@ -314,10 +321,10 @@ class _Runner:
         self.after: dict[fx.Node, Tensor] = {}
         for segment in self.e.partition.segments:
             if isinstance(segment, Loop):
-                self._loop(segment, span, values)
+                self._timed(segment, self._loop, segment, span, values)
             elif segment in self.e.pieces:
                 piece = self.e.pieces[segment]
-                results = piece(rowwise, self.sizes, [values[n] for n in piece.reads])
+                results = self._timed(segment, piece, rowwise, self.sizes, [values[n] for n in piece.reads])
                 values.update(zip(piece.results, results))
         return values
 
@@ -338,7 +345,7 @@ class _Runner:
         inputs = [values[n] for n in self.e.ran[loop].inputs]
         runner = self.e.runners[loop]
         into = ()
-        if (self.places or self.outward) and getattr(runner, "writes_into", False):
+        if (self.places or self.outward) and runner.writes_into:
             into = (self._memory(loop, span),)
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)
         for state, value in zip(loop.states, after):

@@ -11,70 +11,68 @@ from torch import Tensor
 
 from ..errors import BuildError
 from . import words
-from .absorb import VIEWS
 from .captured import Capture
-from .graph import Rows, op_name
 from .guards import same_content
-from .lower import lower_forward, mixing_reasons
+from .ir.graph import Rows
+from .lower import lower_forward
+from .ops.table import is_view
 from .partition import Loop, extract
+from .passes.manager import mixing_reasons
 from .program import Call
 from .words import Table
 
 if TYPE_CHECKING:
+    from ..backends.contract import Backend
     from .stream_step import StreamStep
 
 
-def native(step: StreamStep, call: Call) -> Any:
-    """The step as one kernel call; None where the native backend does not take it."""
+def native(step: StreamStep, call: Call, backend: Backend) -> NativeStep | None:
+    """The step as one kernel call; None where the backend does not take it."""
+    key = ("stream", backend.name)
     plans = step.capture.plans
-    if "stream" not in plans:
-        plans["stream"] = _native_plan(step.capture)
-    found = plans["stream"]
+    if key not in plans:
+        plans[key] = _native_plan(step.capture, backend)
+    found = plans[key]
     if found is None or found[2].left_to_torch(step.sizes):
         return None
-    return NativeStep(step, *found, call)
+    return NativeStep(step, *found, call, backend)
 
 
-def _native_plan(capture: Capture) -> tuple[Any, Loop, Any] | None:
+class _Refused(Exception):
+    """A loop that the backend does not take."""
+
+
+def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | None:
     """The lowered step, its one loop and what runs that."""
-    from .pipeline import backend_module
-
-    cpu = backend_module("cpu")
     graph = capture.forward.graph
-    if cpu is None or graph.batch is None or mixing_reasons(graph):
+    if graph.batch is None or mixing_reasons(graph):
         return None
-    refused: list[Any] = []
 
     def choose(program: Any, _widen: Any) -> Any:
-        if cpu.reasons_against(program):
-            refused.append(program)
-            return None
-        try:
-            return cpu.compile(program)
-        except BuildError:
-            refused.append(program)
-            return None
+        if backend.reasons_against(program):
+            raise _Refused
+        return backend.compile(program)
 
-    with torch.no_grad():
-        plan = lower_forward(graph, [], capture.program.state_names, choose, one_loop=True)
+    try:
+        with torch.no_grad():
+            plan = lower_forward(graph, [], capture.program.state_names, choose, one_loop=True)
+    except (_Refused, BuildError):
+        return None
     loops = plan.executable.partition.loops
-    if refused or len(loops) != 1 or len(plan.executable.partition.segments) != 1:
+    if len(loops) != 1 or len(plan.executable.partition.segments) != 1:
         return None
     if not _plain(plan, loops[0]):
         return None
     loop = _with_views(plan.executable, loops[0])
-    if loop is not loops[0] and not cpu.reasons_against(loop.program):
-        return plan, loop, cpu.compile(loop.program)
+    if loop is not loops[0] and not backend.reasons_against(loop.program):
+        return plan, loop, backend.compile(loop.program)
     return plan, loops[0], plan.executable.runners[loops[0]]
-
-
-_VIEWS = VIEWS | {"t", "expand", "alias", "detach"}
 
 
 def _with_views(executable: Any, loop: Loop) -> Loop:
     """The loop together with the views of weights and constants that it reads: what it reads of them is then the user's
     own memory, and no copy that would be old when that changes."""
-    views = [n for n in executable.once.nodes if op_name(n) in _VIEWS]
+    views = [n for n in executable.once.nodes if is_view(n)]
     if not views:
         return loop
     wider = Loop([*views, *loop.nodes], loop.states)
@@ -97,9 +95,7 @@ class NativeStep:
     change is counted by torch (one through `.data` or through numpy is not), so the sources are compared byte by byte.
     """
 
-    def __init__(self, step: StreamStep, plan: Any, loop: Loop, runner: Any, call: Call):
-        from ..backends.cpu.stepper import Stepper
-
+    def __init__(self, step: StreamStep, plan: Any, loop: Loop, runner: Any, call: Call, backend: Backend):
         self.step, self.plan, self.loop = step, plan, loop
         self.constants = dict(zip(plan.step.constants, call.constants))
         xs = [loop.inputs.index(x) if x in loop.inputs else -1 for x in plan.step.xs]
@@ -108,7 +104,7 @@ class NativeStep:
         outputs = [loop.kept.index(n) for n in plan.step.outputs]
         self.watched = [*step.captured(), *call.constants]
         self.places = self._places()
-        self.stepper = Stepper(runner, self._constants(), xs, states, outputs, step.batch, step.sizes)
+        self.stepper = backend.stepper(runner, self._constants(), xs, states, outputs, step.batch, step.sizes)
         self.run = self.stepper.run
         self._note_sources()
 

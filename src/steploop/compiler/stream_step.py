@@ -18,11 +18,13 @@ from torch.autograd import forward_ad
 from ..marks import wide
 from . import captures, forward_mode
 from .batch import OncePiece
+from .choices import choice
 from .dependencies import function_modes
-from .graph import StepGraph, op_name
 from .guards import Kinds, kinds_guard
-from .lower import copied, mixing_reasons
+from .ir.graph import StepGraph, op_name
+from .lower import copied
 from .native_step import native
+from .passes.manager import mixing_reasons
 from .program import Call, Program
 from .recording import CudaRecorder, Recording, reasons_against, settings, types_of
 
@@ -64,7 +66,8 @@ class StreamStep:
         self._same_kinds = kinds_guard([x[0] for x in call.xs])
         self._unchanged = self.dependencies.unchanged
         self._same_constants = Kinds(call.constants).unchanged if call.constants else None
-        self._run = native(self, call) if backend != "eager" and self.device.type == "cpu" else None
+        stepping = choice(backend).stepping() if self.device.type == "cpu" else None
+        self._run = None if stepping is None else native(self, call, stepping)
         if self._run is None:
             self._run = straight = _Straight(self, call)
             if self.device.type == "cuda" and backend == "auto" and not reasons_against(straight.calls):

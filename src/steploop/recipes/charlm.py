@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 import steploop as sl
 
 from ..errors import DataError
+from .checkpoints import read_checkpoint
 from .texts import Vocabulary
 
 CELLS = {"gru": sl.nn.GRUCell, "lstm": sl.nn.LSTMCell}
@@ -134,17 +134,6 @@ def bits(nats: float) -> float:
     return nats / math.log(2)
 
 
-def _why_not(path: Path, error: Exception) -> str:
-    """In our words: torch's message for such files ends with advice to turn its check off."""
-    if path.is_dir():
-        return "it is a folder."
-    if path.stat().st_size == 0:
-        return "it is empty.\n  fix:      another checkpoint of the run, or train again"
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than plain values and tensors, or no such thing; what could run code is not loaded."
-    return "it is cut short, or of another kind.\n  fix:      another checkpoint of the run, or train again"
-
-
 # --- the file a trained model is kept in ------------------------------------------------------------------
 
 
@@ -161,17 +150,8 @@ class Checkpoint:
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
         """Raises DataError if there is no such file or it is not a checkpoint of this recipe."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise DataError(
-                f"No such checkpoint: {path}\n  fix:      steploop train charlm makes one"
-            ) from None
-        except Exception as error:  # torch.load raises half a dozen types for a file that is none of its own
-            raise DataError(f"{path} is not a checkpoint: {_why_not(path, error)}") from None
-        card = content.get("charlm") if isinstance(content, dict) else None
-        if not isinstance(card, dict) or card.get("format") != FORMAT:
-            raise DataError(f"{path} is a checkpoint of another model: it holds no {FORMAT!r}.")
+        content = read_checkpoint(path, "charlm", FORMAT)
+        card = content["charlm"]
         return cls(path, Shape(**card["shape"]), Vocabulary(card["characters"]), card["history"], content)
 
     @staticmethod

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .expressions import same_shape
 from .language import Const, Iota, Load, Op
-from .lower import Lowering, Unsupported
+from .lowering import Lowering, Unsupported
 
 
 def decomposed(low: Lowering, node: fx.Node) -> Any:
