@@ -166,7 +166,7 @@ class Stream(Generic[Y]):
         if resets is not None:
             resets = self._flags(resets, "resets").to(fast.device).contiguous()
             back = require(self._own, self._tree.names)
-        done = fast(xs, self._values, mask, resets, back)
+        done = fast.take(xs, self._values, mask, resets, back)
         if done is None:
             if not fast.holds:
                 self._fast = None

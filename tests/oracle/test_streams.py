@@ -4,6 +4,7 @@ states that are read, set, reset and forked, outputs that are written into."""
 import contextlib
 import copy
 import random
+import types
 
 import pytest
 import torch
@@ -332,3 +333,63 @@ def test_a_state_of_another_size_is_looked_at():
 def test_what_a_stream_prints():
     stream = sl.Loop(Actor(), backend="reference").stream(B, on_masked="repeat")
     assert repr(stream) == "Stream(Actor, batch_size=5, states: h (5, 6) float32, on_masked='repeat')"
+
+
+class Square(sl.Step):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(I, I))
+        self.h = sl.State(I)
+
+    def step(self, x, *, table):
+        self.h.next = torch.tanh(self.h.prev @ self.w + x @ table)
+        return self.h.next
+
+
+TURNED = {
+    "the weight's data": lambda step, table: setattr(step.w, "data", step.w.data.t()),
+    "the constant": lambda step, table: table.t_(),
+    "the constant's data": lambda step, table: setattr(table, "data", table.data.t()),
+    "the weight's numbers": lambda step, table: step.w.detach().numpy().fill(0.25),
+    "the constant's numbers": lambda step, table: table.numpy().fill(0.25),
+}
+
+
+@pytest.mark.parametrize("what", TURNED)
+def test_what_lies_at_the_same_place_in_another_way(what):
+    step, table = Square(), torch.randn(I, I)
+    streams = [sl.Loop(step, backend=b).stream(B, table=sl.unbatched(table)) for b in ("auto", "reference")]
+    with torch.no_grad():
+        for change in (False, False, False, True, False, True, False):
+            if change:
+                TURNED[what](step, table)
+            x = torch.randn(B, I)
+            torch.testing.assert_close(*(stream(x) for stream in streams))
+
+
+@pytest.mark.filterwarnings("ignore:.*captured again")
+def test_a_step_at_the_top_of_a_notebook_whose_other_variables_change():
+    """The variables of its module change at every step; now and then one of them is one that it reads."""
+    module = types.ModuleType("notebook")
+    exec("factor = 2.0\ndef scale(x): return x * factor\n", module.__dict__)
+
+    class Reads(sl.Step):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(I))
+            self.h = sl.State(I)
+
+        def step(self, x):
+            self.h.next = self.h.prev * 0.5 + module.scale(x) * self.w
+            return self.h.next
+
+    streams = [sl.Loop(Reads(), backend=b).stream(B) for b in ("auto", "reference")]
+    with torch.no_grad():
+        for t in range(12):
+            module.y = t
+            if t in (5, 8):
+                module.factor = float(t)
+            if t == 10:
+                module.scale = lambda x: x - 1
+            x = torch.randn(B, I)
+            torch.testing.assert_close(*(stream(x) for stream in streams))

@@ -143,13 +143,16 @@ class Guards:
         rare = (self.slots, self.buffers, self.references, self.caches, self.variables, self.contents)
         self._rare = any(rare)
         self._table = self._as_words()
+        others = self._empty if self._table is None else [v for v in self._empty if not isinstance(v, dict)]
+        self._beside = bool(others or self._sequences or self._rare)
+        self._other_empty = others
+        self._differs: Callable[[], int] | None = None
 
     def _as_words(self) -> Table | None:
         """What stands in memory now; None where it is not known where it stands. Counts of dictionaries come first."""
         places = words.places(dict_version)
         if places is None:
             return None
-        self._other_empty = [value for value in self._empty if not isinstance(value, dict)]
         found = [(id(where) + places.version, count) for where, count in zip(self._dicts, self._versions)]
         found += [(id(where) + places.used, 0) for where in self._empty if isinstance(where, dict)]
         found += [(id(thing) + places.kind, id(kind)) for thing, kind in zip(self._objects, self._types)]
@@ -162,15 +165,24 @@ class Guards:
 
     def unchanged(self) -> bool:
         """Whether everything is as it was."""
-        if self._table is None or words.compare is None:
-            if not self._same_objects():
+        if self._differs is not None:
+            entry = self._differs()
+            if entry >= 0 and not self._still_holds(entry):
                 return False
-        elif (entry := self._table.differs()) >= 0 and not self._still_holds(entry) or any(self._other_empty):
+        elif not self._same_objects():
+            return False
+        if self._beside and not self._beside_unchanged():
+            return False
+        return self._kinds.unchanged()
+
+    def _beside_unchanged(self) -> bool:
+        """Whether what stands in no table is unchanged."""
+        if any(self._other_empty):
             return False
         for value, ids in self._sequences:
             if [*map(id, value)] != ids:
                 return False
-        return self._kinds.unchanged() and (not self._rare or self._rare_unchanged())
+        return not self._rare or self._rare_unchanged()
 
     def _still_holds(self, entry: int) -> bool:
         """Whether what has changed, at an entry of the table and after it, is nothing that was read."""
@@ -186,6 +198,8 @@ class Guards:
 
     def _same_objects(self) -> bool:
         """Whether dictionaries, classes, functions and variables of closures are what they were, compared in Python."""
+        if self._table is not None and words.compare is not None:
+            self._differs = self._table.question()  # from the next time on
         if any(self._empty):
             return False
         versions = self._versions

@@ -38,8 +38,8 @@ def native(step: StreamStep, call: Call, backend: Backend) -> NativeStep | None:
     return NativeStep(step, *found, call, backend)
 
 
-class _NotTaken(Exception):
-    """The backend can't run the step, or its compiler failed."""
+class _Refused(Exception):
+    """A loop that the backend does not take."""
 
 
 def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | None:
@@ -50,16 +50,13 @@ def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | 
 
     def choose(program: Any, _widen: Any) -> Any:
         if backend.reasons_against(program):
-            raise _NotTaken
-        try:
-            return backend.compile(program)
-        except BuildError:
-            raise _NotTaken from None
+            raise _Refused
+        return backend.compile(program)
 
     try:
         with torch.no_grad():
             plan = lower_forward(graph, [], capture.program.state_names, choose, one_loop=True)
-    except _NotTaken:
+    except (_Refused, BuildError):
         return None
     loops = plan.executable.partition.loops
     if len(loops) != 1 or len(plan.executable.partition.segments) != 1:
@@ -124,7 +121,8 @@ class NativeStep:
         self.sources = self._sources()
         dense = [s for s in self.sources if s.is_dense]
         self.others = [s for s in self.sources if not s.is_dense]
-        self.same_bytes = _same_bytes(dense)
+        # (what lies in memory in pieces is looked at each time)
+        self.bytes_differ = (lambda: 0) if self.others else _comparison(dense)
 
     def _sources(self) -> list[Source]:
         """What the kernel reads a copy of, or something that was made of it."""
@@ -148,8 +146,8 @@ class NativeStep:
         values.update(zip(once.nodes, once(self.step.sizes, [values[n] for n in once.reads])))
         return [values.get(n) for n in self.loop.inputs]
 
-    def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if [*map(Tensor.data_ptr, self.watched)] != self.places or not self.same_bytes() or self.others:
+    def take(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:
             self._look_again()
         return self.run(xs, states)
 
@@ -157,13 +155,13 @@ class NativeStep:
         self, xs: Sequence[Tensor], states: Sequence[Tensor], mask: Tensor | None, resets: Tensor | None,
         back: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]] | None:  # fmt: skip
-        if [*map(Tensor.data_ptr, self.watched)] != self.places or not self.same_bytes() or self.others:
+        if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:
             self._look_again()
         return self.run(xs, states, mask, resets, back)
 
     def _look_again(self) -> None:
         places = self._places()
-        if places != self.places or not self.same_bytes() or not all(s.same() for s in self.others):
+        if places != self.places or not all(s.same() for s in self.sources):
             self.stepper.set_constants(self._constants())
             self.places = places
             self._note_sources()
@@ -181,10 +179,7 @@ class Source:
         return same_content(self.tensor, self.copy)
 
 
-def _same_bytes(sources: Sequence[Source]) -> Callable[[], bool]:
-    """Whether these, which lie in memory in one piece, hold what they held."""
+def _comparison(sources: Sequence[Source]) -> Callable[[], int]:
+    """What gives -1 where these, which lie in memory in one piece, hold what they held."""
     found = [(s.tensor.data_ptr(), s.copy.data_ptr(), s.size) for s in sources if s.size]
-    if not found:
-        return lambda: True
-    table = Table(found)
-    return lambda: table.differs() < 0
+    return Table(found).question() if found else lambda: -1

@@ -42,7 +42,7 @@ _STRIDED = torch.strided
 class StreamStep:
     """A capture prepared for single steps of `batch` rows.
 
-    __call__(xs, states, mask, resets, back) -> (outputs, states), or None where it does not apply: then the caller
+    take(xs, states, mask, resets, back) -> (outputs, states), or None where it does not apply: then the caller
     takes the usual way. If it no longer `holds`, because a shape, a setting or something that the step depends on has
     changed, the caller makes a new one for the next steps. mask, resets: (batch,) bool on the device, or None; back:
     what resets put the states back to.
@@ -64,7 +64,8 @@ class StreamStep:
         self.constants = call.constants
         self._same_settings = _settings_guard(self.device)
         self._same_kinds = kinds_guard([x[0] for x in call.xs])
-        self._same_constants = Kinds(call.constants).unchanged if call.constants else _always
+        self._unchanged = self.dependencies.unchanged
+        self._same_constants = Kinds(call.constants).unchanged if call.constants else None
         stepping = choice(backend).stepping() if self.device.type == "cpu" else None
         self._run = None if stepping is None else native(self, call, stepping)
         if self._run is None:
@@ -72,16 +73,21 @@ class StreamStep:
             if self.device.type == "cuda" and backend == "auto" and not reasons_against(straight.calls):
                 self._run = _Recorded(self, straight, CudaRecorder(self.device))
 
-    def __call__(
+    def take(
         self, xs: Sequence[Tensor], states: Sequence[Tensor], mask: Tensor | None = None, resets: Tensor | None = None,
         back: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]] | None:  # fmt: skip
-        same = self._same_settings() and self.dependencies.unchanged() and self._same_constants()
-        if not same or not (self._same_kinds(*xs) or all(map(self._is_like, xs, self.types))):
+        # (written for few calls of Python functions: they are what a small step takes longest for)
+        if not self._same_settings() or not self._unchanged():
             self.holds = False
+        elif self._same_constants is not None and not self._same_constants():
+            self.holds = False
+        elif not self._same_kinds(*xs) and not all(map(self._is_like, xs, self.types)):
+            self.holds = False
+        if not self.holds:
             return None
         if mask is None and resets is None:
-            return self._run(xs, states)
+            return self._run.take(xs, states)
         return self._run.with_marks(xs, states, mask, resets, back)
 
     def fork(self) -> StreamStep:
@@ -99,10 +105,6 @@ class StreamStep:
 
     def captured(self) -> list[Tensor]:
         return self.capture.tensors(self.dependencies)
-
-
-def _always() -> bool:
-    return True
 
 
 def quick_settings(device: torch.device) -> tuple[Any, ...]:
@@ -150,7 +152,7 @@ class _WithMarks:
 
     mixes = False  # whether one row sees others
 
-    def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def take(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         raise NotImplementedError
 
     def with_marks(
@@ -164,7 +166,7 @@ class _WithMarks:
         if resets is not None:
             start = [torch.where(wide(resets, s), b, s) for s, b in zip(states, back)]
         try:
-            outputs, nexts = self(xs, start)
+            outputs, nexts = self.take(xs, start)
         except Exception:
             if mask is None:
                 raise
@@ -190,7 +192,7 @@ class _Straight(_WithMarks):
         self.outputs, self.nexts = [place[n] for n in own.outputs], [place[n] for n in own.nexts]
         self.shared = _shared(own)
 
-    def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def take(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         values = [*xs, *self.constants, *states, *self.step.captured()]
         values.extend(self.piece(self.sizes, [values[i] for i in self.reads]))
         results = [values[i].clone() if s else values[i] for i, s in zip([*self.nexts, *self.outputs], self.shared)]
@@ -244,7 +246,7 @@ class _Recorded(_WithMarks):
         self.place = recorder.place()
         self.left = self.MOST
 
-    def __call__(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def take(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         read = [*self.step.captured(), *self.straight.constants]
         key = (*map(Tensor.data_ptr, read), types_of([*xs, *states]), settings())
         place = self.recorder.place()
@@ -254,9 +256,9 @@ class _Recorded(_WithMarks):
         if key != self.key:
             first, self.key, self.recording = self.key is None, key, None
             if first or self.left == 0:
-                return self.straight(xs, states)
+                return self.straight.take(xs, states)
         if self.recording is None and not self._record(xs, states):
-            return self.straight(xs, states)
+            return self.straight.take(xs, states)
         self.recording.load([*xs, *states])
         self.recording.launch()
         results = self.recording.give()
@@ -273,7 +275,7 @@ class _Recorded(_WithMarks):
         width = len(xs)
 
         def function(inputs: list[Tensor]) -> list[Tensor]:
-            outputs, nexts = self.straight(inputs[:width], inputs[width:])
+            outputs, nexts = self.straight.take(inputs[:width], inputs[width:])
             return [*outputs, *nexts]
 
         try:
