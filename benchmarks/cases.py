@@ -77,7 +77,9 @@ DECODER = Workload("decoder", 50, 64, 256, 256, S=50)
 SEARCH = Workload("decoder", 50, 64, 256, 256, S=50, V=1000)
 SEQ2SEQ = Workload("seq2seq", 50, 64, 256, 256, S=50, V=10_000)
 RAGGED = replace(LSTM, ragged=True)
+G2P = Workload("g2p", 15, 64, 64, 256, S=14, V=40)
 STREAM = Workload("lstm", 64, 1, 128, 128)
+ACTOR = Workload("actor", 64, 16, 64, 128, resets=True)
 FIRST_CALL = Workload("lstm", 64, 16, 128, 128)
 
 
@@ -191,6 +193,13 @@ def stream(scale: Scale) -> list[Job]:
     return [{**job, "action": "stream", "work": STREAM.as_dict(), "calls": scale.calls, **limits}]
 
 
+def actor(scale: Scale) -> list[Job]:
+    """One streamed step of an actor-critic with resets, B=16 H=128."""
+    job = compare("actor", scale, ACTOR, ("forward",), (*OURS, "eager"))
+    limits = {"budget": min(scale.budget, 20.0), "timeout": min(scale.timeout, 300.0)}
+    return [{**job, "action": "stream", "work": ACTOR.as_dict(), "calls": scale.calls, **limits}]
+
+
 def guards(scale: Scale) -> list[Job]:
     """The check that a kept capture still holds, for an LSTM and a layer-norm LSTM."""
     return [
@@ -217,6 +226,12 @@ def _searches(case: str, scale: Scale, work: Workload) -> list[Job]:
     return [{**compare(case, scale, work, (mode,), ("eager", *OURS)), "action": "search"} for mode in modes]
 
 
+def g2p(scale: Scale) -> list[Job]:
+    """The grapheme-to-phoneme recipe's model: a training step, greedy search and beam search (8)."""
+    modes = ("training", "greedy", "beam")
+    return [{**compare("g2p", scale, G2P, (mode,), ("eager", *OURS)), "action": "g2p"} for mode in modes]
+
+
 def memory(scale: Scale) -> list[Job]:
     """Peak memory of a training step of the layer-norm LSTM (torch.nn: its LSTM), each in its own process."""
     jobs = []
@@ -235,7 +250,7 @@ def memory(scale: Scale) -> list[Job]:
 CASES: dict[str, Callable[[Scale], list[Job]]] = {
     f.__name__: f
     for f in (
-        lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, guards, search,
-        search_one_row, memory, first, unrolled, grid,
+        lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, actor, guards,
+        search, search_one_row, g2p, memory, first, unrolled, grid,
     )  # fmt: skip
 }

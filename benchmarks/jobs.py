@@ -181,6 +181,15 @@ def search(job: dict[str, Any], emit: Emit) -> None:
         _run_peers(job, work, mode, lambda name, mode=mode: searches.make_runner(name, work, mode), emit)
 
 
+def g2p(job: dict[str, Any], emit: Emit) -> None:
+    """Seconds of the recipe's batches: trained on, or said."""
+    work = workload_of(job)
+    from . import g2p
+
+    for mode in job["modes"]:
+        _run_peers(job, work, mode, lambda name, mode=mode: g2p.make_runner(name, work, mode), emit)
+
+
 def _run_peers(job: dict[str, Any], work: Any, mode: str, make: Callable[[str], Any], emit: Emit) -> None:
     from . import peers
 
@@ -303,6 +312,7 @@ ACTIONS: dict[str, Callable[[dict[str, Any], Emit], None]] = {
     "stream": stream,
     "guards": guards,
     "search": search,
+    "g2p": g2p,
     "memory": memory,
     "first_call": first_call,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import cases, plots, targets
 from .data import Workload
+from .g2p import BATCHES as G2P_BATCHES
 from .measure import paired_ratio
 from .peers import PEERS
 
@@ -75,7 +76,10 @@ def markdown(run: Run, images: list[tuple[str, str]]) -> str:
     parts = [_head(meta), _target_table(results)]
     parts += [f"![{title}]({path})" for title, path in images]
     parts += [_case_table(results, case) for case in TABLES]
-    parts += [_stream(results), _search(results), _guards(results), _memory(results), _first(results)]
+    parts += [_stream(results, "stream", "LSTM", "torch.nn", "torch.nn.LSTMCell")]
+    actor = "A GRU with layer norm and two heads, with resets"
+    parts += [_stream(results, "actor", actor, "eager", "the loop by hand")]
+    parts += [_search(results), _g2p(results), _guards(results), _memory(results), _first(results)]
     parts += [_unrolled(results), _grid(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -201,15 +205,17 @@ def _notes(rows: Results) -> list[str]:
     return ["", *[f"- {title_of(peer)}: {_escaped(note)}" for peer, note in notes]] if notes else []
 
 
-def _stream(results: Results) -> str:
-    rows = [r for r in results if r["case"] == "stream"]
+def _stream(results: Results, case: str, what: str, other: str, of_other: str) -> str:
+    rows = [r for r in results if r["case"] == case]
     if not rows:
         return ""
-    lines = ["## One streamed step", "", f"LSTM, {Workload(**rows[0]['work'])}, without gradients.", ""]
-    lines += ["| | one step | ratio to torch.nn.LSTMCell |", "|---|---:|---:|"]
+    work = Workload(**rows[0]["work"])
+    lines = ["## One streamed step" + (" of an actor-critic" if case == "actor" else ""), ""]
+    lines += [f"{what}, {work}, without gradients.", ""]
+    lines += [f"| | one step | ratio to {of_other} |", "|---|---:|---:|"]
     for r in (r for r in rows if "blank" not in r):
-        title = "torch.nn.LSTMCell" if r["peer"] == "torch.nn" else title_of(r["peer"])
-        compared = targets.ratio(results, "stream", "forward", r["peer"], "torch.nn")
+        title = of_other if r["peer"] == other else title_of(r["peer"])
+        compared = targets.ratio(results, case, "forward", r["peer"], other)
         shown = "" if compared is None else f"{compared:.2f}"
         lines.append(f"| {title} | {seconds(r['median'])} | {shown} |")
     return "\n".join(lines + _footnotes(rows))
@@ -239,6 +245,22 @@ def _search(results: Results) -> str:
         shown = "" if compared is None else f"{compared:.2f}"
         title = "batched loop by hand" if r["peer"] == "eager" else title_of(r["peer"])
         lines.append(f"| {title} | {r['work']['B']} | {r['mode']} | {seconds(r['median'])} | {shown} |")
+    return "\n".join(lines + _footnotes(rows))
+
+
+def _g2p(results: Results) -> str:
+    rows = [r for r in results if r["case"] == "g2p"]
+    if not rows:
+        return ""
+    lines = ["## Grapheme to phoneme", "", "The recipe's model on batches of words of like lengths: a bidirectional"]
+    lines += [f"LSTM and an attention decoder with input feeding, {Workload(**rows[0]['work'])}; S and T are the"]
+    lines += ["longest word's. The eager loop has nn.LSTMCell and padded batches.", ""]
+    lines += ["| | | words/s | ratio to the eager loop |", "|---|---|---:|---:|"]
+    for r in (r for r in rows if "blank" not in r):
+        compared = targets.ratio(results, "g2p", r["mode"], r["peer"], "eager")
+        shown = "" if compared is None else f"{compared:.2f}"
+        words = G2P_BATCHES * r["work"]["B"] / r["median"]
+        lines.append(f"| {title_of(r['peer'])} | {r['mode']} | {words:,.0f} | {shown} |")
     return "\n".join(lines + _footnotes(rows))
 
 

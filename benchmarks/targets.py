@@ -156,6 +156,8 @@ def _all() -> list[Target]:
         for mode, limit in zip(("greedy", "sample", "beam"), limits, strict=True):
             text = f"search, B={rows} / batched loop by hand: {mode}"
             made.append(Target(text, limit, _ratio(case, mode, "eager")))
+    for mode, limit in (("training", 1 / 3), ("greedy", 0.25), ("beam", 1 / 3)):
+        made.append(Target(f"grapheme to phoneme / eager loop, padded: {mode}", limit, _ratio("g2p", mode, "eager")))
     made.append(Target("LSTM / torch.nn, worst point of the grid", 1.1, _worst_on_grid(0)))
     made.append(Target("LSTM / torch.nn, worst point of the grid with H >= 512", 1.0, _worst_on_grid(512)))
     for mode, limit in (("forward", 55.0), ("training", 50.0), ("training_x", 50.0)):
@@ -176,6 +178,8 @@ def _all() -> list[Target]:
     made.append(Target(text, 1.25, _growth_with_time))
     made.append(Target("kernels compiled for a new T or B", 0, _compiled_anew, unit=""))
     made.append(Target("one streamed step / torch.nn.LSTMCell", 0.5, _ratio("stream", "forward", "torch.nn")))
+    text = "one streamed step of an actor-critic with resets / loop by hand"
+    made.append(Target(text, 0.4, _ratio("actor", "forward", "eager")))
     for what, limit in (("call", 15.0), ("streamed step", 3.0)):
         made.append(Target(f"guards of a {what}, LSTM", limit, _guards(what), unit=" us"))
     text = "peak memory, layer-norm LSTM training / torch.nn.LSTM's"

@@ -10,16 +10,22 @@ import devices
 import pytest
 import torch
 from spans import cut_time
+from toy_backend import Toy
 
 import steploop as sl
+from steploop.backends import choose
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the long property tests")
+    parser.addoption("--toy", action="store_true", help="also run the oracle tests on a backend from outside")
     parser.addoption("--device", choices=["cpu", "cuda", "pretended"], help="where tests run; see tests/devices.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--toy"):
+        choose.register(Toy())
+    os.environ["STEPLOOP_CHECK_GRAPHS"] = "1"  # every graph is checked after every pass, in child processes too
     torch.set_num_threads(min(2, torch.get_num_threads()))
     torch.backends.cudnn.allow_tf32 = False  # products of float32 are not TF32 by torch's default; convolutions are
 

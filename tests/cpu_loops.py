@@ -14,9 +14,9 @@ from torch import Tensor
 
 from steploop.backends import cpu, eager
 from steploop.compiler.capture import Leaf, Signature, trace_forward
-from steploop.compiler.graph import LoopInput, LoopProgram, Rows
+from steploop.compiler.ir.graph import LoopInput, LoopProgram, Rows
+from steploop.compiler.passes.rows import annotate
 from steploop.compiler.program import Program
-from steploop.compiler.rows import annotate
 from steploop.compiler.schedule import Schedule, Span, make_schedule
 
 

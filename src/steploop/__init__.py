@@ -16,6 +16,7 @@ from .errors import (
 )
 from .loop import Loop
 from .nn import length_mask
+from .operation import register_operation
 from .scan import plan, scan
 from .share import share
 from .state import State
@@ -47,6 +48,7 @@ __all__ = [
     "memory",
     "nn",
     "plan",
+    "register_operation",
     "scan",
     "search",
     "seq2seq",
@@ -55,3 +57,8 @@ __all__ = [
     "verify",
     "view",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names: what `dir(steploop)` and completion show."""
+    return sorted(__all__)

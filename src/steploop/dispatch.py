@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import kinds, until
-from .backends import BACKENDS, reference
+from .backends import BACKENDS, choose, reference  # noqa: F401 (choose hands the backends down)
 from .compiler.program import Call, Program, Result
 from .errors import InputError, StepError, UnsupportedError, describe, message
 
@@ -31,14 +31,14 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
         _no_tangents((*call.xs, *call.constants, *call.initial, *program.root.parameters()))
         if (result := whole(program, call)) is not None:
             return result  # a remembering operation on its own: its whole-sequence form, no loop at all
-    from .compiler import pipeline  # half a second of torch's tracing machinery: only when it is needed
+    from .compiler import traced_calls  # half a second of torch's tracing machinery: only when it is needed
 
     try:
-        return pipeline.run(program, call, backend=backend, save=save)
+        return traced_calls.run(program, call, backend, save)
     except (RuntimeError, ValueError, StepError):
         if not kinds.run_lazy(program, call):
             raise
-    return pipeline.run(program, call, backend=backend, save=save)
+    return traced_calls.run(program, call, backend, save)
 
 
 def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
@@ -69,6 +69,16 @@ def plan(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
     if call.until is not None:
         program, call = until.whole(program, call)
     return pipeline.plan(program, call, backend=backend, save=save)
+
+
+def profile(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
+    """The Plan of a call with what its pieces take; of a loop that ends by itself, all steps of it."""
+    from .compiler import pipeline
+
+    _no_transforms()
+    if call.until is not None:
+        program, call = until.whole(program, call)
+    return pipeline.profile(program, call, backend=backend, save=save)
 
 
 def stream_step(program: Program, call: Call, backend: str) -> Any:

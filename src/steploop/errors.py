@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from types import FrameType
 from typing import Any
 
 import torch
@@ -64,6 +65,12 @@ class OutsideError(SteploopError, IndexError, RuntimeError):
     """An index outside its axis. torch raises one of IndexError and RuntimeError, by operation; this is both."""
 
 
+NO_SECOND_DERIVATIVE = (
+    "second derivatives of a Loop are not supported: its backward pass is compiled and can't be "
+    'differentiated again. Use sl.Loop(step, backend="reference") where create_graph=True is needed.'
+)
+
+
 def message(
     what: str,
     *,
@@ -96,15 +103,15 @@ _NOT_THE_USERS = (
 )
 
 
-_COMMAND_LINE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cli.py")
+_COMMAND_LINE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "cli") + os.sep
 
 
 def user_line() -> str:
     """'file.py:14' of the innermost running frame that is neither steploop's nor torch's, or ''."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name == _COMMAND_LINE:  # what called the command line's program is no line of the user's
+        if name.startswith(_COMMAND_LINE):  # what called the command line's program is no line of the user's
             return ""
         if not name.startswith(_NOT_THE_USERS):
             return f"{name}:{frame.f_lineno}"
@@ -114,7 +121,8 @@ def user_line() -> str:
 
 def warn(text: str) -> None:
     """A warning that names the user's line, however deep inside steploop it is noticed."""
-    frame, level = sys._getframe(1), 2
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level if frame is not None else 2)
@@ -135,6 +143,11 @@ def defined_at(function: Any) -> str:
     """'file.py:14' where a Python function begins ('' for what has no Python source)."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+
+
+def is_the_users(filename: str) -> bool:
+    """Whether a frame of this file is one of the user's, not of this library, of torch, or of what they make."""
+    return not filename.startswith((*_NOT_THE_USERS, "<steploop", "<eval_with_key>"))
 
 
 def describe(value: Any) -> str:

@@ -33,20 +33,29 @@ def sequences(xs: tuple[Any, ...]) -> tuple[list[Tensor], Structure]:
 
 
 def check_plain(structure: Structure, what: str) -> None:
-    """InputError if there is a NumPy array where a tensor should be; it would be taken for a fixed value."""
+    """InputError if there is a NumPy array where a tensor should be; it would be taken for a fixed value.
+
+    what: "a sequence", or "a constant": then it is named.
+    """
     if structure.count == len(structure.leaves):
         return
-    for leaf in structure.leaves:
+    for i, leaf in enumerate(structure.leaves):
         torchscript.refuse_proxy(leaf)
         if hasattr(leaf, "__array__") and not isinstance(leaf, (Tensor, bool, int, float)):
             raise InputError(
                 message(
-                    f"A NumPy array was given as {what}.",
+                    f"A NumPy array was given as {what}{_named(structure, i) if what == 'a constant' else ''}.",
                     expected="a tensor",
                     found=describe(leaf),
                     fix="torch.as_tensor(array)",
                 )
             )
+
+
+def _named(structure: Structure, leaf: int) -> str:
+    """ " `memory['keys']`", the name of a leaf among constants."""
+    name = structure.leaf_names("")[leaf][2:].replace("']", "", 1)
+    return f" `{name}`"
 
 
 def _no_nested_packed(xs: tuple[Any, ...]) -> None:
@@ -135,7 +144,9 @@ def check_constants(tensors: list[Tensor], batched: list[bool], structure: Struc
                     f"The constant `{name}` does not have B first.",
                     expected=f"({batch}, ...)",
                     found=describe(tensor),
-                    fix=f"if every row sees all of it: {name}=sl.unbatched({name})",
+                    fix=f"if every row sees all of it: sl.unbatched({name}) in the place of {name}"
+                    if "[" in name
+                    else f"if every row sees all of it: {name}=sl.unbatched({name})",
                 )
             )
 

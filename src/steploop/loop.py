@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from . import until as ending
 from .arguments import Arguments, check_on_masked, take_apart
 from .compiler.program import Call, Program, Result
 from .devices import check_call, explained
-from .errors import InputError, StepError, UnsupportedError, defined_at, describe, message
+from .errors import InputError, StepError, UnsupportedError, describe, message
 from .initial import require
 from .inputs import (
     check_constants,
@@ -30,21 +30,35 @@ from .states import States, given_states
 from .step import Step, Unbatched, signature_of, survey
 from .step_program import program_of
 from .stream import Stream
+from .tracebacks import ends_at_the_call
 from .tree import flatten, unflatten
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Y = TypeVar("Y")  # what one step returns; a loop's outputs have the same structure, with T before B
+Y_co = TypeVar("Y_co", covariant=True)
+
+
+class _Steps(Protocol[Y_co]):
+    """A Step, told by the type of what its `step` returns."""
+
+    @property
+    def step(self) -> Callable[..., Y_co]: ...
 
 
 @_disable_dynamo
-def _outside_dynamo(loop: Loop, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+def _outside_dynamo(loop: Loop[Any], xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
     """A call under torch.compile: a Loop is compiled already, and its capture is none of dynamo's business."""
     return loop._run(xs, arguments)
 
 
 @_disable_dynamo
-def _stream_outside_dynamo(loop: Loop, *arguments: Any) -> Stream:
+def _stream_outside_dynamo(loop: Loop[Any], *arguments: Any) -> Stream[Any]:
     return Stream(loop, *arguments)
 
 
-class Loop(nn.Module):
+class Loop(nn.Module, Generic[Y]):
     """A Step over whole sequences; an nn.Module whose parameters are the Step's, under "step.".
 
     outputs, state = loop(xs, ..., state=None, lengths=None, mask=None, resets=None, steps=None,
@@ -65,14 +79,18 @@ class Loop(nn.Module):
 
     _holds_own_states = True  # a Loop inside a Step is an inner sequence: its States are not the outer loop's
 
-    def __new__(cls, *_: Any, **__: Any) -> Loop:
+    if TYPE_CHECKING:
+        # As type checkers see it: torch's own __call__ gives Any.
+        def __call__(self, *xs: Any, **arguments: Any) -> tuple[Y, States]: ...
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
         loop = super().__new__(cls)
         tracked.register(loop)
         return loop
 
     def __init__(
         self,
-        step: Step,
+        step: _Steps[Y],
         batch_first: bool = False,
         reverse: bool = False,
         backend: str = "auto",
@@ -89,14 +107,16 @@ class Loop(nn.Module):
                     fix="flip the sequence: sl.Loop(step, until=...)(xs.flip(0))",
                 )
             )
-        self.step = step
+        self.step: Any = step
         self.batch_first = batch_first
         self.reverse = reverse
         self.backend = dispatch.checked_backend(backend)
         self.save = dispatch.checked_save(save)
         self.until = until
 
-    def forward(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
+    __call__ = ends_at_the_call(nn.Module.__call__)
+
+    def forward(self, *xs: Any, **arguments: Any) -> tuple[Y, States]:
         """Run the step over every step of `xs`.
 
         xs:        tensors or pytrees of tensors, (T, B, ...), or PackedSequences; one per positional
@@ -132,7 +152,7 @@ class Loop(nn.Module):
         raise torchscript.error()
 
     @staticmethod
-    def _as_one_node(module: Loop | Step, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+    def _as_one_node(module: Loop[Any] | Step, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
         """A call under torch.export.export(..., strict=True)."""
         from . import strict_export
 
@@ -141,7 +161,8 @@ class Loop(nn.Module):
     def _run_given(self, *xs: Any, **arguments: Any) -> Any:
         return self._run(xs, _with_objects(arguments))
 
-    def last_output(self, *xs: Any, **arguments: Any) -> tuple[Any, States]:
+    @ends_at_the_call
+    def last_output(self, *xs: Any, **arguments: Any) -> tuple[Y, States]:
         """As a call, but with each row's output at its last valid step alone: (B, ...), zeros where it has none.
 
         Last is last in running order: with reverse=True the output that belongs to the row's first valid step.
@@ -151,12 +172,33 @@ class Loop(nn.Module):
         lengths, mask = arguments.get("lengths"), arguments.get("mask")
         return last_of(outputs, lengths, mask, self.reverse, self.batch_first), state
 
+    @ends_at_the_call
     def plan(self, *xs: Any, **arguments: Any) -> Any:
         """The Plan by which a call with these arguments runs; `print(loop.plan(xs))` is a table."""
+        return self._planned(dispatch.plan, xs, arguments)
+
+    def _planned(self, made: Callable[..., Any], xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+        if not xs and not arguments and signature_of(self.step).required:
+            raise InputError(_no_inputs(self.step, made.__name__))
         with explained(self.step, xs, arguments):
             prepared = self.prepare(*xs, **arguments)
-            return dispatch.plan(prepared.program, prepared.call, self.backend, self.save)
+            return made(prepared.program, prepared.call, self.backend, self.save)
 
+    @ends_at_the_call
+    def profile(self, *xs: Any, **arguments: Any) -> Any:
+        """The Plan of a call with these arguments, and what each piece of it takes, forward and backward.
+
+            print(loop.profile(xs))                      # the plan, and a table of times and shares
+            loop.profile(xs).save_html("plan.html")      # the same on a page
+
+        The call is run a few times, for about half a second; the times are those of the run in the middle:
+        `plan.profile` and `plan.backward.profile` have `.seconds` of the pass and `.pieces` of each part of it.
+        Where anything that it reads requires a gradient, the backward pass is run too, for all those gradients. No
+        `.grad` is written; random numbers are drawn as in any call.
+        """
+        return self._planned(dispatch.profile, xs, arguments)
+
+    @ends_at_the_call
     def stream(
         self,
         batch_size: int,
@@ -164,7 +206,7 @@ class Loop(nn.Module):
         *,
         on_masked: str = "zero",
         **constants: Any,
-    ) -> Stream:
+    ) -> Stream[Y]:
         """One step at a time: `s = loop.stream(8)`, then `y = s(x)` with x (8, ...). See `sl.Stream`."""
         if torch.compiler.is_dynamo_compiling():
             return _stream_outside_dynamo(self, batch_size, state, on_masked, constants)
@@ -284,7 +326,8 @@ class Prepared:
             missing = self.call.steps - (0 if result.taken is None else len(result.taken))
             if result.taken is not None and missing:  # what the caller packed is as long as it was
                 outputs = [torch.cat([o, o.new_zeros(missing, *o.shape[1:])]) for o in outputs]
-            outputs = [pack(output, self.packed, self.call.lengths.cpu()) for output in outputs]
+            lengths: Any = self.call.lengths
+            outputs = [pack(output, self.packed, lengths.cpu()) for output in outputs]
         elif self.batch_first:
             outputs = [output.transpose(0, 1) for output in outputs]
         structure = result.out_spec if result.out_spec is not None else self.program.out_spec
@@ -301,7 +344,8 @@ class Prepared:
 def _count_of(call: Call, result: Result) -> Callable[[], Tensor]:
     """Gives (B,) int64, the steps of a call that were valid for each row; few callers ask."""
     marks = [None if m is None else m.clone() for m in (call.lengths, call.mask)]  # the caller may write into them
-    steps, batch, taken = call.steps, call.batch, result.taken
+    steps, taken = call.steps, result.taken
+    batch: Any = call.batch
     device = result.states[0].device if result.states else None
 
     def count() -> Tensor:
@@ -388,26 +432,34 @@ def _turned(x: Any) -> Any:
     return unflatten([t.transpose(0, 1) if t.dim() > 1 else t for t in tensors], structure)
 
 
+def _no_inputs(step: Step, made: str) -> str:
+    takes = signature_of(step)
+    needed = [*takes.positional, *(f"{n}={n}" for n in sorted(takes.required - set(takes.positional)))]
+    return message(
+        f"{made}() was called without the inputs of a call: what runs depends on their sizes and dtypes.",
+        expected=f"the arguments of a call of the loop; {takes.owner}.step takes {', '.join(needed)}",
+        found="no arguments",
+        fix=f"loop.{made}({', '.join(needed)}); any numbers will do: torch.randn(T, B, ...)",
+    )
+
+
 def _check_step(step: Any) -> None:
     if not isinstance(step, Step):
+        a_class = isinstance(step, type) and issubclass(step, Step)
+        fix = "class Cell(sl.Step): ...  or sl.scan(fn, init, xs) for a function"
+        if a_class:
+            fix = f"sl.Loop({step.__name__}(...))"
+        elif isinstance(step, nn.Module) and any(isinstance(child, Loop) for child in step.modules()):
+            fix = "it has loops of its own already: call it with the sequences, layer(xs)"
         raise StepError(
             message(
                 "sl.Loop takes a Step.",
                 expected="an instance of a subclass of sl.Step",
-                found=describe(step),
-                fix="class Cell(sl.Step): ...  or sl.scan(fn, init, xs) for a function",
+                found=f"the class {step.__name__}" if a_class else describe(step),
+                fix=fix,
             )
         )
     kind = type(step)
-    if kind.forward is not Step.forward:
-        raise StepError(
-            message(
-                f"{kind.__name__} defines forward, which a Step uses itself.",
-                expected="a method named step",
-                at=defined_at(kind.forward),
-                fix="def step(self, x): ...",
-            )
-        )
     if kind.step is Step.step:
         step.step()
     signature_of(step)

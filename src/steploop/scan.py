@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from . import dispatch, torchscript
@@ -18,13 +18,19 @@ from .frame import run_in
 from .inputs import check_plain, checked_lengths, checked_mask
 from .loop import Loop
 from .step import Step
+from .tracebacks import ends_at_the_call
 from .tree import Structure, flatten, flatten_like, unflatten
 
+Carry = TypeVar("Carry")
+X = TypeVar("X")
+Y = TypeVar("Y")
 
+
+@ends_at_the_call
 def scan(
-    fn: Callable[[Any, Any], tuple[Any, Any]],
-    init: Any,
-    xs: Any,
+    fn: Callable[[Carry, X], tuple[Carry, Y]],
+    init: Carry,
+    xs: X,
     *,
     length: int | None = None,
     reverse: bool = False,
@@ -32,7 +38,7 @@ def scan(
     mask: Any = None,
     resets: Any = None,
     backend: str = "auto",
-) -> tuple[Any, Any]:
+) -> tuple[Carry, Y]:
     """carry, ys = scan(fn, init, xs): run `carry, y = fn(carry, x)` over axis 0 of xs.
 
     fn:      takes the carry and one slice of xs, returns (carry, y). May close over tensors and modules;
@@ -66,12 +72,23 @@ def _scan(fn: Any, init: Any, xs: Any, backend: str, options: dict[str, Any]) ->
 _outside_dynamo = _disable_dynamo(_scan)  # a scan is compiled already; its capture is none of dynamo's business
 
 
+@ends_at_the_call
 def plan(what: Any, *arguments: Any, **options: Any) -> Any:
     """The Plan by which a call runs: `plan(fn, init, xs, ...)` for scan, `plan(loop, xs, ...)` else."""
     if isinstance(what, Step):
         return what.whole_sequence().plan(*arguments, **options)
     if isinstance(what, Loop):
         return what.plan(*arguments, **options)
+    if isinstance(what, (type, nn.Module)) or not callable(what) or len(arguments) < 2:
+        raise InputError(
+            message(
+                "sl.plan takes a Loop or a Step with the inputs of a call, or what sl.scan takes.",
+                expected="sl.plan(loop, xs, ...) or sl.plan(fn, init, xs, ...)",
+                found=f"the class {what.__name__}" if isinstance(what, type) else f"{describe(what)} and "
+                f"{len(arguments)} argument(s)",
+                fix=f"sl.plan({what.__name__}(...), xs)" if isinstance(what, type) else "sl.plan(fn, init, xs)",
+            )
+        )
     backend = dispatch.checked_backend(options.pop("backend", "auto"))
     prepared = prepare_scan(what, *arguments, **options)
     with explained(what, arguments):
@@ -156,7 +173,7 @@ class ScanFunction:
         self.carry = carry
         self.x = x
         self.batched = batched
-        self.program: Program | None = None
+        self.program: Any = None  # the Program, set once it is made of this function
 
     def __call__(
         self, xs: Sequence[Tensor], constants: Sequence[Tensor], prevs: Sequence[Tensor]

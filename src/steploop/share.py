@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .errors import StepError, describe, message
 
+M = TypeVar("M", bound=nn.Module)
 
-def share(cell: nn.Module) -> nn.Module:
+
+def share(cell: M) -> M:
     """A second use of `cell` in the same step: the very same parameters and buffers, own States.
 
         self.cell2 = sl.share(self.cell1)

@@ -122,7 +122,7 @@ def find_sizes(
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    from .compiler.graph import expression
+    from .compiler.ir.graph import expression
 
     sizing = Sizing(batch, 2, dtype, device)
     xs, constants = arguments.xs, arguments.constants

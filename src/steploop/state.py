@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from . import torchscript
 from .errors import StateError, describe, describe_type, message
@@ -46,14 +48,16 @@ class State(nn.Module):
     """
 
     # torch.jit reads all other attributes of a module; these have no value outside a running loop.
+    init: Any
     __jit_ignored_attributes__ = __jit_unused_properties__ = ("prev", "next", "latest")
 
     def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if name not in self.__jit_ignored_attributes__]
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return [name for name in names if name not in self.__jit_ignored_attributes__]
 
     def __init__(
         self,
-        *shape: int,
+        *shape: int | EllipsisType,
         init: float | Tensor | str | Callable[..., Tensor] | None = 0.0,
         dtype: torch.dtype | None = None,
         grows_with: State | None = None,
@@ -61,7 +65,7 @@ class State(nn.Module):
         super().__init__()
         if len(shape) == 1 and isinstance(shape[0], (tuple, list)):
             shape = tuple(shape[0])
-        self.unsized = shape == (...,)
+        self.unsized = len(shape) == 1 and shape[0] is ...
         self._counter = (grows_with,)  # in a tuple: it is no child of this module
         self.shape = () if self.unsized else _checked_shape(shape)
         if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -121,7 +125,7 @@ class State(nn.Module):
         init = self.init
         if init is None or (self.unsized and shape is None):
             return None
-        shape = shape if self.unsized else self.shape
+        shape = shape if self.unsized and shape is not None else self.shape
         if isinstance(init, Tensor):
             return init.to(device=device, dtype=dtype).expand(batch, *shape)
         if callable(init):
@@ -147,6 +151,10 @@ class State(nn.Module):
 
     @property
     def prev(self) -> Tensor:
+        """(B, *shape): the value after the previous step, or before the first. Only `begin` may assign it.
+
+        Raises StateError outside a running loop, and where nothing has set the value of a State without init.
+        """
         frame = self._frame("read")
         value = frame.prev[self]
         if value is None and self.unsized:
@@ -183,6 +191,10 @@ class State(nn.Module):
 
     @property
     def next(self) -> Tensor:
+        """(B, *shape): the value after this step. A step assigns it once, or leaves it: then the value stays.
+
+        Raises StateError where it is read before it is written, written twice, or of another shape or dtype.
+        """
         frame = self._frame("read")
         if self not in frame.next:
             raise StateError(
@@ -270,7 +282,7 @@ class State(nn.Module):
         )
 
     def _checked_start(self, value: Any, frame: Frame, name: str) -> Tensor:
-        old = frame.prev[self]
+        old: Any = frame.prev[self]
         if self.init is None or self.unsized:
             dtype = self.dtype if self.dtype is not None or not isinstance(value, Tensor) else value.dtype
             shape = (frame.batch, *value.shape[1:]) if isinstance(value, Tensor) else (frame.batch, "...")
@@ -303,12 +315,62 @@ class State(nn.Module):
             message("A State is not called.", expected="self.h.prev is its value", fix="read .prev or .next")
         )
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """A State is no tensor: torch.cat([x, self.h]) and x + self.h come here."""
+        given = pytree.tree_leaves((args, kwargs or {}))
+        state = next((value for value in given if isinstance(value, State)), None)
+        raise StateError(_needs_prev(state, f"given to {getattr(function, '__name__', 'torch')}"))
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(Tensor, name) and running() is not None:
+            raise StateAttributeError(_needs_prev(self, f"asked for .{name}", f".{name}"))
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module would take a Parameter assigned to .next for a new parameter
         if name in ("prev", "next"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+
+class StateAttributeError(StateError, AttributeError):
+    """A State was asked for what its value has: `hasattr` is still answered."""
+
+
+def _needs_prev(state: State | None, used: str, attribute: str = "") -> str:
+    frame = running()
+    name = frame.names.get(state) if frame is not None else None
+    path = f"self.{name}" if name else "self.<name>"
+    return message(
+        f"State{f' {name!r}' if name else ''} was {used}: it is a slot, not a tensor.",
+        expected=f"{path}.prev, its value after the step before; {path}.next once this step has written it",
+        found=path,
+        fix=f"{path}.prev{attribute}",
+    )
+
+
+def _refused(operator: str) -> Callable[..., Any]:
+    def refuse(self: State, *_: Any) -> Any:
+        raise StateError(_needs_prev(self, f"used as a value in `{operator}`"))
+
+    return refuse
+
+
+_OPERATORS = {
+    "add": "+", "sub": "-", "mul": "*", "matmul": "@", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
+    "and": "&", "or": "|", "xor": "^",
+}  # fmt: skip
+_ALONE = {
+    "neg": "-", "invert": "~", "abs": "abs()", "float": "float()", "int": "int()", "lt": "<", "le": "<=", "gt": ">",
+    "ge": ">=", "getitem": "[...]", "setitem": "[...]",
+}  # fmt: skip
+for _name, _sign in _OPERATORS.items():
+    for _side in ("", "r", "i"):
+        setattr(State, f"__{_side}{_name}__", _refused(_sign if _side != "i" else f"{_sign}="))
+for _name, _sign in _ALONE.items():
+    setattr(State, f"__{_name}__", _refused(_sign))
 
 
 def _dtype_of(like: Tensor | None) -> torch.dtype | None:

@@ -23,9 +23,9 @@ class States(dict[str, Tensor]):
     def __init__(self, values: Mapping[str, Tensor] | Any = (), own: Mapping[str, Tensor] | None = None) -> None:
         super().__init__(values)
         self._own: dict[str, Tensor] = dict(own or {})
-        self._steps: Tensor | Callable[[], Tensor] | None = None
+        self._steps: Tensor | Callable[[], Tensor | None] | None = None
 
-    def count(self, steps: Tensor | Callable[[], Tensor] | None) -> None:
+    def count(self, steps: Tensor | Callable[[], Tensor | None] | None) -> None:
         """Say what `steps` is, or how it is found when it is asked for."""
         self._steps = steps
 
@@ -217,13 +217,13 @@ def _wrong_types(
         for j in wrong
         if i < j and _fits(values[i], own[j], batch) and _fits(values[j], own[i], batch)
     ]
-    first = values[wrong[0]]
+    first, own_first = values[wrong[0]], own[wrong[0]]
     if swapped:
         fix = " and ".join(f"'{a}' and '{b}' look swapped" for a, b in swapped)
     elif isinstance(first, Tensor) and first.dim() and first.shape[0] != batch:
         fix = f"the batch has {batch} rows: state.select(rows) keeps some rows of a state"
-    elif isinstance(first, Tensor) and own[wrong[0]] is not None and first.shape == own[wrong[0]].shape:
-        fix = f"state.to({own[wrong[0]].dtype})"
+    elif isinstance(first, Tensor) and own_first is not None and first.shape == own_first.shape:
+        fix = f"state.to({own_first.dtype})"
     else:
         fix = "pass the state that this loop returned"
     raise StateError(

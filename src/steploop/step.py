@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from . import torchscript, tracked
-from .errors import InputError, StepError, defined_at, describe, message, user_line
+from .errors import InputError, StateError, StepError, defined_at, describe, message, user_line
 from .frame import Frame, running
 from .state import State
+from .tracebacks import ends_at_the_call
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RESERVED = ("state", "lengths", "mask", "resets", "steps", "on_masked", "batch_size", "backend")
 
@@ -58,9 +63,11 @@ class Step(nn.Module):
     whole sequence: `cell(xs, ...)` is `sl.Loop(cell)(xs, ...)`, xs (T, B, ...).
     """
 
-    _loop_class: ClassVar[Callable[[Step], Any] | None] = None  # set by loop.py, which may not be imported here
+    _loop_class: ClassVar[Any] = None  # set by loop.py, which may not be imported here
 
-    def __new__(cls, *_: Any, **__: Any) -> Step:
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        if cls.forward is not Step.forward:
+            raise StepError(defines_forward(cls))
         step = super().__new__(cls)
         step.__dict__[_KEPT] = Kept(id(step))
         tracked.register(step)
@@ -92,8 +99,10 @@ class Step(nn.Module):
         """
         return xs, named
 
-    def begin(self, **constants: Any) -> None:
+    def begin(self, *_: Any, **constants: Any) -> None:
         """Runs once per call before the first step, and may assign `self.h.prev`. Does nothing by default."""
+
+    __call__ = ends_at_the_call(nn.Module.__call__)
 
     def forward(self, *xs: Any, **arguments: Any) -> Any:
         frame = running()
@@ -109,6 +118,18 @@ class Step(nn.Module):
         """One step in a running frame; operations that remember put one opaque call here."""
         return self.step(*xs, **arguments)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and isinstance(self.__dict__.get("_modules", {}).get(name), State):
+            raise StateError(
+                message(
+                    f"State {name!r} was replaced by a tensor.",
+                    expected=f"self.{name}.next is what a step writes, self.{name}.prev what it reads",
+                    found=f"self.{name} = {describe(value)}",
+                    fix=f"self.{name}.next = value",
+                )
+            )
+        super().__setattr__(name, value)
+
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script asks for of every module."""
         raise torchscript.error()
@@ -122,6 +143,17 @@ class Step(nn.Module):
         if loop is None:
             loop = self._kept["loop"] = Step._loop_class(self)
         return loop
+
+
+def defines_forward(kind: type[Step]) -> str:
+    """The message for a Step with a `forward` of its own."""
+    return message(
+        f"{kind.__name__} defines forward, which a Step uses itself.",
+        expected="a method named step",
+        found="forward",
+        at=defined_at(kind.forward),
+        fix="rename it: def step(self, x): ...  one step, x is (B, ...) without a time axis",
+    )
 
 
 def _one_step(child: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
@@ -195,11 +227,13 @@ class Signature:
                 )
 
     def _too_many(self, count: int) -> str:
+        constants = sorted(self.names - set(self.positional))
+        by_keyword = f"a constant goes by keyword: {constants[0]}=...; " if constants else ""
         return message(
             f"{self.owner}.step takes {len(self.positional)} positional argument(s) "
             f"({', '.join(self.positional) or 'none'}), and {count} were given.",
             expected="one positional argument for each per-step input",
-            fix="if the extra one is a state: states are not passed by hand. In a step call self.cell(x): "
+            fix=f"{by_keyword}if the extra one is a state: states are not passed by hand. In a step call self.cell(x): "
             "the loop threads its states; for a whole sequence pass state=..., an sl.States from an earlier "
             "call. Constants are keyword arguments",
         )
@@ -207,22 +241,39 @@ class Signature:
     def _unexpected(self, name: str, twice: bool) -> str:
         takes = ", ".join(sorted(self.names)) or "none"
         problem = "two values for" if twice else "a constant that no step or begin names:"
+        meant = None if twice else _meant(name, self.names)
+        fix = f"add {name} to the arguments of step (defined at {self.at}) or leave it out"
         return message(
             f"{self.owner} got {problem} `{name}`.",
             expected=f"arguments named {takes}",
             found=f"`{name}=`",
-            fix=f"add {name} to the arguments of step (defined at {self.at}) or leave it out",
+            fix=f"{meant}=... if that is meant; else {fix}" if meant else fix,
         )
 
     def _missing(self, missing: set[str] | frozenset[str], inside: bool) -> str:
         sequences = [n for n in self.positional if n in missing]
-        names = ", ".join([*sequences, *sorted(missing - set(sequences))])
+        constants = sorted(missing - set(sequences))
         call = "self.cell" if inside else "loop"
+        given = [*self.positional[:1], *(n for n in sequences if n != self.positional[0])]
         return message(
-            f"{self.owner} needs {names}.",
+            f"{self.owner} needs {', '.join([*sequences, *constants])}.",
             expected=f"positional arguments are per-step, keyword arguments constants; see {self.at}",
-            fix=f"{call}({', '.join([*self.positional[:1], *(f'{n}={n}' for n in sorted(missing))])})",
+            fix=f"{call}({', '.join([*given, *(f'{n}={n}' for n in constants)])})",
         )
+
+
+# What people call the arguments of a loop elsewhere.
+_ELSEWHERE = {
+    "hx": "state", "h0": "state", "h_0": "state", "hidden": "state", "initial_state": "state", "init": "state",
+    "sequence_length": "lengths", "sequence_lengths": "lengths", "lens": "lengths", "x_lengths": "lengths",
+    "padding_mask": "mask", "valid": "mask", "dones": "resets", "done": "resets", "episode_starts": "resets",
+}  # fmt: skip
+
+
+def _meant(name: str, own: frozenset[str]) -> str | None:
+    """The argument that a name with a slip in it is taken for."""
+    close = difflib.get_close_matches(name, [*own, *RESERVED], n=1, cutoff=0.75)
+    return close[0] if close else _ELSEWHERE.get(name)
 
 
 _signatures: WeakKeyDictionary[Any, Signature] = WeakKeyDictionary()
@@ -325,7 +376,7 @@ def _visit(module: nn.Module, path: str, found: Survey, seen: set[int], ours: bo
     inside = ours and not getattr(type(module), "_holds_own_states", False)
     for name, child in module._modules.items():
         if child is not None and id(child) not in seen:
-            own = module.copies if name in getattr(type(module), "_copied", ()) else copies
+            own: Any = module.copies if name in getattr(type(module), "_copied", ()) else copies
             _visit(child, f"{path}.{name}" if path else name, found, seen, inside, own)
 
 

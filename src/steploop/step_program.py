@@ -11,6 +11,7 @@ from .arguments import Arguments
 from .compiler.program import Program, StepOutput
 from .errors import StepError, describe, message
 from .frame import Frame, run_in
+from .states import States
 from .step import Step, Survey, signature_of
 from .tree import Structure, flatten, unflatten
 
@@ -90,6 +91,8 @@ class StepFunction:
             returned = self.step(
                 *unflatten(xs, self.x_structure), **unflatten(constants, self.constant_structure)
             )
+        if isinstance(returned, (tuple, list)) and any(isinstance(value, States) for value in returned):
+            raise StepError(_returned_states(type(self.step).__name__))
         outputs, self.program.out_spec = flatten(returned)
         self._check_rows(outputs, [*xs, *prevs])
         return outputs, frame.nexts(self.states)
@@ -109,3 +112,13 @@ class StepFunction:
                         fix="return (B, ...) tensors: keep dim 0, and reduce over the batch after the loop",
                     )
                 )
+
+
+def _returned_states(owner: str) -> str:
+    return message(
+        f"{owner}.step returned an sl.States: a loop or a layer over whole sequences was called in it.",
+        expected="tensors (B, ...), or trees of them",
+        found="(outputs, States), which an inner sequence gives",
+        fix="ys, _ = self.layer(x), for an inner sequence x (S, B, ...); a layer that is to read this step's own "
+        "sequence stands before the loop: ys, _ = layer(xs);  loop(ys)",
+    )

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from . import dispatch, sizing, torchscript, until
-from .arguments import Arguments, check_on_masked, take_apart
+from .arguments import check_on_masked, take_apart
 from .compiler.program import Call, Program
 from .devices import check_call, explained
-from .errors import InputError, UnsupportedError, describe, message
+from .errors import InputError, UnsupportedError, describe, describe_type, message
 from .initial import own_values, require
 from .inputs import check_constants, checked_mask, constant_leaves, sequences
 from .marks import wide
 from .states import States, given_states
 from .step import Step, survey
 from .step_program import program_of
+from .tracebacks import ends_at_the_call
 from .tree import unflatten
 
 if TYPE_CHECKING:
@@ -27,19 +30,25 @@ if TYPE_CHECKING:
 
 
 @_disable_dynamo
-def _outside_dynamo(stream: Stream, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+def _outside_dynamo(stream: Stream[Any], xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
     return stream(*xs, **arguments)
 
 
 _FIRST_ROOM = 16  # entries for which a stream's histories have room at first
 
 
-class Stream:
+Y = TypeVar("Y")  # what one step returns
+
+
+class Stream(Generic[Y]):
     """One step at a time over `batch_size` independent rows. Made by `loop.stream(batch_size, ...)`.
 
         stream = loop.stream(8)
         y = stream(x)                        # x (8, ...), y (8, ...): one step
         y = stream(x, mask=m, resets=r)      # m, r (8,) bool: rows that take part, rows that start anew
+
+        twin = stream.fork()                 # goes on from here by itself
+        stream.reset([0, 3])                 # rows 0 and 3 start anew
 
     A masked row keeps its state; its output is zero, or with on_masked="repeat" its last valid one. Streams
     run under the caller's grad mode: use `torch.no_grad()`, or `stream.state = stream.state.detach()`, where
@@ -48,7 +57,7 @@ class Stream:
     Histories (`sl.memory.CausalSelfAttention` and the like) are preallocated, and doubled when they are full.
     """
 
-    def __init__(self, loop: Loop, batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
+    def __init__(self, loop: Loop[Y], batch_size: int, state: Any, on_masked: str, constants: dict[str, Any]) -> None:
         if loop.reverse:
             raise UnsupportedError(
                 message(
@@ -71,12 +80,12 @@ class Stream:
         self.constants = constants
         self._given = state
         self._tree = survey(loop.step)
-        self._own: list[Tensor | None] | None = None
+        self._own: Any = None  # list of what each State was before its first step
         self._values: list[Tensor] = []
         self._last: list[Tensor] | None = None
         self._program: Any = None
         self._structure: Any = None
-        self._arguments: Arguments | None = None
+        self._arguments: Any = None
         self._fast: Any = None  # runs single steps without gradients, once the first has gone the usual way
         self._count = -1
         self._until: int | None = None  # which state ends a row
@@ -84,20 +93,19 @@ class Stream:
         if self._tree.parameter is not None and not self._tree.unsized:
             self._start([])
 
-    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None, **named: Any) -> Any:
+    @ends_at_the_call
+    def __call__(self, *xs: Any, mask: Any = None, resets: Any = None, **named: Any) -> Y:
         """One step. xs (B, ...) each; mask, resets (B,) bool. Returns what the step returns, (B, ...).
 
         named: what the step takes by keyword but has a slice per step (Masked's `where`).
         """
         if torch.compiler.is_dynamo_compiling():
             return _outside_dynamo(self, xs, {"mask": mask, "resets": resets, **named})
-        short = self._fast is not None and mask is None and resets is None
-        if short and not named and len(xs) == self._count and torch._C._get_tracing_state() is None:
-            done = self._fast(xs, self._values)
-            if done is not None:
-                outputs, self._values = done
-                return unflatten(outputs if self._until is None else outputs[:-1], self._fast.out_spec)
-            self._fast = None
+        if self._fast is not None and not named and not torch.is_grad_enabled():
+            if len(xs) == self._count and torch._C._get_tracing_state() is None:
+                done = self._short(xs, mask, resets)
+                if done is not None:
+                    return done
         torchscript.refuse(self.loop.backend)
         if dispatch.is_recorded():
             raise UnsupportedError(
@@ -125,6 +133,9 @@ class Stream:
             start = [value if own is None else own for value, own in zip(self._values, self._own, strict=True)]
             program, start = until.freezing(program, self._until, start, None)
             constants = [*constants, *start]
+        self._show()
+        if torch.is_grad_enabled():  # what was made under inference_mode can't be part of a graph
+            self._values = [value.clone() if value.is_inference() else value for value in self._values]
         call = Call(
             xs=[x.unsqueeze(0) for x in tensors],
             constants=constants,
@@ -133,32 +144,130 @@ class Stream:
             batch=self.batch_size,
         )
         if mask is not None:
-            mask = call.mask = self._flags(mask, "mask")
+            mask = call.mask = self._flags(mask, "mask").unsqueeze(0)
         if resets is not None:
-            call.resets = self._flags(resets, "resets")
+            call.resets = self._flags(resets, "resets").unsqueeze(0)
             call.reset_to = require(self._own, self._tree.names)
         check_call(program, call)
         with explained(self.loop.step, xs, self.constants):
             result = dispatch.run(program, call, self.loop.backend, self.loop.save)
-        if mask is None and resets is None and not torch.is_grad_enabled():
-            self._prepare(xs, program, call)
+        if self._fast is None and not torch.is_grad_enabled():
+            self._prepare(xs, program, replace(call, mask=None, resets=None, reset_to=None))
         self._values = result.states
-        outputs = [output[0] for output in result.outputs]
-        if self._until is not None:
-            mask = outputs.pop().unsqueeze(0)  # which rows took the step
-        if self.on_masked == "repeat":
-            outputs = self._last = self._repeated(outputs, mask)
+        outputs = self._finished([output[0] for output in result.outputs], None if mask is None else mask[0])
         return unflatten(outputs, result.out_spec if result.out_spec is not None else program.out_spec)
+
+    def _short(self, xs: tuple[Tensor, ...], mask: Any, resets: Any) -> Any:
+        """A step by the short way; None where it can't be taken."""
+        fast = self._fast
+        back: Sequence[Tensor] = ()
+        if mask is not None:
+            mask = self._flags(mask, "mask").to(fast.device).contiguous()
+        if resets is not None:
+            resets = self._flags(resets, "resets").to(fast.device).contiguous()
+            back = require(self._own, self._tree.names)
+        done = fast.take(xs, self._values, mask, resets, back)
+        if done is None:
+            if not fast.holds:
+                self._fast = None
+            self._show()
+            return None
+        outputs, self._values = done
+        if self._until is not None or self.on_masked == "repeat":
+            outputs = self._finished(outputs, mask)
+        return unflatten(outputs, fast.out_spec)
+
+    def _finished(self, outputs: list[Tensor], mask: Tensor | None) -> list[Tensor]:
+        if self._until is not None:
+            mask = outputs.pop()  # which rows took the step
+        if self.on_masked == "repeat":
+            if mask is not None and self._last is not None:
+                pairs = zip(outputs, self._last, strict=True)
+                outputs = [torch.where(wide(mask.to(o.device), o), o, last) for o, last in pairs]
+            self._last = [output.clone() for output in outputs]  # (the caller may write into what it gets)
+        return outputs
+
+    def _show(self) -> None:
+        """Somebody else gets the states: they must stay what they are, whatever steps follow."""
+        self._values = [*self._values]  # the short way writes into no list but its own
 
     def __getstate__(self) -> dict[str, Any]:
         """What a stream was given and where it stands; what makes it fast is made again."""
+        self._show()
         return {**vars(self), "_fast": None, "_program": None, "_structure": None, "_arguments": None, "_count": -1}
+
+    def __repr__(self) -> str:
+        states = ", ".join(
+            f"{name} {describe_type(value.shape, value.dtype)}"
+            for name, value in zip(self._tree.names, self._values, strict=False)
+        )
+        unknown = "of sizes known at the first step" if self._tree.names else "none"
+        masked = "" if self.on_masked == "zero" else f", on_masked={self.on_masked!r}"
+        name = type(self.loop.step).__name__
+        return f"Stream({name}, batch_size={self.batch_size}, states: {states or unknown}{masked})"
+
+    def fork(self) -> Stream[Y]:
+        """A copy that stands where this one does and goes on by itself: steps, resets and new states of the one don't
+        change the other. Both run the same Loop, with the same weights and constants. Gradients flow through."""
+        twin = copy(self)
+        twin._values = [value.clone() for value in self._values]
+        twin._last = None if self._last is None else [value.clone() for value in self._last]
+        if isinstance(self._given, dict):
+            twin._given = self._given.copy()
+        return twin
+
+    def __copy__(self) -> Stream[Y]:
+        self._show()
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self), _fast=None if self._fast is None else self._fast.fork())
+        return twin
+
+    def reset(self, rows: Any = None) -> None:
+        """Put rows back to where a stream begins: each State's `init`, or what `begin` set; never a given `state=`.
+
+        rows: numbers of rows, a (B,) bool tensor or a slice; None: all. InputError for rows that are not there.
+        """
+        chosen = self._rows(rows)
+        if self._own is None and self._tree.unsized and self._given is not None:
+            if not bool(chosen.all()):
+                raise sizing.not_sized(self._tree)
+            self._given = None
+        if self._own is None and self._tree.unsized:
+            return
+        if self._own is None:
+            self._start([])
+        own = require(self._own, self._tree.names)
+        pairs = zip(own, self._values, strict=True)
+        self._values = [torch.where(wide(chosen.to(v.device), v), o, v) for o, v in pairs]
+
+    def _rows(self, rows: Any) -> Tensor:
+        """(B,) bool: which rows are meant."""
+        chosen = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
+        if rows is None:
+            return ~chosen
+        if isinstance(rows, Tensor):
+            rows = rows.cpu()
+        try:
+            if not isinstance(rows, slice):
+                rows = torch.as_tensor(rows, device="cpu").reshape(-1)
+                rows = rows.long() if rows.numel() == 0 and self.batch_size else rows
+            chosen[rows] = True
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            raise InputError(
+                message(
+                    "These rows of a stream can't be reset.",
+                    expected=f"numbers below {self.batch_size}, or ({self.batch_size},) bool",
+                    found=describe(rows),
+                    fix="stream.reset([0, 3]), stream.reset(done) or stream.reset()",
+                )
+            ) from None
+        return chosen
 
     def _prepare(self, xs: tuple[Any, ...], program: Program, call: Call) -> None:
         """From the next step on, take the short way where there is one."""
         plain = all(isinstance(x, Tensor) for x in xs) and type(self.loop.step).sequences_of is Step.sequences_of
         grows = any(state.grows_with is not None for state in self._tree.states)
-        if plain and not grows and self.on_masked == "zero":
+        if plain and not grows:
             self._fast = dispatch.stream_step(program, call, self.loop.backend)
             self._count = len(xs)
 
@@ -171,6 +280,7 @@ class Stream:
             return States(self._given)
         if self._own is None:
             self._start([])
+        self._show()
         names = self._tree.names
         own = {name: value for name, value in zip(names, self._own, strict=True) if value is not None}
         return States(zip(names, self._values, strict=True), own)
@@ -184,9 +294,12 @@ class Stream:
             self._start([])
         if isinstance(state, dict):
             state = self._with_room(state)
+        before = self._values
         self._values = given_states(state, self._tree.names, self._own, self.batch_size)
         if self._fast is not None and not all(map(self._fast.takes, self._values)):
             self._fast = None  # it takes States without another look
+        elif any(b.shape != v.shape or b.dtype != v.dtype for b, v in zip(before, self._values, strict=True)):
+            self._fast = None
         self._taken = sizing.used(self._tree.states, self._values)
 
     def _start(self, xs: list[Tensor]) -> None:
@@ -237,7 +350,7 @@ class Stream:
     def _with_room(self, state: dict[str, Any]) -> dict[str, Any]:
         """A given state whose histories are as long as this stream's; the shorter ones are padded."""
         states, names = self._tree.states, self._tree.names
-        given = [v if isinstance(v := state.get(name), Tensor) else None for name in names]
+        given: list[Any] = [v if isinstance(v := state.get(name), Tensor) else None for name in names]
         room = max(sizing.room_of(states, given), sizing.room_of(states, self._own))
         self._own = sizing.with_room(states, self._own, room)
         padded = zip(names, sizing.with_room(states, given, room), strict=True)
@@ -250,6 +363,9 @@ class Stream:
         self._structure = structure
 
     def _flags(self, flags: Any, name: str) -> Tensor:
+        """(B,) bool. InputError for anything else."""
+        if type(flags) is Tensor and flags.dtype is torch.bool and flags.dim() == 1 and len(flags) == self.batch_size:
+            return flags
         flags = flags if isinstance(flags, Tensor) else torch.as_tensor(flags, device="cpu")
         if flags.dim() != 1:
             raise InputError(
@@ -260,15 +376,7 @@ class Stream:
                     fix=f"{name}[t] of a (T, B) {name}",
                 )
             )
-        return checked_mask(flags.unsqueeze(0), name, 1, self.batch_size, False)
-
-    def _repeated(self, outputs: list[Tensor], mask: Tensor | None) -> list[Tensor]:
-        if mask is None or self._last is None:
-            return outputs
-        return [
-            torch.where(wide(mask[0].to(o.device), o), o, last)
-            for o, last in zip(outputs, self._last, strict=True)
-        ]
+        return checked_mask(flags.unsqueeze(0), name, 1, self.batch_size, False)[0]
 
 
 def _not_per_step(name: str) -> str:
@@ -281,6 +389,13 @@ def _not_per_step(name: str) -> str:
 
 
 def _wrong_rows(x: Tensor, name: str, batch: Any) -> str:
+    if x.dim() > 0 and (x.dim() < 3 or x.shape[1] != batch):
+        return message(
+            f"This stream has {batch} rows, and {name} has {x.shape[0]}.",
+            expected=f"({batch}, ...), one step of every row",
+            found=describe(x),
+            fix=f"loop.stream({x.shape[0]}) has {x.shape[0]} rows; where {name} is a sequence: stream({name}[t])",
+        )
     return message(
         f"A stream takes one step: {name} has no time axis.",
         expected=f"({batch}, ...)",

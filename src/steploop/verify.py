@@ -23,6 +23,7 @@ from .errors import InputError, MismatchError, describe, message
 from .loop import Loop
 from .scan import prepare_scan
 from .step import Step, Unbatched
+from .tracebacks import ends_at_the_call
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Report:
         return "\n".join(lines)
 
 
+@ends_at_the_call
 def verify(what: Any, *arguments: Any, **options: Any) -> Report:
     """Run the reference and the optimised way on clones of the caller's data, and compare.
 
@@ -316,7 +318,7 @@ class _DiscreteOps(TorchDispatchMode):
     )
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -355,8 +357,8 @@ def _step_by_step(
         runs = []
         for run in (_run_reference, _run_optimised(subject)):
             one, targets = _one_step(program, call, t, states)
-            targets = None if parameters is None else [*targets, *parameters]
-            runs.append(_Run.of(program, one, run, targets))
+            wanted = None if parameters is None else [*targets, *parameters]
+            runs.append(_Run.of(program, one, run, wanted))
         for difference in _differences(*runs):
             if difference.kind != "output":
                 difference.name += f" after step {t}"
@@ -429,7 +431,7 @@ def _buffers_restored(root: Any) -> Iterator[_Buffers]:
 
 
 def _mismatch(report: Report) -> str:
-    worst = report.worst
+    worst: Any = report.worst
     others = sum(not d.ok for d in report.differences) - 1
     return message(
         f"The reference and {report.backend} disagree"

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from cli_program import TINY
 
@@ -41,6 +42,15 @@ def test_the_best_checkpoint_is_the_best_one(trained):
     history = Checkpoint.read(trained / "last.ckpt").history
     best = Checkpoint.read(trained / "best.ckpt").history[-1]
     assert best["val_nats"] == min(entry["val_nats"] for entry in history)
+
+
+def test_the_weights_of_the_best_model_are_there_as_safetensors(trained):
+    best = Checkpoint.read(trained / "best.ckpt")
+    weights = safetensors.torch.load_file(trained / "model.safetensors")
+    expected = best.model("reference").state_dict()
+    assert set(weights) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
 
 
 def test_a_budget_of_minutes_ends_a_run(steploop, text, tmp_path):

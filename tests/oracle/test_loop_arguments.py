@@ -569,3 +569,13 @@ def test_random_numbers_are_fresh_at_every_step_and_repeat_with_the_seed():
     assert first[1].unique().numel() == 50 * B
     # The same mask in the forward and in the backward: what was dropped has no gradient.
     assert 0.3 < float((first[2] == 0).double().mean()) < 0.7
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("marks", ["resets", "mask"])
+def test_marks_that_do_not_stand_one_after_the_other(marks, backend):
+    cell, x = sl.nn.GRUCell(3, 2), torch.randn(4, 5, 3)
+    flags = torch.rand(4, 5, 2) < 0.5
+    for given in (flags[..., 0], torch.rand(5, 4).T < 0.5, flags[:1, :, 1].expand(4, 5)):
+        found, expected = (sl.Loop(cell, backend=one)(x, **{marks: given})[0] for one in (backend, "reference"))
+        torch.testing.assert_close(found, expected)

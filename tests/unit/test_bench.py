@@ -23,7 +23,7 @@ TINY = SCALES["tiny"]
 LONG = pytest.mark.long
 FAST = ["steploop-eager", "torch.nn", "eager", "gemm"]  # compile nothing
 # Cases where only "steploop" stands for us.
-NEED_OURS = ("ragged", "grid", "stream", "guards", "memory", "first", "seq2seq_two_projections")
+NEED_OURS = ("ragged", "grid", "stream", "actor", "guards", "memory", "first", "seq2seq_two_projections")
 SMALL = {
     "lstm": Workload("lstm", 4, 2, 3, 5),
     "gru": Workload("gru", 4, 2, 3, 5),
@@ -237,6 +237,7 @@ def test_the_page_and_its_plots(tmp_path):
         for index, peer in enumerate(("gemm", "steploop", "torch.nn", "steploop-padded"))
     ]
     results.append({**timing("lstm", "keras", "forward", [1.0], **size), "blank": "refuses | this"})
+    results += [timing("g2p", peer, "greedy", times, **size) for peer, times in (("steploop", [2.0]), ("eager", [8.0]))]
     meta = {**machine.describe(1), "scale": "tiny", "load_start": 0.0, "load_end": 0.0}
     path, page = tmp_path / "runs" / "one.json", tmp_path / "docs" / "benchmarks.md"
     report.write_json({"meta": meta, "results": results}, path)
@@ -246,6 +247,7 @@ def test_the_page_and_its_plots(tmp_path):
     text = page.read_text()
     for expected in ("# Benchmarks", "## Targets", "## LSTM", "## Ragged batches", "## Grid", "| torch.nn |"):
         assert expected in text
+    assert "| steploop | greedy | 4 | 0.25 |" in text  # 4 batches of 2 words in 2 s
     assert "Keras (JAX) (forward): refuses \\| this" in text
     assert f"torch {machine.version('torch')}" in text and meta["date"][:10] in text
     if machine.version("matplotlib"):

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import steploop as sl
 from steploop.compiler import captures
-from steploop.compiler.graph import Rows, op_name
-from steploop.compiler.lower import mixing_reasons
+from steploop.compiler.ir.graph import Rows, op_name
 from steploop.compiler.partition import components
+from steploop.compiler.passes.manager import mixing_reasons
 
 B, SIZE = 3, 4
 

@@ -13,7 +13,7 @@ from steploop.backends import cpu, eager
 from steploop.backends.cpu import build
 from steploop.backends.cpu import runner as native
 from steploop.compiler import execute
-from steploop.compiler.graph import op_name
+from steploop.compiler.ir.graph import op_name
 from steploop.compiler.schedule import Span, Unpacked, make_schedule
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import steploop as sl
-from steploop.backends import cuda_graphs
-from steploop.compiler import pipeline, recording, stream_step
+from steploop.backends import choose, cuda_graphs, eager
+from steploop.compiler import recording, stream_step
 
 
 class Again:
@@ -39,21 +39,13 @@ def runners(monkeypatch):
     """Every eager loop is recorded; gives the list of their runners."""
     made = []
 
-    def select(loop, backend):
-        return "graphs", []
-
-    class Graphs:
-        @staticmethod
-        def compile(loop):
+    class Graphs(eager.Eager):
+        def compile(self, loop):
             made.append(cuda_graphs.Runner(loop, Again()))
             return made[-1]
 
-        @staticmethod
-        def reasons_against(loop):
-            return []
-
-    original = pipeline.backend_module
-    monkeypatch.setattr(pipeline, "backend_module", lambda name: Graphs if name == "eager" else original(name))
+    choose.backend_of("eager")
+    monkeypatch.setitem(choose._made, "eager", Graphs())
     Again.made = 0
     return made
 

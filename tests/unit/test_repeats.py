@@ -9,7 +9,7 @@ from torch import nn
 
 import steploop as sl
 from steploop.compiler import execute
-from steploop.compiler.graph import op_name
+from steploop.compiler.ir.graph import op_name
 
 
 class Shared(sl.Step):

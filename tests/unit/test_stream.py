@@ -114,3 +114,19 @@ def test_the_short_way_of_a_stream_sees_every_change(backend):
         stream.state, plain.state = stream.state.detach(), plain.state.detach()
         for _ in range(3):
             agree(x[1])
+
+
+@pytest.mark.filterwarnings("ignore:steploop runs loops without native code")
+@pytest.mark.parametrize("how", ["no compiler", "a compiler that fails"])
+def test_streams_where_nothing_can_be_compiled(how, monkeypatch, tmp_path):
+    fails = tmp_path / "c++"
+    fails.write_text('#!/bin/sh\ntest "$1" = --version && echo "one 1.0" || exit 1\n')
+    fails.chmod(0o755)
+    monkeypatch.setenv("STEPLOOP_CXX", str(fails) if how == "a compiler that fails" else "no-compiler-for-streams")
+    monkeypatch.setenv("STEPLOOP_CACHE", str(tmp_path / "cache"))
+    step, xs = sl.nn.GRUCell(3, 5), torch.randn(4, 2, 3)
+    with torch.no_grad():
+        expected, _ = sl.Loop(step, backend="reference")(xs)
+        stream = sl.Loop(step).stream(2)
+        for x, y in zip(xs, expected, strict=True):
+            torch.testing.assert_close(stream(x), y)

@@ -1,4 +1,8 @@
-"""How a sequence runs. `BACKENDS` names every way; each is one file or folder here."""
+"""How a sequence runs. `BACKENDS` names every way; each is one file or folder here.
+
+contract.py   what the compiler asks of a backend
+choose.py     which backend runs a loop
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..compiler.graph import LoopProgram
+from ..compiler.ir.graph import LoopProgram
 from ..compiler.recording import CudaRecorder, Recording, reasons_against, settings, types_of
 from . import eager
 
@@ -28,7 +28,7 @@ def takes(loop: LoopProgram) -> bool:
     return len(devices) == 1 and devices.pop().type == "cuda" and not reasons_against(loop.calls)
 
 
-def compile(loop: LoopProgram) -> Runner:
+def recorded(loop: LoopProgram) -> Runner:
     return Runner(loop, CudaRecorder(loop.prevs[0].meta["val"].device))
 
 

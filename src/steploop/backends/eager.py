@@ -13,16 +13,10 @@ from itertools import groupby
 import torch
 from torch import Tensor, fx
 
-from ..compiler.graph import LoopProgram, Rows, rows_of, shape_at, symbols_of
+from ..compiler.ir.graph import LoopProgram, Rows, rows_of, shape_at, symbols_of
 from ..compiler.printing import Source, call_text, fuse_addmm, last_uses, print_size
 from ..compiler.schedule import Span
-
-name = "eager"
-
-
-def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
-    """Why this backend can't take a loop, as (reason, source line). It takes all."""
-    return []
+from . import contract
 
 
 @dataclass(eq=False)
@@ -98,7 +92,7 @@ class Joined:
     values: Tensor
 
 
-class Runner:
+class Runner(contract.Runner):
     """One compiled loop."""
 
     def __init__(self, loop: LoopProgram):
@@ -201,8 +195,17 @@ class Runner:
         return torch.cat(values, rows.dim)
 
 
-def compile(loop: LoopProgram) -> Runner:
-    return Runner(loop)
+class Eager(contract.Backend):
+    """It takes every loop."""
+
+    name = "eager"
+    words = "batched pieces run by torch, a Python loop over the rest; any device"
+
+    def reasons_against(self, loop: LoopProgram) -> contract.Reasons:
+        return []
+
+    def compile(self, loop: LoopProgram) -> Runner:
+        return Runner(loop)
 
 
 def _between(value: Tensor, place: Rows | None, span: Span, begin: int, end: int) -> Tensor:
@@ -321,4 +324,4 @@ def _print_body(source: Source, loop: LoopProgram, names: dict[fx.Node, str]) ->
             source.add(f"del {', '.join(gone)}", 2)
 
 
-__all__ = ["Runner", "compile", "name", "print_size", "reasons_against"]
+__all__ = ["Eager", "Runner", "print_size"]

@@ -12,24 +12,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from .graph import Rows, expression, op_name
+from .ir.graph import Rows, expression, op_name
+from .ops.table import is_view, operation_of
 from .partition import Batched, Loop, Partition, extract
-from .repeats import repetition
-from .simplify import is_random
+from .passes.repeats import repetition
 
-VIEWS = frozenset(
-    """split split_with_sizes chunk unbind getitem slice select narrow unsqueeze squeeze transpose permute view
-    _unsafe_view reshape""".split()
-)
-
-REDUCTIONS = frozenset(
-    """native_layer_norm native_layer_norm_backward _softmax _log_softmax _softmax_backward_data sum mean amax amin var
-    cat softplus_backward glu hardswish""".split()
-)
-SELECTIONS = frozenset("gather any all argmax argmin".split())
 WIDE = 16  # numbers of a row that are worth an operation inside: narrow ones are better off with all rows at once
 
 
@@ -154,10 +143,10 @@ class _Finder:
         sources = _sequences(node)
         if not all(_leads(n) for n in (node, *sources)) or not all(map(self._is_readable, sources)):
             return False
-        if op_name(node) in VIEWS:
+        if is_view(node):
             return True
-        known = op_name(node) in REDUCTIONS | SELECTIONS or torch.Tag.pointwise in getattr(node.target, "tags", ())
-        return self.operations and known and not is_random(node)
+        known = operation_of(node)
+        return self.operations and (known.row_pass or known.selects or known.pointwise) and not known.random
 
     def _is_readable(self, source: fx.Node) -> bool:
         """Whether a loop can read a value: its own, or a sequence of which each row stands by itself."""
@@ -172,12 +161,12 @@ class _Finder:
         return bool(users) and all(u in self.inside or u in self.taken for u in users)
 
     def _is_view(self, node: fx.Node) -> bool:
-        return op_name(node) in VIEWS and node not in self.wanted and _all_in_front(node)
+        return is_view(node) and node not in self.wanted and _all_in_front(node)
 
     def _is_operation(self, node: fx.Node) -> bool:
         """Pointwise, or a reduction of every row, over rows that are wide enough."""
-        known = op_name(node) in REDUCTIONS or torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if not self.operations or not known or is_random(node) or not _rows_in_front(node):
+        known = operation_of(node)
+        if not self.operations or not (known.row_pass or known.pointwise) or known.random or not _rows_in_front(node):
             return False
         return all(map(_rows_in_front, _sequences(node))) and _widest(node) >= WIDE
 

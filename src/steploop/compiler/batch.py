@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from .graph import Rows, shape_at, symbols_of
 from .history_products import PRODUCTS
-from .partition import State, is_cheap_constant
+from .ir.graph import Rows, shape_at, symbols_of
+from .ops.table import is_factory, is_random, linear_in
+from .partition import State
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument, print_size
 from .schedule import Span
-from .simplify import is_random
 
 aten = torch.ops.aten
 
@@ -201,7 +201,7 @@ class _Printer:
                 kept = node in demanded or all(u in passing for u in node.users if u in self.inside)
                 inputs = self._linear_inputs(node)
                 # A product is worth a sum of its own, a view is not.
-                clear = node.target not in _ROW_LINEAR or all(map(only_as_sum, inputs))
+                clear = _is_product(node) or all(map(only_as_sum, inputs))
                 if not (kept and clear and inputs):
                     passing.discard(node)
                     changed = True
@@ -212,23 +212,17 @@ class _Printer:
     def _linear_inputs(self, node: fx.Node) -> list[fx.Node]:
         """The inputs whose row sums give the row sum of a call, the others being the same at every step; [] where
         they do not. Rows are in front in all of them."""
-        if node in self.delayed or not _in_front(node) or not node.args:
+        if node in self.delayed or not _in_front(node):
             return []
-        inputs = node.all_input_nodes
-        if node.target in _ROW_LINEAR:
-            return inputs if all(i in self.inside and i.meta["varies"] and _in_front(i) for i in inputs) else []
-        if node.target in (aten.mul.Tensor, aten.mm.default, aten.bmm.default) and node.args[0] is not node.args[1]:
-            linear = [i for i in inputs if i.meta["varies"]]
-            if node.target is aten.mm.default and (linear != [node.args[0]] or node.args[1].meta["rows"] is not None):
-                return []
-        elif node.target is aten.where.self and _is_zero(node.args[2]):
-            linear = [node.args[1]]
-        else:
+        linear = [i for i in node.all_input_nodes if i.meta["varies"]]
+        fixed = [i for i in node.all_input_nodes if not i.meta["varies"]]
+        if not linear or not all(map(_in_front, linear)) or not linear_in(node, linear):
             return []
-        fixed = [i for i in inputs if i not in linear]
-        fits = len(linear) == 1 and linear[0].meta["varies"] and linear[0].meta["rows"] == node.meta["rows"]
-        fits = fits and not any(i.meta["varies"] for i in fixed)
-        return linear if fits and all(i.meta["rows"] in (None, node.meta["rows"]) for i in fixed) else []
+        if not fixed:
+            return linear if all(i in self.inside for i in linear) else []
+        rows = node.meta["rows"]
+        fits = len(linear) == 1 and linear[0].meta["rows"] == rows
+        return linear if fits and all(i.meta["rows"] in (None, rows) for i in fixed) else []
 
     # -- printing ------------------------------------------------------------------------------------------
 
@@ -298,7 +292,7 @@ class _Printer:
             return self.names[node]
         if node not in self.gathered:
             name = f"{node.name}_rows"
-            if is_cheap_constant(node) and not node.all_input_nodes:
+            if is_factory(node) and not node.all_input_nodes:
                 self.source.add(f"{name} = {call_text(self.source, node, self._rows_name)}")
             else:
                 self.source.add(f"{name} = rowwise.gather({self.names[node]}, {self.source.hold(rows)})")
@@ -384,21 +378,14 @@ def _is_long(node: fx.Node) -> bool:
     return a.meta["rows"] is not None and a.meta["rows"].dim == 0 and a.meta["varies"] and b.meta["rows"] is None
 
 
+def _is_product(node: fx.Node) -> bool:
+    """Whether a call multiplies what varies by something that does not."""
+    return any(not i.meta["varies"] for i in node.all_input_nodes)
+
+
 def _in_front(node: fx.Node) -> bool:
     rows = node.meta["rows"]
     return rows is not None and not isinstance(rows, tuple) and (rows.dim, rows.outer) == (0, 1)
-
-
-def _is_zero(value: Any) -> bool:
-    made = isinstance(value, fx.Node) and value.target is aten.scalar_tensor.default
-    return made and isinstance(value.args[0], (int, float)) and value.args[0] == 0
-
-
-_ROW_LINEAR = {
-    aten.add.Tensor, aten.neg.default, aten.view.default, aten.transpose.int, aten.permute.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice_backward.default,
-    aten.select_backward.default, aten.slice.Tensor, aten.select.int, aten.sum.dim_IntList, aten.expand.default,
-}  # fmt: skip
 
 
 class OncePiece:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,11 +45,13 @@ from .dependencies import Number
 from .distributions import without_checks
 from .forget import forget_dispatch, forget_shapes, forget_with
 from .free_numbers import FUNCTIONS, FreeFloat, FreeNumber, NotFree, Symbols, has_symbols, is_float, lift
-from .graph import Size, StepGraph, expression
 from .inplace import changes_in_place, make_functional, writes_real_tensor
+from .ir.graph import Size, StepGraph, expression
 from .program import Program
 from .recorder import Recorder, tensors_read
 from .refusals import asks_for_gradient, is_user_file, own_operations, refusal, refused_call
+from .sources import line_of_frame
+from .stages import stage
 from .traced_as import TRACED_AS
 from .trial import refused_dtypes
 
@@ -161,6 +162,7 @@ def _trace(
         ):  # fmt: skip
             trace = _Tracer(program, signature, symbolic, wanted, observed).run()
         trace.keep_alive.extend(_inner[-1])
+        stage("capture" if wanted is None else "capture with gradient", trace.graph, recorded=True)
     finally:
         _inner.pop()
         forget_shapes()
@@ -612,13 +614,7 @@ def _size(env: ShapeEnv, value: Any) -> Any:
 
 
 def _user_line() -> str:
-    frame = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if is_user_file(name):
-            return f"{os.path.basename(name)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
+    return line_of_frame(sys._getframe(2))
 
 
 class _Lines(TorchFunctionMode):

@@ -25,6 +25,7 @@ from .dependencies import Dependencies, Number, ambient
 from .memory_operator import all_step_by_step
 from .program import Call, Program
 from .reads import EVERYTHING, Reads
+from .stages import looking
 
 _CHECK = os.environ.get("STEPLOOP_CHECK", "") not in ("", "0")
 MOST = 64  # captures that are kept of one step for inputs of one kind
@@ -93,7 +94,7 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
     global captured
     signature = signature_of(program, call)
     family = (program.key, program.batched, settings, _kinds(signature))
-    known = _store(program).setdefault(family, [])
+    known = [] if looking() else _store(program).setdefault(family, [])
     alike: list[Capture] = []  # those that differ in sizes only
     near: list[tuple[Capture, Dependencies]] = []  # and those that differ in floats too
     for capture in reversed(known):

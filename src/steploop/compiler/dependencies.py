@@ -126,11 +126,9 @@ class Dependencies:
         self._patches = patches_of(reads.library)
         self.key: Hashable = (*(self._walk(*root) for root in roots), *self._beside())
         self._guards.settle(self.tensors, self._patches)
+        # Whether a new walk would give the same key, the same floats and the same tensors.
+        self.unchanged: Callable[[], bool] = self._guards.unchanged
         self._seen.clear()
-
-    def unchanged(self) -> bool:
-        """Whether a new walk would give the same key, the same floats and the same tensors."""
-        return self._guards.unchanged()
 
     def float_values(self) -> dict[str, float]:
         """The floats by their paths."""

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from . import blocks
 from .absorb import absorb
 from .batch import OncePiece, Piece, Rowwise, StackedPiece
-from .graph import Rows, expression, op_name, size_at
+from .ir.graph import Rows, expression, op_name, size_at
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
 from .schedule import Schedule, Span, Unpacked
@@ -78,12 +78,14 @@ class Executable:
 
     choose: gives a compiled loop for a LoopProgram, or for what a function gives that makes it wider (`absorb`).
     down: runs from the last step to the first.
+    clock: while a profile is made, what times each part: `clock.time(part, function, *arguments)`.
     """
 
     partition: Partition
     choose: Callable[[Any, Callable[..., Any]], Any]
     down: bool = False
     runners: dict[Loop, Any] = field(default_factory=dict)
+    clock: Any = None
 
     def __post_init__(self) -> None:
         problem = self.partition.problem
@@ -99,15 +101,15 @@ class Executable:
         self.in_place = self._read_in_place()
         self.only_given = self._only_given()
         self.bytes_per_row = self._bytes_per_row()
-        products = (getattr(runner, "product", None) for runner in self.runners.values())
+        products = (runner.product for runner in self.runners.values())
         self.long_product = next((p for p in products if p is not None), None)
 
     @property
     def stops(self) -> bool:
         """Whether next to nothing runs at steps before which all rows have ended (`Problem.ends`)."""
-        others = [n for loop, r in self.runners.items() if not getattr(r, "stops", False) for n in loop.nodes]
+        others = [n for loop, r in self.runners.items() if not r.stops for n in loop.nodes]
         products = any(op_name(n) in ("mm", "bmm", "addmm") for n in others)
-        return not products and any(getattr(r, "stops", False) for r in self.runners.values())
+        return not products and any(r.stops for r in self.runners.values())
 
     def _choose(self, loop: Loop) -> None:
         wider: Loop | None = None
@@ -134,11 +136,11 @@ class Executable:
         """Sequences that only loops read which take rows from where the caller has them."""
         problem, found = self.problem, set()
         for loop, ran in self.ran.items():
-            if getattr(self.runners[loop], "reads_in_place", False):
+            if self.runners[loop].reads_in_place:
                 found.update(n for n in ran.inputs if n.op == "placeholder" and n.meta["varies"])
         found -= {*problem.wanted, *problem.summed, *self.partition.delayed, *(s.next for s in problem.states)}
         for loop, ran in self.ran.items():
-            if not getattr(self.runners[loop], "reads_in_place", False):
+            if not self.runners[loop].reads_in_place:
                 found.difference_update(ran.inputs)
         return found.difference(*(p.reads for p in self.pieces.values()))
 
@@ -147,7 +149,7 @@ class Executable:
         problem = self.problem
         found: set[fx.Node] = set()
         for loop, runner in self.runners.items():
-            if getattr(runner, "writes_into", False):
+            if runner.writes_into:
                 found.update(n for n in self.ran[loop].kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
         in_loops = {state.prev for loop in self.runners for state in loop.states}
         found -= {*problem.summed, *(s.next for s in self.partition.delayed.values())}
@@ -261,10 +263,15 @@ class _Runner:
                 held[e] = before, values
                 return values
             del values
-        values = e.once(self.sizes, [self.once_values[n] for n in e.once.reads])
+        values = self._timed(None, e.once, self.sizes, [self.once_values[n] for n in e.once.reads])
         if held is not None:
             held[e] = order, values
         return values
+
+    def _timed(self, part: Batched | Loop | None, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function that runs a part of the partition (None: what is the same at every step)."""
+        clock = self.e.clock
+        return function(*arguments) if clock is None else clock.time(part, function, *arguments)
 
     def _collect(self, wanted: list[Tensor], span: Span, values: dict[fx.Node, Tensor], whole: bool) -> None:
         """Writes what is wanted of a span into its place among all steps."""
@@ -335,10 +342,10 @@ class _Runner:
         self.after: dict[fx.Node, Tensor] = {}
         for segment in self.e.partition.segments:
             if isinstance(segment, Loop):
-                self._loop(segment, span, values)
+                self._timed(segment, self._loop, segment, span, values)
             elif segment in self.e.pieces:
                 piece = self.e.pieces[segment]
-                results = piece(rowwise, self.sizes, [values[n] for n in piece.reads])
+                results = self._timed(segment, piece, rowwise, self.sizes, [values[n] for n in piece.reads])
                 values.update(zip(piece.results, results))
         return values
 
@@ -359,7 +366,7 @@ class _Runner:
         inputs = [values[n] for n in self.e.ran[loop].inputs]
         runner = self.e.runners[loop]
         into = ()
-        if (self.places or self.outward) and getattr(runner, "writes_into", False):
+        if (self.places or self.outward) and runner.writes_into:
             into = (self._memory(loop, span),)
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)
         for state, value in zip(loop.states, after):

@@ -30,14 +30,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import DataError, InputError, UnsupportedError, describe, message
 from .capture import Trace, condition, conditions_of
 from .captured import Facts, sizes_of
-from .graph import StepGraph, expression
+from .choices import choice
 from .graph_data import Damaged, NotPlain, Reader, graph_to_data, one_line, size_from_data, size_to_data
+from .ir.graph import StepGraph, expression
 from .loop_operator import Invocation, Layout, invocation_of
 from .lower import Needs
 from .program import Call
 
 FORMAT = 1
-_BACKENDS = ("auto", "cpu", "eager", "cuda", "triton")
 _NAME = "steploop-loop"
 _LARGEST = 1 << 28  # bytes of unpacked data
 _LOOPS = (torch.ops.steploop.inner_loop.default, torch.ops.steploop.loop.default)
@@ -250,7 +250,7 @@ class Exported(Invocation):
         self, trace: Trace, facts: Facts, layout: Layout, options: Options, lower: Callable[..., Any],
         text: str | None, hints: dict[str, int],
     ):  # fmt: skip
-        from .lower import mixing_reasons
+        from .passes.manager import mixing_reasons
 
         graph = trace.graph
         mixing = graph.batch is not None and bool(mixing_reasons(graph))
@@ -272,8 +272,12 @@ class Exported(Invocation):
         for name in (*facts.state_names, *facts.x_names, *facts.constant_names):
             one_line(name)
         options = self.options
-        if options.backend not in _BACKENDS or options.on_masked not in ("zero", "repeat"):
+        if options.on_masked not in ("zero", "repeat"):
             raise Damaged("an option that there is not")
+        try:
+            choice(options.backend)
+        except UnsupportedError as error:
+            raise Damaged(str(error)) from None
         if any(n.op != "placeholder" for n in _inputs(graph)):
             raise Damaged("an input that is computed")
         if not all(map(_alike, graph.prevs, graph.nexts)):

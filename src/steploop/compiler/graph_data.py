@@ -22,12 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy import functions as torch_functions
 
-from .graph import Size, StepGraph, expression
-
-ROLES = (
-    "xs", "constants", "prevs", "captured", "outputs", "nexts", "ct_outputs", "ct_nexts", "grad_xs", "grad_constants",
-    "grad_prevs", "grad_captured",
-)  # fmt: skip
+from .ir.graph import ROLES, Size, StepGraph, expression
 
 
 class NotPlain(Exception):

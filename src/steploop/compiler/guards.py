@@ -3,6 +3,7 @@
 Every value is compared by identity: a number that was replaced by an equal one leads to a new walk, which finds the
 same key. torch counts the changes of every dictionary and compares the metadata of many tensors in one call (for its
 own guards). Where it does, an unchanged count stands for the comparison of all entries; a changed one leads to it.
+With native code, these counts and most identities are words of memory that one function compares (`words.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from . import words
+from .words import Table, address_of
 
 if TYPE_CHECKING:
     from .patches import Patches
@@ -135,14 +139,67 @@ class Guards:
         self._defaults = defaults  # keeps the ids taken
         self._default_ids = [*map(id, defaults)]
         self._sequences = [(value, [*map(id, copy)]) for value, copy in self.sequences if copy]
-        self._tensors = list(tensors)
-        self._metadata = [metadata(t) for t in tensors]
-        self._check = _tensor_check(self._tensors)
+        self._kinds = Kinds(tensors)
         rare = (self.slots, self.buffers, self.references, self.caches, self.variables, self.contents)
         self._rare = any(rare)
+        self._table = self._as_words()
+        others = self._empty if self._table is None else [v for v in self._empty if not isinstance(v, dict)]
+        self._beside = bool(others or self._sequences or self._rare)
+        self._other_empty = others
+        self._differs: Callable[[], int] | None = None
+
+    def _as_words(self) -> Table | None:
+        """What stands in memory now; None where it is not known where it stands. Counts of dictionaries come first."""
+        places = words.places(dict_version)
+        if places is None:
+            return None
+        found = [(id(where) + places.version, count) for where, count in zip(self._dicts, self._versions)]
+        found += [(id(where) + places.used, 0) for where in self._empty if isinstance(where, dict)]
+        found += [(id(thing) + places.kind, id(kind)) for thing, kind in zip(self._objects, self._types)]
+        count = len(self.functions)
+        held = (self._code, self._defaults[:count], self._defaults[count:])
+        for place, values in zip((places.code, places.defaults, places.kwdefaults), held):
+            found += [(id(f) + place, address_of(value)) for f, value in zip(self.functions, values)]
+        found += [(id(cell) + places.cell, 0 if value is MISSING else id(value)) for cell, value in self.cells]
+        return Table((address, word, 0) for address, word in found)
 
     def unchanged(self) -> bool:
         """Whether everything is as it was."""
+        if self._differs is not None:
+            entry = self._differs()
+            if entry >= 0 and not self._still_holds(entry):
+                return False
+        elif not self._same_objects():
+            return False
+        if self._beside and not self._beside_unchanged():
+            return False
+        return self._kinds.unchanged()
+
+    def _beside_unchanged(self) -> bool:
+        """Whether what stands in no table is unchanged."""
+        if any(self._other_empty):
+            return False
+        for value, ids in self._sequences:
+            if [*map(id, value)] != ids:
+                return False
+        return not self._rare or self._rare_unchanged()
+
+    def _still_holds(self, entry: int) -> bool:
+        """Whether what has changed, at an entry of the table and after it, is nothing that was read."""
+        while entry >= 0:
+            if entry >= len(self._dicts):
+                return False
+            count = self._table.now(entry)
+            if not (self._list[entry].unchanged() if entry < len(self._list) else not self._is_patched()):
+                return False
+            self._table.renew(entry, count)
+            entry = self._table.differs(entry + 1)
+        return True
+
+    def _same_objects(self) -> bool:
+        """Whether dictionaries, classes, functions and variables of closures are what they were, compared in Python."""
+        if self._table is not None and words.compare is not None:
+            self._differs = self._table.question()  # from the next time on
         if any(self._empty):
             return False
         versions = self._versions
@@ -172,15 +229,7 @@ class Guards:
             except ValueError:  # a variable was deleted, or is not there yet
                 if not all(contents(cell) is value for cell, value in self.cells):
                     return False
-        for value, ids in self._sequences:
-            if [*map(id, value)] != ids:
-                return False
-        if self._check is not None:
-            if not self._check(*self._tensors):
-                return False
-        elif not all(metadata(t) == known for t, known in zip(self._tensors, self._metadata)):
-            return False
-        return not self._rare or self._rare_unchanged()
+        return True
 
     def _is_patched(self) -> bool:
         return self._patches.look() != self._patched or any(
@@ -198,8 +247,23 @@ class Guards:
         )
 
 
+class Kinds:
+    """What some tensors are, besides their numbers."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = list(tensors)
+        self._known = [metadata(t) for t in tensors]
+        self._check = kinds_guard(self.tensors)
+
+    def unchanged(self) -> bool:
+        """torch's own comparison is quick, and tells of more: under inference mode it says no."""
+        return self._check(*self.tensors) or all(metadata(t) == known for t, known in zip(self.tensors, self._known))
+
+
 def metadata(tensor: Tensor) -> Any:
-    return (type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
+    """What a tensor is, besides its numbers."""
+    kind = (type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, tensor.layout)
+    return kind if tensor.layout is not torch.strided else (*kind, tensor.stride(), tensor.is_neg(), tensor.is_conj())
 
 
 def same_content(a: Tensor, b: Tensor) -> bool:
@@ -225,13 +289,16 @@ def _known(cache: Any) -> tuple:
     return known.misses, known.currsize
 
 
-def _tensor_check(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
-    if dict_version is None or not tensors or any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
-        return (lambda: True) if not tensors else None
-    try:
-        return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-    except (TypeError, ValueError, RuntimeError):
-        return None
+def kinds_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function of as many tensors: whether they are certainly of the kinds, shapes and strides of these."""
+    if not tensors:
+        return lambda: True
+    if dict_version is not None and all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+        try:
+            return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    return lambda *_: False
 
 
 def class_dictionary(cls: type) -> dict | None:

@@ -11,8 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+
+from .ir.graph import Rows, expression
+from .ops.table import Operation, put
 
 
 def history_scores(
@@ -99,4 +103,11 @@ def _of_all_frames(rowwise: Any, weights: Tensor, lengths: Tensor, ends: Tensor,
     return wide.view(weights.shape)
 
 
+def _rows(node: fx.Node, batch: sympy.Symbol) -> Rows:
+    """Rows stay apart in products with a history; axis 0 is the rows, and what goes with each."""
+    return Rows(0, 1, int(expression(node.meta["val"].shape[0]) / batch))
+
+
 PRODUCTS: set[Callable] = {history_scores, history_sums, history_cotangent}
+for product in PRODUCTS:
+    put(product, Operation(product.__name__, rows=_rows))

@@ -23,14 +23,16 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..errors import UnsupportedError
-from . import forward_mode, operators
+from ..errors import NO_SECOND_DERIVATIVE, UnsupportedError
+from . import forward_mode
 from .capture import Signature, Trace
 from .captured import Facts, sizes_of
 from .execute import Run, Shifted
-from .graph import Rows, expression
+from .ir.graph import Rows, expression
 from .lower import BackwardPlan, ForwardPlan, Needs
 from .memory_operator import autograd_in_kernels
+from .ops.rules import CONTRACTED, Mixed
+from .ops.table import add
 from .program import Call
 from .schedule import Schedule, make_schedule
 
@@ -416,12 +418,14 @@ def traced(tensors: Sequence[Tensor]) -> bool:
 # -- the operators: what `operators.py` registers --------------------------------------------------------------
 
 
+# What reads a loop that is a text. `traced_calls` puts it here; every operator call with a text imports that first.
+readers: list[Callable[[str], Invocation]] = []
+
+
 def invocation_of(key: int | str) -> Invocation:
     """What a call of an operator runs: a number of this process, or a whole loop as text."""
     if isinstance(key, str):
-        from .traced_calls import exported
-
-        return exported(key)
+        return readers[0](key)
     found = _REGISTRY.get(key)
     if found is None:
         raise UnsupportedError(
@@ -463,7 +467,7 @@ def backward(ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None
     needed = split_needs(layout, needs)
     invocation.require_gradient(needed)
     if torch.is_grad_enabled() and any(c.requires_grad for c in cotangents):
-        operators._no_second_derivative()
+        raise UnsupportedError(NO_SECOND_DERIVATIVE)
     if torch.is_grad_enabled() or traced(cotangents):
         # The operator is for tracers, and for gradients of gradients, which it refuses.
         operator = torch.ops.steploop.inner_loop_backward
@@ -504,8 +508,6 @@ class LoopFunction(torch.autograd.Function):
 
 def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
     """See `rows.py`: an inner loop keeps the rows of the outer step apart if its own step does."""
-    from .rows import CONTRACTED, Mixed
-
     names = torch.ops.steploop
     backward = node.target in (names.inner_loop_backward.default, names.loop_backward.default)
     tensors = node.args[1] if backward else node.args[0]
@@ -532,3 +534,7 @@ def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
                 shared = dim is None or (name == "constants" and not batched[i])
                 result.append(CONTRACTED if shared else Rows(dim, outer, inner))
     return tuple(result)
+
+
+add("loop inner_loop", rows=rows_rule, sizes=(3,))
+add("loop_backward inner_loop_backward", rows=rows_rule, sizes=(5,))

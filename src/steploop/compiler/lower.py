@@ -8,21 +8,21 @@ are recomputed batched over time, or were saved.
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from .execute import Executable
-from .forget import forget_shapes
-from .graph import Size, StepGraph, expression
-from .hoists import HOISTS
+from .ir.edit import remove_dead
+from .ir.graph import GRADIENTS, ROLES, Size, StepGraph, expression
 from .memory_operator import is_whole, own_prevs
-from .partition import Partition, Problem, State, loop_nodes, partition
-from .rows import annotate
-from .simplify import is_random, remove_dead
+from .ops.table import is_random, operation_of
+from .partition import Partition, Problem, State, loop_nodes, partition, problem_of
+from .passes.manager import find_mixing, hoist, mixing_reasons
+from .show_loops import show_loops
+from .stages import note, stage
 
 aten = torch.ops.aten
 SAVE_LIMIT = 1 << 30  # bytes that save="auto" may keep beyond the states
@@ -41,25 +41,9 @@ def copied(step: StepGraph, *also: list[fx.Node]) -> tuple[StepGraph, list[list[
     def twin(nodes: Sequence[fx.Node | None]) -> list:
         return [None if n is None else twins[n] for n in nodes]
 
-    lists = {
-        name: twin(getattr(step, name))
-        for name in ("xs", "constants", "prevs", "captured", "outputs", "nexts", "ct_outputs", "ct_nexts",
-                     "grad_xs", "grad_constants", "grad_prevs", "grad_captured")
-    }  # fmt: skip
+    lists = {name: twin(getattr(step, name)) for name in ROLES}
     twinned = StepGraph(graph=graph, batch=step.batch, symbols=step.symbols, ends=step.ends, **lists)
     return twinned, [twin(a) for a in also]
-
-
-def mixing_reasons(step: StepGraph) -> dict[fx.Node, str]:
-    """Nodes of a step that mix rows, results without a batch axis among them."""
-    results = [*step.outputs, *step.nexts]
-    mixing = annotate(step, results)
-    if step.batch is not None:
-        for node in results:
-            if node.meta["rows"] is None and node.meta["varies"] and node.op == "call_function":
-                source = node.args[0] if node.target is operator.getitem else node
-                mixing.setdefault(source, "is a result without a batch axis")
-    return mixing
 
 
 # -- forward -------------------------------------------------------------------------------------------------
@@ -78,26 +62,27 @@ def lower_forward(
     step: StepGraph, save: Sequence[fx.Node], names: Sequence[str], choose: Callable, one_loop: bool
 ) -> ForwardPlan:
     own, (saved,) = copied(step, list(save))
-    own.ct_outputs, own.ct_nexts = [], []
-    own.grad_xs, own.grad_constants, own.grad_prevs, own.grad_captured = [], [], [], []
+    for role in ("ct_outputs", "ct_nexts", *GRADIENTS):
+        setattr(own, role, [])
     count = len(own.outputs)
     own.outputs = [*own.outputs, *saved]
     remove_dead(own)
 
     def problem() -> Problem:
-        mixing = mixing_reasons(own)
-        states = [State(p, n, name) for p, n, name in zip(own.prevs, own.nexts, names)]
-        return Problem(own.graph, own.batch, states, list(own.outputs), [], list(states), mixing,
-                       one_loop=one_loop, ends=None if save or step.ends is None else own.prevs[step.ends])  # fmt: skip
+        found = problem_of(own, names, mixing_reasons(own), one_loop)
+        found.ends = None if save or step.ends is None else own.prevs[step.ends]
+        return found
 
-    return ForwardPlan(own, Executable(_improved(own, problem), choose), count)
+    executable = Executable(_improved(own, problem, "forward"), choose)
+    note("loops of forward", lambda: show_loops(own, executable.partition, executable.runners))
+    return ForwardPlan(own, executable, count)
 
 
-def _improved(step: StepGraph, problem: Callable[[], Problem]) -> Partition:
+def _improved(step: StepGraph, problem: Callable[[], Problem], name: str) -> Partition:
     """The partition after products and sums have been moved out of loops."""
-    for hoist in HOISTS:
-        hoist(step, loop_nodes(problem()))
-    forget_shapes()
+    problem()
+    stage(name, step)
+    hoist(step, lambda: loop_nodes(problem()))
     return partition(problem())
 
 
@@ -166,10 +151,11 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
     mixing_reasons(step)
     backward = backward_nodes(step)
     needed = gradients(step, needs)
-    inputs = {
-        i for n in needed if n in backward for i in n.all_input_nodes if i not in backward and i not in own_prevs(n)
-    }
-    inputs |= {n for n in needed if n not in backward and n in _gradient_results(step)}
+    read = [i for n in needed if n in backward for i in n.all_input_nodes if i not in own_prevs(n)]
+    given = set(step.results(*GRADIENTS))
+    # In the order of the graph, so that the same step always makes the same kernels.
+    inputs = [i for i in read if i not in backward]
+    inputs += [n for n in needed if n not in backward and n in given]
     values = _savable(inputs, step)
     if policy == "auto":
         cost = sum(row_bytes(v) for v in values) * rows
@@ -200,11 +186,6 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
     return Saving(sorted(prevs), list(nodes))
 
 
-def _gradient_results(step: StepGraph) -> set[fx.Node]:
-    lists = (step.grad_xs, step.grad_constants, step.grad_prevs, step.grad_captured)
-    return {n for group in lists for n in group if n is not None}
-
-
 def _storable(node: fx.Node, step: StepGraph) -> bool:
     return node.op == "call_function" and node.meta["varies"] and isinstance(node.meta["val"], Tensor)
 
@@ -218,7 +199,7 @@ def _must_keep(node: fx.Node) -> bool:
     return is_random(node) or (parts and is_random(source))
 
 
-def _savable(inputs: set[fx.Node], step: StepGraph) -> list[fx.Node]:
+def _savable(inputs: Iterable[fx.Node], step: StepGraph) -> list[fx.Node]:
     """The values to keep under "all": what the backward reads, seen through operations that cost nothing."""
     found: dict[fx.Node, None] = {}
     nexts = set(step.nexts)
@@ -228,7 +209,7 @@ def _savable(inputs: set[fx.Node], step: StepGraph) -> list[fx.Node]:
         if node in seen or not node.meta["varies"] or node.op != "call_function":
             continue
         seen.add(node)
-        free = getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in _FREE or is_whole(node)
+        free = operation_of(node).cheap or is_whole(node)
         if isinstance(node.meta["val"], Tensor) and node not in nexts and not free:
             found[node] = None
         elif node not in nexts:
@@ -236,11 +217,6 @@ def _savable(inputs: set[fx.Node], step: StepGraph) -> list[fx.Node]:
     order = {n: i for i, n in enumerate(step.graph.nodes)}
     return sorted(found, key=order.__getitem__)
 
-
-_FREE = {
-    "view", "t", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "cat", "stack",
-    "split", "split_with_sizes", "unbind", "zeros_like", "ones_like", "_to_copy", "zeros", "ones", "full_like",
-}  # fmt: skip
 
 
 def row_bytes(node: fx.Node) -> int:
@@ -285,7 +261,7 @@ def lower_backward(
     reset_states = [i for i in states if resets and needs.reset_to[i]]
 
     def problem() -> Problem:
-        mixing = annotate(own)
+        mixing = find_mixing(own)
         pairs = {i: State(own.ct_nexts[i], own.grad_prevs[i], names[i]) for i in states}
         wanted = [own.grad_xs[i] for i in xs] + [own.grad_prevs[i] for i in reset_states]
         summed = [own.grad_constants[i] for i in constants] + [own.grad_captured[i] for i in captured]
@@ -296,7 +272,8 @@ def lower_backward(
     for grads, chosen in ((own.grad_xs, xs), (own.grad_constants, constants), (own.grad_captured, captured)):
         grads[:] = [g if i in chosen else None for i, g in enumerate(grads)]
     remove_dead(own)
-    executable = Executable(_improved(own, problem), choose, down=True)
+    executable = Executable(_improved(own, problem, "backward"), choose, down=True)
+    note("loops of backward", lambda: show_loops(own, executable.partition, executable.runners))
     return BackwardPlan(own, executable, saving, known, xs, constants, captured, reset_states, states)
 
 
@@ -307,8 +284,8 @@ def _as_input(step: StepGraph, node: fx.Node) -> fx.Node:
     given.meta = {k: copy.copy(v) if k == "line" else v for k, v in node.meta.items()}
     given.meta["saved"] = True
     node.replace_all_uses_with(given)
-    for role in (step.grad_xs, step.grad_constants, step.grad_prevs, step.grad_captured):
-        role[:] = [given if n is node else n for n in role]
+    step.map_results(lambda n: given if n is node else n)
+    step.edited()
     return given
 
 

@@ -19,17 +19,18 @@ from .capture import FixedBatch, Leaf, Observed, Signature, Trace, trace_forward
 from .captured import Capture, Facts, hint, lock, sizes_of
 from .dependencies import Dependencies, Number
 from .free_numbers import FreeNumber, NotFree
-from .graph import Size, expression
+from .ir.graph import Size, expression
 from .memory_operator import calls_in, must_inline, tracing
-from .partition import Problem, State, needed_nodes, recurrent_components
+from .ops.table import operation_of
+from .partition import needed_nodes, problem_of, recurrent_components
+from .passes.histories import use_whole_histories
+from .passes.manager import find_mixing, simplify
 from .program import Call, Program
 from .reads import Reads
 from .recorder import Recorder
 from .refusals import KEEP
-from .rows import annotate
 from .side_effects import Snapshot
-from .simplify import simplify
-from .whole_histories import use_whole_histories
+from .stages import aside
 
 
 class SideEffect(StepError):
@@ -136,7 +137,7 @@ class _Maker:
 
     def _check_free(self, trace: Trace, symbolic: bool, inline: set[int]) -> None:
         """The step must do with the floats what it did with symbols: it may ask what they are."""
-        with tracing(inline) as memory:
+        with aside(), tracing(inline) as memory:
             plain = trace_forward(self.program, self.signature, symbolic, Observed())
         plain.keep_alive.extend(memory.calls)
         calls = [[(target, len(floats)) for target, floats in t.numbers] for t in (trace, plain)]
@@ -293,7 +294,7 @@ def _add_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:
     try:
         joint = _joint(capture, program, tensors, set(capture.inline), Observed(recorder, free))
         opaque = {id(call.op) for call in calls_in(joint.graph.graph)}
-        if opaque and annotate(joint.graph):
+        if opaque and find_mixing(joint.graph):
             # Where gradients mix rows, everything may have to be one loop.
             joint = _joint(capture, program, tensors, opaque | set(capture.inline), Observed(recorder, free))
     except Exception:
@@ -389,21 +390,19 @@ def _like(
     groups = (signature.xs, signature.constants, signature.states)
     few = Signature(*([_with_rows(leaf, batch) for leaf in group] for group in groups), batch, signature.dynamic)
     try:
-        with tracing(inline) as memory:
+        with aside(), tracing(inline) as memory:
             other = trace_forward(program, few, False, Observed(Recorder(), free))
         other.keep_alive.extend(memory.calls)
     except Exception:
         return False
-    simplify(other.graph)
+    with aside():
+        simplify(other.graph)
     return _essence(trace, batch) == _essence(other, batch)
 
 
 def _with_rows(leaf: Leaf, batch: int) -> Leaf:
     shape = (batch, *leaf.shape[1:]) if leaf.batched else leaf.shape
     return Leaf(shape, leaf.dtype, leaf.device, leaf.batched)
-
-
-_SHAPING = {"view", "expand", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "clone", "contiguous"}
 
 
 def _essence(trace: Trace, batch: int | None) -> list[Any]:
@@ -429,7 +428,7 @@ def _essence(trace: Trace, batch: int | None) -> list[Any]:
         name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
         if node.op == "placeholder":
             named[node] = f"input {len(named)}"
-        elif node.op == "call_function" and name in _SHAPING:
+        elif node.op == "call_function" and operation_of(node).view == "shape":
             named[node] = named[node.all_input_nodes[0]] if node.all_input_nodes else name
         elif node.op == "call_function" and name in ("permute", "transpose", "t"):
             order, source = _order_of_axes(node, name, values), named[node.args[0]]
@@ -438,8 +437,16 @@ def _essence(trace: Trace, batch: int | None) -> list[Any]:
         elif node.op == "call_function":
             named[node] = f"call {len(calls)}"
             kwargs = tuple((k, plain(v)) for k, v in sorted(node.kwargs.items()))
-            calls.append((str(node.target), plain(node.args), kwargs))
+            args = [a for i, a in enumerate(node.args) if i != _HANDLE_AT.get(node.target)]
+            calls.append((str(node.target), plain(args), kwargs))
     return [*calls, *(named[n] for n in (*graph.outputs, *graph.nexts))]
+
+
+# Which argument is the number of something made in the trace: a loop, or a remembering operation.
+_HANDLE_AT = {
+    torch.ops.steploop.inner_loop.default: 1, torch.ops.steploop.inner_loop_backward.default: 3,
+    torch.ops.steploop.memory.default: 1, torch.ops.steploop.memory_backward.default: 2,
+}  # fmt: skip
 
 
 def _order_of_axes(node: fx.Node, name: str, values: dict[Any, Any]) -> list[int]:
@@ -464,10 +471,9 @@ def _memories_in_loops(trace: Trace, program: Program) -> set[int]:
     if not calls_in(graph.graph):
         return set()
     simplify(graph)
-    if graph.batch is None or annotate(graph):
+    if graph.batch is None or find_mixing(graph):
         return {id(call.op) for call in calls_in(graph.graph)}
-    states = [State(p, n, name) for p, n, name in zip(graph.prevs, graph.nexts, program.state_names)]
-    problem = Problem(graph.graph, graph.batch, states, list(graph.outputs), [], states)
+    problem = problem_of(graph)
     return must_inline(graph.graph, recurrent_components(problem, needed_nodes(problem)))
 
 

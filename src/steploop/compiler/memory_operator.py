@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .graph import LoopProgram, Rows, shape_at
+from ..backends.contract import Runner
+from .ir.graph import LoopProgram, Rows, shape_at
+from .ops.rules import CONTRACTED, Mixed
+from .ops.table import add
 from .schedule import Span
 
 _CALLS: weakref.WeakValueDictionary[int, MemoryCall] = weakref.WeakValueDictionary()
@@ -242,8 +245,6 @@ torch.library.register_autograd("steploop::memory", _backward, setup_context=_se
 
 def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
     """Rows stay apart in a remembering operation; axis 0 is the batch of everything that has one."""
-    from .rows import CONTRACTED, Mixed
-
     backward = node.target is torch.ops.steploop.memory_backward.default
     tensors = node.args[1] if backward else node.args[0]
     call = call_of(node)
@@ -257,10 +258,13 @@ def rows_rule(node: fx.Node, batch: Any) -> tuple[Any, ...]:
     return tuple(kind for kind, needed in zip(kinds, node.args[3]) if needed)
 
 
+add("memory memory_backward", rows=rows_rule)
+
+
 # -- the sequence form in the place of a loop ------------------------------------------------------------------
 
 
-class SequenceRunner:
+class SequenceRunner(Runner):
     """Runs a component that is one remembering operation, over all steps of a span at once.
 
     Stands in for a compiled loop; see `backends.eager.Runner` for what it takes and gives.

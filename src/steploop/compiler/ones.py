@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .capture import Leaf, Observed, Signature, Trace, condition, trace_forward, trace_joint
 from .captured import Capture
 from .dependencies import Dependencies
-from .graph import Size, StepGraph, shape_at, size_at
 from .graph_data import ROLES, runnable
+from .ir.graph import Size, StepGraph, shape_at, size_at
 from .loop_operator import hints_of
 from .program import Program
 from .recorder import Recorder

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from ..errors import UnsupportedError
+from ..errors import NO_SECOND_DERIVATIVE, UnsupportedError
 
 _TENSORS = "Tensor[] tensors, {key}, SymInt steps, SymInt batch"
 _KEYS = {"loop": "str program", "inner_loop": "int handle"}
@@ -29,7 +29,7 @@ _library = torch.library.Library("steploop", "DEF")
 
 
 def _invocation(key: int | str) -> Any:
-    from . import loop_operator
+    from . import loop_operator, traced_calls  # noqa: F401 (the second reads texts)
 
     return loop_operator.invocation_of(key)
 
@@ -54,7 +54,7 @@ def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     from . import loop_operator
 
     tensors, key, steps, batch = inputs
-    loop_operator.set_up(ctx, loop_operator.invocation_of(key), tensors, steps, batch, output)
+    loop_operator.set_up(ctx, _invocation(key), tensors, steps, batch, output)
 
 
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
@@ -64,10 +64,7 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
 
 
 def _no_second_derivative(*_: Any) -> None:
-    raise UnsupportedError(
-        "second derivatives of a Loop are not supported: its backward pass is compiled and can't be "
-        'differentiated again. Use sl.Loop(step, backend="reference") where create_graph=True is needed.'
-    )
+    raise UnsupportedError(NO_SECOND_DERIVATIVE)
 
 
 def _under_transform(name: str) -> Any:

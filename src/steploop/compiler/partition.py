@@ -9,15 +9,16 @@ that computes it is a shift by one step.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .graph import LoopInput, LoopProgram, Rows
+from .ir.graph import LoopInput, LoopProgram, Rows, StepGraph
 from .memory_operator import is_memory
+from .ops.table import is_factory
 
 aten = torch.ops.aten
 
@@ -50,6 +51,25 @@ class Problem:
     stepwise: dict[fx.Node, str] = field(default_factory=dict)
     one_loop: bool = False
     ends: fx.Node | None = None
+
+
+def problem_of(
+    step: StepGraph, names: Sequence[str] = (), stepwise: dict[fx.Node, str] | None = None, one_loop: bool = False
+) -> Problem:
+    """A forward step as a problem: its outputs and states are wanted. names: of its states."""
+    named = names or [""] * len(step.prevs)
+    states = [State(p, n, name) for p, n, name in zip(step.prevs, step.nexts, named)]
+    return Problem(step.graph, step.batch, states, list(step.outputs), [], list(states), stepwise or {}, one_loop)
+
+
+def joint_problem_of(step: StepGraph) -> Problem:
+    """A forward step and its gradient as one problem, to see what loops in either."""
+    found = problem_of(step)
+    pairs = zip(step.ct_nexts, step.grad_prevs)
+    found.states += [State(c, g, "") for c, g in pairs if c is not None and g is not None]
+    found.finals = found.states
+    found.wanted += step.results("grad_xs", "grad_constants", "grad_captured")
+    return found
 
 
 @dataclass(eq=False)
@@ -303,18 +323,6 @@ def _ancestors_of_loops(needs: dict[Any, set[Any]], count: int) -> set[Any]:
 # -- loops as programs of their own --------------------------------------------------------------------------
 
 
-def is_cheap_constant(node: fx.Node) -> bool:
-    """Made from sizes alone (zeros, ones): made again where it is used rather than stored for every step."""
-    if node.op != "call_function" or "nondeterministic_seeded" in {t.name for t in getattr(node.target, "tags", ())}:
-        return False
-    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-    return name in _FACTORIES or (name.endswith("_like") and name in _LIKES)
-
-
-_FACTORIES = {"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor", "arange", "eye"}
-_LIKES = {"zeros_like", "ones_like", "full_like"}
-
-
 def extract(loop: Loop, problem: Problem, result: Partition) -> None:
     """Copies a component into a graph of its own, with what it reads as inputs."""
     graph = fx.Graph()
@@ -350,11 +358,11 @@ def extract(loop: Loop, problem: Problem, result: Partition) -> None:
 
 
 def _with_constants(nodes: list[fx.Node], own: set[fx.Node], states: list[State]) -> list[fx.Node]:
-    """The calls of a loop, and before them the cheap constants that they read."""
+    """The calls of a loop, and before them the constants made of sizes that they read."""
     extra: dict[fx.Node, None] = {}
     for node in [*nodes, *(s.next for s in states)]:
         for source in [*node.all_input_nodes, node]:
-            if source not in own and is_cheap_constant(source) and source.meta.get("rows") is not None:
+            if source not in own and is_factory(source) and source.meta.get("rows") is not None:
                 if all(i in own for i in source.all_input_nodes) or not source.all_input_nodes:
                     extra[source] = None
     free = [n for n in extra if not n.all_input_nodes]
@@ -390,4 +398,4 @@ def _kept(loop: Loop, own: set[fx.Node], problem: Problem, result: Partition) ->
     return kept
 
 
-__all__ = ["Batched", "Loop", "Partition", "Problem", "Rows", "State", "is_cheap_constant", "loop_nodes", "partition"]
+__all__ = ["Batched", "Loop", "Partition", "Problem", "Rows", "State", "loop_nodes", "partition"]

@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..backends.contract import Runner
 from ..marks import wide
-from .graph import LoopProgram, Rows, expression, rows_of
+from .ir.graph import LoopProgram, Rows, expression, rows_of
 from .memory_operator import Dense
+from .ops.table import linear_groups, operation_of
 from .schedule import Span
 
 aten = torch.ops.aten
 
 
-class Recognised:
+class Recognised(Runner):
     """Runs a recognised loop; takes and gives what `backends.eager.Runner` does.
 
     scan(before, x) -> values after every step, (P, B, ...), from the value before, (B, ...), and the sequence x,
@@ -138,25 +140,23 @@ def is_linear_recurrence(loop: LoopProgram) -> bool:
     Such a loop is element-wise work on channels; its gradient is the same kind of loop in reversed time.
     """
     depends: set[fx.Node] = set(loop.prevs)
+    scaled = False
     for node in loop.calls:
-        inside = [a for a in node.all_input_nodes if a in depends]
+        inside = {a for a in node.all_input_nodes if a in depends}
         if not inside:
             continue
-        if node.target in _SCALINGS:
-            if len(inside) != 1 or node.args[0] not in depends and node.target is aten.div.Tensor:
-                return False
-        elif node.target in _MIXTURES:
-            if node.args[2] in depends:
-                return False
-        elif node.target not in _LINEAR:
+        known = operation_of(node)
+        if not (known.pointwise or known.view) or not any(inside <= group for group in linear_groups(node)):
             return False
+        scaled |= _scales(node)
         depends.add(node)
-    return bool(loop.prevs) and any(n.target in _SCALINGS or n.target in _MIXTURES for n in loop.calls)
+    return bool(loop.prevs) and scaled
 
 
-_SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-_MIXTURES = {aten.lerp.Scalar, aten.lerp.Tensor}  # lerp(a, b, w) = a + w (b - a)
-_LINEAR = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.view.default, aten.unsqueeze.default}
+def _scales(node: fx.Node) -> bool:
+    """Whether a call multiplies: something that it is linear in meets something that it is not added to."""
+    known = operation_of(node)
+    return known.pointwise and not known.view and len(node.args) > max((len(g) for g in known.linear), default=0)
 
 
 def _window(loop: LoopProgram, prev: fx.Node, node: fx.Node, calls: list, plain: Callable) -> Recognised | None:

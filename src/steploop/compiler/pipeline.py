@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import BuildError, UnsupportedError
+from ..view.plan_table import counted
 from . import captures, forward_mode
-from .capture import Trace, is_tracing, keep_with_trace
+from .capture import Trace, keep_with_trace
 from .captured import Capture
+from .choices import chooser
 from .dependencies import Dependencies
-from .graph import LoopProgram, Rows, StepGraph, line_of, op_name
+from .execute import Executable
+from .ir.graph import Rows, StepGraph, op_name
 from .loop_operator import Invocation, Layout, LoopFunction, hints_of, traced
 from .lower import (
     SAVE_LIMIT,
@@ -31,27 +33,21 @@ from .lower import (
     copied,
     lower_backward,
     lower_forward,
-    mixing_reasons,
     row_bytes,
 )
 from .making import with_joint
 from .masking import masked_call
-from .memory_operator import SequenceRunner, is_memory
-from .patterns import recognise
+from .passes.histories import use_whole_histories
+from .passes.manager import mixing_reasons
 from .plan import Plan, describe
+from .profile import timed
 from .program import Call, Program, Result
 from .recorder import working
-from .whole_histories import use_whole_histories
-
-BACKEND_ORDER = ("cpu", "eager")  # what "auto" tries, per loop
+from .stages import as_text, recorded_stages
 
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
-    """Runs a call. Differentiable; see `Loop` for what the arguments mean."""
-    if not is_tracing() and traced([*call.xs, *call.constants, *call.initial]):
-        from . import traced_calls
-
-        return traced_calls.run(program, call, backend, save)
+    """Runs a call that nobody else traces. Differentiable; see `Loop` for what the arguments mean."""
     program, call = batch_guessed(program, call)
     capture, dependencies = captures.find(program, call)
     if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
@@ -315,12 +311,24 @@ def _places(graph: Any, saving: Saving) -> tuple[list[tuple[str, int]], list]:
 
 def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Plan:
     """What `run` would do. The backward plan is there when anything that the call reads requires a gradient."""
+    return _planned(program, call, backend, save)[0]
+
+
+def profile(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Plan:
+    """The plan of a call with what its pieces took, forward and backward."""
+    found, executables, tensors = _planned(program, call, backend, save)
+    timed(found, executables, tensors, lambda: run(program, call, backend=backend, save=save))
+    return found
+
+
+def _planned(program: Program, call: Call, backend: str, save: str) -> tuple[Plan, list[Executable], list[Tensor]]:
+    """A call's plan, what runs it (forward, and backward where there is one), and the tensors that it reads."""
     program, call = batch_guessed(program, call)
     with torch.enable_grad():
         capture, dependencies = captures.find(program, call)
         if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
             program, call, _ = masked_call(program, call)
-            return plan(program, call, backend=backend, save=save)
+            return _planned(program, call, backend, save)
         tensors = tensors_of(call, capture, dependencies)
         training = any(t.requires_grad for t in tensors)
         if training:
@@ -329,17 +337,21 @@ def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "au
         invocation = _invocation(capture, call, backend, save, training, False, tensors)
     name = getattr(program.root, "__name__", None) or type(program.root).__name__
     notes = [*_inlined_notes(capture), *_saved_note(invocation)]
-    forward = _described(invocation.forward.executable, f"{name} forward", notes)
+    executables = [invocation.forward.executable]
+    forward = describe(executables[0], f"{name} forward", notes)
     if training:
         needs = _as_needs(invocation.layout, tensors)
-        backward = invocation.lowered.backward(needs, call.resets is not None)
-        forward.backward = _described(backward.executable, f"{name} backward", [])
-    return forward
+        executables.append(invocation.lowered.backward(needs, call.resets is not None).executable)
+        forward.backward = describe(executables[1], f"{name} backward")
+    forward.again = lambda: _stages(program, call, backend, save)
+    return forward, executables, tensors
 
 
-def _described(executable: Any, title: str, notes: list[str]) -> Plan:
-    partition = executable.partition
-    return describe(partition, title, partition.problem.stepwise, notes)
+def _stages(program: Program, call: Call, backend: str, save: str) -> str:
+    """The texts of all stages: the call is planned once more, from the capture on."""
+    with recorded_stages() as found:
+        plan(program, call, backend=backend, save=save)
+    return as_text(found)
 
 
 def _inlined_notes(capture: Capture) -> list[str]:
@@ -351,75 +363,11 @@ def _saved_note(invocation: Invocation) -> list[str]:
         return []
     joint = invocation.trace.graph
     names = invocation.program.state_names
-    states = [names[joint.nexts.index(n)] for n in invocation.lowered.saving.nodes if n in joint.nexts]
-    others = [f"{op_name(n)} {line_of(n)}".strip() for n in invocation.lowered.saving.nodes if n not in joint.nexts]
-    kept = [f"states {', '.join(states)}"] if states else []
-    kept += [", ".join(others)] if others else []
-    return [f"kept for the backward: {'; '.join(kept) or 'nothing but the inputs'}"]
+    nodes = invocation.lowered.saving.nodes
+    kept = [f"state {names[joint.nexts.index(n)]}" for n in nodes if n in joint.nexts]
+    others = [n.args[0] if op_name(n) == "getitem" else n for n in nodes if n not in joint.nexts]
+    kept += [counted(map(op_name, others))] if others else []
+    return [f"kept for the backward: {', '.join(kept) or 'nothing but the inputs'}"]
 
 
-# -- backends ------------------------------------------------------------------------------------------------
-
-
-def chooser(backend: str) -> Callable[[LoopProgram, Callable[..., LoopProgram | None]], Any]:
-    """Gives a compiled loop, on the backend asked for or the first that takes it."""
-
-    def choose(loop: LoopProgram, widen: Callable[..., LoopProgram | None]) -> Any:
-        if any(map(is_memory, loop.calls)):
-            loop.backend, loop.reasons = SequenceRunner.backend, []
-            return SequenceRunner(loop)
-        known = recognise(loop, lambda: backend_module(select(loop, backend)[0] or "eager").compile(loop))
-        if known is not None:
-            loop.backend, loop.reasons = known.backend, []
-            return known
-        name, reasons = select(loop, backend)
-        if name is None:
-            listed = "\n".join(f"  {line}: {reason}" if line else f"  {reason}" for reason, line in reasons)
-            raise UnsupportedError(
-                f'backend="{backend}" can\'t run this loop:\n{listed}\n'
-                'Use backend="auto", which chooses a backend for every loop.'
-            )
-        try:
-            module = backend_module(name)
-            runner = module.compile(module.wider(loop, widen) if name == "cpu" else loop)
-        except BuildError as error:
-            if backend != "auto":
-                raise
-            name, reasons = "eager", [*reasons, (f"its kernel could not be built: {error}", "")]
-            runner = backend_module(name).compile(loop)
-        graphs = backend_module("cuda_graphs") if (backend, name) == ("auto", "eager") else None
-        if graphs is not None and graphs.takes(loop):
-            runner, loop.launched = graphs.compile(loop), "in CUDA graphs"
-        loop.backend = name
-        loop.reasons = reasons
-        return runner
-
-    return choose
-
-
-def select(loop: LoopProgram, backend: str) -> tuple[str | None, list[tuple[str, str]]]:
-    """The backend for a loop, and why faster ones don't take it."""
-    reasons: list[tuple[str, str]] = []
-    for name in BACKEND_ORDER if backend == "auto" else (backend,):
-        module = backend_module(name)
-        if module is None:
-            against = [(f"the {name} backend is not available here", "")]
-        else:
-            against = module.reasons_against(loop)
-        if not against:
-            return name, reasons
-        reasons += against
-    return None, reasons
-
-
-def backend_module(name: str) -> Any:
-    from importlib import import_module
-
-    try:
-        module = import_module(f"..backends.{name}", __package__)
-    except ImportError:
-        return None
-    return module if hasattr(module, "compile") else None
-
-
-__all__ = ["chooser", "plan", "run", "select"]
+__all__ = ["plan", "run"]

@@ -4,35 +4,54 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Any
 
 from torch import Tensor, fx
 
-from .graph import Rows, expression, line_of, op_name
+from ..errors import InputError
+from ..view import page, plan_table
+from .execute import Executable
+from .ir.graph import Rows, expression, line_of, op_name
 from .memory_operator import is_memory, operation_name
-from .partition import Loop, Partition, State
+from .partition import Batched, Loop, Partition, State
 from .patterns import is_linear_recurrence
+from .sources import Source, Sources, caller_of
 
 
 @dataclass(frozen=True)
 class Op:
     """One call. name: the ATen packet ("mm").  line: "file.py:14".  shape: of its result for one step, B symbolic.
-    where: "once", "before", "loop k", "after".  why: what keeps it in its loop, or what it waits for."""
+    where: "once", "before", "loop k", "after".  why: what keeps it in its loop, or what it waits for.
+
+    hop: the shortest form of `why`: "h -> line 14 -> h".
+    product: the factors of a matrix product, "(T*B, 8) @ (8, 32)"; T*B where it is one product for all steps.
+    view: it computes nothing: another view of the same numbers.
+    piece: what runs it, by the name that `Profile.pieces` has.
+    caller: the line of the user's own code that led there: `line` itself, unless that is in an installed package.
+    places: [number in `Plan.sources`, line] of the line and of those that called it, innermost first.
+    """
 
     name: str
     line: str
     shape: str
     where: str
     why: str
+    hop: str = ""
+    product: str = ""
+    view: bool = False
+    piece: str = ""
+    caller: str = ""
+    places: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class PlannedLoop:
     """One loop. states: paths of its States.  backend: what runs it.  reasons: why faster backends do not.
-    kind: "linear recurrence" where it is one, else "".  launched: "in CUDA graphs" where it is, else ""."""
+    kind: "linear recurrence" where it is one, else "".  launched: "in CUDA graphs" where it is, else "".
+    kernel: the source of its native kernel, else ""."""
 
     index: int
     ops: list[Op]
@@ -41,15 +60,34 @@ class PlannedLoop:
     reasons: list[str]
     kind: str = ""
     launched: str = ""
+    kernel: str = ""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class Profile:
+    """What a call took, in seconds: the run in the middle of `runs` runs.
+
+    seconds: the whole pass.  pieces: each part of it, by name, in the order in which they run; what is missing to
+    `seconds` is spent around them (checks, packing of rows, autograd).
+    """
+
+    runs: int
+    seconds: float
+    pieces: dict[str, float]
+
+
+@dataclass(eq=False, repr=False)
 class Plan:
     """What one call runs. before and after: batched over all steps (or once); loops: one step after the other.
 
     An op that some loop waits for is in `before`, also where it stands between two loops; the others, and all
     of them when nothing loops after them, are in `after` (in `before` when there is no loop at all).
     backward: the plan of the gradient, None where nothing asks for one.
+    sources: the functions of the user's that its lines are in.  profile: what it took, from `Loop.profile`.
+    again: what `stages` runs.
+
+    `str(plan)` is a table with one row per source line; `plan.text(full=True)` has a row per call, views included,
+    and the whole way from state to state. In a notebook a plan shows itself as a page.
     """
 
     title: str
@@ -58,56 +96,139 @@ class Plan:
     after: list[Op]
     notes: list[str] = field(default_factory=list)
     backward: Plan | None = None
+    sources: list[Source] = field(default_factory=list)
+    profile: Profile | None = None
+    again: Callable[[], str] | None = field(default=None, repr=False)
+
+    def text(self, full: bool = False) -> str:
+        """The plan as a table; full: a row per call, with the whole reason."""
+        return plan_table.text(self, full)
+
+    def stages(self) -> str:
+        """The step as text after every stage of the compiler: as it was captured, after every pass, its loops.
+
+        The step is captured once more for it, on the inputs that the plan was made for.
+        """
+        if self.again is None:
+            raise InputError("this plan was loaded or copied: only the plan that Loop.plan gave has the stages")
+        return self.again()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "again": None}
 
     def __str__(self) -> str:
-        text = "\n".join(_table(self))
-        if self.backward is not None:
-            text += "\n\n" + "\n".join(_table(self.backward))
-        return text
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"<Plan of {plan_table.summary(self)}>"
+
+    def _repr_html_(self) -> str:
+        return page.in_a_frame(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain Python data."""
-        backward = None if self.backward is None else self.backward.to_dict()
-        return {
-            "title": self.title, "before": [asdict(o) for o in self.before],
-            "loops": [asdict(loop) for loop in self.loops], "after": [asdict(o) for o in self.after],
-            "notes": list(self.notes), "backward": backward,
-        }  # fmt: skip
+        found = asdict(replace(self, backward=None, again=None))
+        del found["again"]
+        found["backward"] = None if self.backward is None else self.backward.to_dict()
+        return found
 
     def to_json(self) -> str:
         """The plan as a JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
     def save_html(self, path: str | PathLike[str]) -> None:
-        """Writes the plan as one HTML page that needs nothing else."""
-        from ..view.page import render
-
+        """Writes the plan as one HTML page that needs nothing else: no network, no other file."""
         with open(path, "w", encoding="utf-8") as file:
-            file.write(render(self.to_dict()))
+            file.write(page.render(self.to_dict()))
 
 
-# -- from a partition ----------------------------------------------------------------------------------------
+# -- from what runs it ---------------------------------------------------------------------------------------
 
 
-def describe(partition: Partition, title: str, mixing: dict[fx.Node, str], notes: Sequence[str] = ()) -> Plan:
-    """The plan of a partition whose loops have been given their backends."""
-    numbers = {id(loop): i for i, loop in enumerate(partition.loops, 1)}
-    loops = [_planned(loop, numbers[id(loop)], mixing) for loop in partition.loops]
-    awaited = _awaited(partition)
-    before = [_outside(n, "once", "the same at every step", partition) for n in partition.once if _shown(n)]
-    after: list[Op] = []
-    latest = ""
-    for segment in partition.segments:
-        if isinstance(segment, Loop):
-            latest = f"loop {numbers[id(segment)]}"
-            continue
-        for node in segment.nodes:
-            if not _shown(node, partition):
+def describe(executable: Executable, title: str, notes: Sequence[str] = ()) -> Plan:
+    """The plan of a graph whose loops have been given their backends."""
+    return _Described(executable).plan(title, list(notes))
+
+
+class _Described:
+    def __init__(self, executable: Executable):
+        self.executable, self.partition = executable, executable.partition
+        self.mixing = executable.problem.stepwise
+        self.sources = Sources()
+        self.names = piece_names(self.partition)
+        self.absorbed = {n: self.names[loop] for loop, ran in executable.ran.items() for n in ran.nodes}
+
+    def plan(self, title: str, notes: list[str]) -> Plan:
+        partition = self.partition
+        awaited = _awaited(partition)
+        before = [self._outside(n, "once", "the same at every step", ONCE) for n in partition.once if _shown(n)]
+        loops: list[PlannedLoop] = []
+        after: list[Op] = []
+        for segment in partition.segments:
+            if isinstance(segment, Loop):
+                loops.append(self._planned(segment, len(loops) + 1))
                 continue
-            early = node in awaited or not partition.loops
-            why = f"batched; uses {latest}" if latest else "batched"
-            (before if early else after).append(_outside(node, "before" if early else "after", why, partition))
-    return Plan(title, before, loops, after, list(notes))
+            why = f"batched; uses loop {len(loops)}" if loops else "batched"
+            for node in (n for n in segment.nodes if _shown(n, partition)):
+                early = node in awaited or not partition.loops
+                where = "before" if early else "after"
+                piece = self.absorbed.get(node, self.names[segment])
+                (before if early else after).append(self._outside(node, where, why, piece))
+        return Plan(title, before, loops, after, notes, sources=self.sources.found)
+
+    def _outside(self, node: fx.Node, where: str, why: str, piece: str) -> Op:
+        if node in self.partition.delayed:
+            name = self.partition.delayed[node].name
+            why = f"{name}.prev is {name}.next of the step before"
+            return Op("delay", "", _shape(node), where, why, hop=why, view=True, piece=piece)
+        return self._op(node, where, why, why.removeprefix("batched; "), piece)
+
+    def _op(self, node: fx.Node, where: str, why: str, hop: str, piece: str) -> Op:
+        line = line_of(node)
+        return Op(
+            op_name(node), str(line), _shape(node), where, why, hop, _product(node, where), _is_view(node), piece,
+            caller_of(line), self.sources.places(line),
+        )  # fmt: skip
+
+    def _planned(self, loop: Loop, number: int) -> PlannedLoop:
+        name, ops = self.names[loop], []
+        for node in loop.nodes:
+            if not _shown(node):
+                continue
+            chain, hop = recurrence(node, loop)
+            if (mixing := self.mixing.get(node)) is not None:
+                chain = hop = mixing
+            op = self._op(node, name, chain, hop, name)
+            if is_memory(node):
+                why = "its whole sequence at once: nothing that it reads depends on it"
+                op = replace(op, name=operation_name(node), why=why, hop="its whole sequence at once")
+            ops.append(op)
+        program = loop.program
+        reasons = [f"{line}: {text}" if line else text for text, line in program.reasons]
+        return PlannedLoop(
+            number, ops, [s.name for s in loop.states], program.backend, reasons,
+            "linear recurrence" if is_linear_recurrence(program) else "", program.launched,
+            getattr(self.executable.runners[loop], "text", ""),
+        )  # fmt: skip
+
+
+ONCE = "once"
+_Neighbours = Callable[[fx.Node], list[fx.Node]]
+
+
+def piece_names(partition: Partition) -> dict[Batched | Loop, str]:
+    """What each part of a partition is called: "before loop 1", "loop 1", "after the loops"."""
+    names: dict[Batched | Loop, str] = {}
+    numbers = {loop: k for k, loop in enumerate(partition.loops, 1)}
+    following = len(numbers) + 1
+    for segment in reversed(partition.segments):
+        if isinstance(segment, Loop):
+            following = numbers[segment]
+            names[segment] = f"loop {following}"
+        else:
+            last = "after the loops" if numbers else "all steps at once"
+            names[segment] = f"before loop {following}" if following <= len(numbers) else last
+    return {segment: names[segment] for segment in partition.segments}
 
 
 def _shown(node: fx.Node, partition: Partition | None = None) -> bool:
@@ -116,14 +237,28 @@ def _shown(node: fx.Node, partition: Partition | None = None) -> bool:
     return node.op == "call_function" and op_name(node) != "getitem"
 
 
-def _outside(node: fx.Node, where: str, why: str, partition: Partition) -> Op:
-    if node in partition.delayed:
-        name = partition.delayed[node].name
-        return Op("delay", "", _shape(node), where, f"{name}.prev is {name}.next of the step before")
-    return Op(op_name(node), line_of(node), _shape(node), where, why)
+def _is_view(node: fx.Node) -> bool:
+    return getattr(node.target, "is_view", False) or op_name(node) in ("reshape", "_unsafe_view")
 
 
-def _shape(node: fx.Node) -> str:
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "convolution": 0, "dot": 0, "mv": 0, "addmv": 1}
+
+
+def _product(node: fx.Node, where: str) -> str:
+    """The factors of a matrix product; those with rows have the rows of all steps where it runs once for all."""
+    first = _PRODUCTS.get(op_name(node))
+    if first is None:
+        return ""
+    rows = "B" if where.startswith("loop") else "T*B"
+    shapes = []
+    for factor in node.args[first : first + 2]:
+        if not isinstance(factor, fx.Node):
+            return ""
+        shapes.append(_shape(factor, rows if factor.meta.get("varies") else "B"))
+    return " @ ".join(shapes)
+
+
+def _shape(node: fx.Node, batch: str = "B") -> str:
     value = node.meta.get("val")
     rows = node.meta.get("rows")
     tensors = value if isinstance(value, (tuple, list)) else [value]
@@ -132,16 +267,16 @@ def _shape(node: fx.Node) -> str:
     for tensor, place in zip(tensors, places):
         if isinstance(tensor, Tensor):
             dim = place.dim if isinstance(place, Rows) else None
-            sizes = [_size(expression(s), i == dim) for i, s in enumerate(tensor.shape)]
+            sizes = [_size(expression(s), batch if i == dim else "") for i, s in enumerate(tensor.shape)]
             texts.append("(" + ", ".join(sizes) + ")")
     return " ".join(texts)
 
 
-def _size(size: Any, has_batch: bool) -> str:
+def _size(size: Any, batch: str) -> str:
     # Which letters the tracer gave to the batch, and to other sizes that only a call knows, is of no interest.
     if isinstance(size, int) or size.is_number:
         return str(size)
-    return "n" if not has_batch else "B" if size.is_Symbol else "n*B"
+    return "n" if not batch else batch if size.is_Symbol else f"n*{batch}"
 
 
 def _awaited(partition: Partition) -> set[fx.Node]:
@@ -157,27 +292,10 @@ def _awaited(partition: Partition) -> set[fx.Node]:
     return found
 
 
-def _planned(loop: Loop, number: int, mixing: dict[fx.Node, str]) -> PlannedLoop:
-    ops = []
-    for node in loop.nodes:
-        if _shown(node):
-            why = mixing.get(node) or recurrence(node, loop)
-            name = op_name(node)
-            if is_memory(node):
-                name, why = operation_name(node), "its whole sequence at once: nothing that it reads depends on it"
-            ops.append(Op(name, line_of(node), _shape(node), f"loop {number}", why))
-    program = loop.program
-    backend = getattr(program, "backend", "")
-    reasons = [f"{line}: {text}" if line else text for text, line in getattr(program, "reasons", [])]
-    kind = "linear recurrence" if is_linear_recurrence(program) else ""
-    launched = getattr(program, "launched", "")
-    return PlannedLoop(number, ops, [s.name for s in loop.states], backend, reasons, kind, launched)
+def recurrence(node: fx.Node, loop: Loop) -> tuple[str, str]:
+    """Why a call is in its loop: the shortest way from a state through it to a state, whole and in one hop.
 
-
-def recurrence(node: fx.Node, loop: Loop) -> str:
-    """Why a call is in its loop: the shortest way from a state through it to a state.
-
-    "h.next <- tanh line 14 <- mm line 12 <- h.prev"
+    ("h.next <- tanh line 14 <- mm line 12 <- h.prev", "h -> line 14 -> h")
     """
     inside = {*loop.nodes, *(s.prev for s in loop.states)}
     nexts = {s.next: s for s in loop.states}
@@ -185,14 +303,16 @@ def recurrence(node: fx.Node, loop: Loop) -> str:
     up = _path(node, nexts, lambda n: [u for u in n.users if u in inside])
     down = _path(node, prevs, lambda n: [i for i in n.all_input_nodes if i in inside])
     if up is None or down is None:
-        return ""
+        return "", ""
     steps = [f"{nexts[up[-1]].name}.next", *(_word(n) for n in reversed(up)), *(_word(n) for n in down[1:-1])]
     if len(down) > 1:
         steps.append(f"{prevs[down[-1]].name}.prev")
-    return " <- ".join(s for s in steps if s)
+    number = caller_of(line_of(node)).rpartition(":")[2]
+    hops = [prevs[down[-1]].name, *([f"line {number}"] if number else []), nexts[up[-1]].name]
+    return " <- ".join(s for s in steps if s), " -> ".join(hops)
 
 
-def _path(start: fx.Node, goals: dict[fx.Node, State], neighbours: Any) -> list[fx.Node] | None:
+def _path(start: fx.Node, goals: dict[fx.Node, State], neighbours: _Neighbours) -> list[fx.Node] | None:
     """The shortest path from a node to one of the goals, both included."""
     came: dict[fx.Node, fx.Node | None] = {start: None}
     queue = deque([start])
@@ -212,58 +332,7 @@ def _path(start: fx.Node, goals: dict[fx.Node, State], neighbours: Any) -> list[
 
 
 def _word(node: fx.Node) -> str:
-    if node.op != "call_function" or op_name(node) == "getitem":
+    if node.op != "call_function" or op_name(node) == "getitem" or _is_view(node):
         return ""
     line = line_of(node).rpartition(":")[2]
     return f"{op_name(node)} line {line}" if line else op_name(node)
-
-
-# -- as a table ----------------------------------------------------------------------------------------------
-
-
-def _table(plan: Plan) -> list[str]:
-    groups: list[tuple[str, list[Op]]] = [("before", plan.before)]
-    for loop in plan.loops:
-        states = ", ".join(loop.states) or "no state"
-        kind = "".join(f"  ({text})" for text in (loop.kind, loop.launched) if text)
-        groups.append((f"loop {loop.index}  [{loop.backend or 'not chosen'}]  states: {states}{kind}", loop.ops))
-    groups.append(("after", plan.after))
-    rows = [(title, _grouped(ops)) for title, ops in groups]
-    widths = [_width((r[i] for _, part in rows for r in part), most) for i, most in ((0, 34), (1, 24), (2, 16))]
-    count = sum(len(loop.ops) for loop in plan.loops)
-    lines = [f"{plan.title}: {_plural(len(plan.loops), 'loop')} with {_plural(count, 'operation')} per step; "
-             f"{_plural(len(plan.before) + len(plan.after), 'operation')} outside"]  # fmt: skip
-    for title, part in rows:
-        lines.append(title if part else f"{title}: nothing")
-        for names, line, shape, why in part:
-            lines.append(f"  {names:<{widths[0]}}  {line:<{widths[1]}}  {shape:<{widths[2]}}  {why}".rstrip())
-    for loop in plan.loops:
-        lines.extend(f"loop {loop.index} not faster: {reason}" for reason in loop.reasons)
-    return [*lines, *plan.notes]
-
-
-def _grouped(ops: Sequence[Op]) -> list[tuple[str, str, str, str]]:
-    """One row per source line and reason, with the calls that it makes."""
-    rows: list[tuple[list[str], Op]] = []
-    for op in ops:
-        same = rows and (rows[-1][1].line, rows[-1][1].where) == (op.line, op.where)
-        if same and (not op.where.startswith("loop") or len(rows[-1][0]) < 3) and op.line:
-            rows[-1] = ([*rows[-1][0], op.name], op)
-        else:
-            rows.append(([op.name], op))
-    return [(_names(names), op.line, op.shape, op.why) for names, op in rows]
-
-
-def _names(names: Iterable[str]) -> str:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return ", ".join(n if c == 1 else f"{n} x{c}" for n, c in counts.items())
-
-
-def _width(texts: Iterable[str], most: int) -> int:
-    return min(most, max((len(t) for t in texts), default=1))
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.printers import PythonPrinter
 
-from .graph import Size, expression
+from .ir.graph import Size, expression
 
 _PLAIN = (bool, int, str, type(None))
 _count = 0

@@ -19,6 +19,7 @@ import dis
 import functools
 import os
 import re
+import site
 import sys
 import sysconfig
 import types
@@ -43,7 +44,10 @@ _TRACER = tuple(
 )  # fmt: skip
 _PATHS = sysconfig.get_paths()
 _STDLIB = tuple(_PATHS[name] for name in ("stdlib", "platstdlib") if name in _PATHS)
-_PACKAGES = tuple(_PATHS[name] for name in ("purelib", "platlib") if name in _PATHS)
+# Packages are installed there, for this user alone (pip install --user), or beside torch (pip install --target).
+_INSTALLED = [_PATHS[name] for name in ("purelib", "platlib") if name in _PATHS]
+_INSTALLED += [site.getusersitepackages(), os.path.dirname(_TORCH)]
+_PACKAGES = tuple({os.path.join(path, "") for path in _INSTALLED})
 _OF_TORCH = tuple(os.path.join(path, name, "") for path in _PACKAGES for name in ("sympy", "mpmath", "networkx"))
 _NUMPY = os.path.join(os.path.dirname(os.path.abspath(sys.modules["numpy"].__file__)), "")
 

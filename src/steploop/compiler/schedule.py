@@ -198,7 +198,8 @@ def make_schedule(
     else:
         schedule = _compact(valid, reverse, repeat)
     if resets is not None and bool((resets := resets.cpu()).any()):
-        schedule.resets = schedule.marks = schedule.pack(resets)
+        # Native loops read them as bytes that stand one after the other.
+        schedule.resets = schedule.marks = schedule.pack(resets).contiguous()
     return schedule.on(device)
 
 

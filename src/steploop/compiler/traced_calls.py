@@ -16,20 +16,23 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from . import captures, foreign, forward_mode, pipeline
-from .capture import condition
+from .capture import condition, is_tracing
 from .captured import Capture
 from .dependencies import Dependencies
 from .exported import Exported, Options, from_text, to_text
-from .loop_operator import hints_of
+from .loop_operator import hints_of, readers, traced
 from .lower import Needs
 from .making import with_joint
+from .masking import masked_call
 from .memory_operator import step_by_step
 from .ones import allowed_ones
 from .program import Call, Program, Result
 
 
 def run(program: Program, call: Call, backend: str, save: str) -> Result:
-    """A call that somebody else traces: one operator, which carries the loop."""
+    """Runs a call. One that somebody else traces is one operator, which carries the loop."""
+    if is_tracing() or not traced([*call.xs, *call.constants, *call.initial]):
+        return pipeline.run(program, call, backend=backend, save=save)
     if torch.onnx.is_in_onnx_export():
         raise UnsupportedError(
             'ONNX has no operator that runs a Loop (or a scan). Export it with backend="reference", step by step and '
@@ -39,7 +42,8 @@ def run(program: Program, call: Call, backend: str, save: str) -> Result:
         program, call = pipeline.batch_guessed(program, call)
         capture, dependencies = captures.find(program, call)
     if capture.forward.graph.batch is None and pipeline.is_ragged(call) and program.batched:
-        return pipeline.run_masked(program, call, backend, save)
+        changed, changed_call, finish = masked_call(program, call)
+        return finish(run(changed, changed_call, backend, save))
     with foreign.hidden(), step_by_step():
         tensors = pipeline.tensors_of(call, capture, dependencies)
         if forward_mode.active():
@@ -106,3 +110,6 @@ def exported(text: str) -> Exported:
             return pipeline.Lowered(graph, names, backend, save, True, one_loop, needs)
 
     return from_text(text, lower)
+
+
+readers[:] = [exported]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .graph import Size, StepGraph, expression, size_at
+from .ir.graph import Size, StepGraph, expression, size_at
 
 _OF_DTYPES = re.compile(r"dtype|scalar type|[Ee]xpected .* type|not implemented for|of type|operator, with two bool")
 _known: dict[Any, str] = {}

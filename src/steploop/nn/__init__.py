@@ -1,8 +1,9 @@
 """Cells and layers. Each is an ordinary Step (or is run by one): nothing here has a fast path of its own.
 
 Cells, one file each: RNNCell, LSTMCell, GRUCell, LayerNormLSTMCell.  Around cells: Stack, Residual, Dropout,
-Zoneout, Bidirectional.  Drop-ins for torch.nn's layers: RNN, LSTM, GRU.  Over a memory: `attention`, a package of
-its own; masked_softmax and the like look at the valid entries of an inner axis.  convert: weights of other frameworks.
+Zoneout, Bidirectional.  Over whole sequences, one above the other: Layers.  Drop-ins for torch.nn's layers: RNN, LSTM,
+GRU.  Over a memory: `attention`, a package of its own; masked_softmax and the like look at the valid entries of an
+inner axis.  convert: weights of other frameworks.
 """
 
 from . import attention, convert
@@ -10,6 +11,7 @@ from .bidirectional import Bidirectional
 from .dropout import Dropout
 from .gru import GRUCell
 from .layer_norm_lstm import LayerNormLSTMCell
+from .layers import Layers
 from .lstm import LSTMCell
 from .masks import length_mask, masked_max, masked_mean, masked_softmax, masked_sum
 from .residual import Residual
@@ -27,6 +29,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "LayerNormLSTMCell",
+    "Layers",
     "RNNCell",
     "Residual",
     "Stack",

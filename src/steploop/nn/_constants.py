@@ -12,20 +12,22 @@ from ..errors import StepError, message
 from ..step import Step, signature_of
 
 
-def constants_for(cell: nn.Module, constants: dict[str, Any]) -> dict[str, Any]:
+def constants_for(cell: nn.Module, constants: dict[str, Any], begin: bool = False) -> dict[str, Any]:
     """Those constants that the cell's step (or forward, for an ordinary module) takes.
+
+    begin: also those that a `begin` in it takes, for a cell that is run by a Loop of its own.
 
     A Step that takes any constants only to hand them on says to whom, by a method `_hands_constants_to`.
     """
-    return {name: value for name, value in constants.items() if _takes(cell, name)}
+    return {n: v for n, v in constants.items() if _takes(cell, n) or (begin and _begins_with(cell, n))}
 
 
-def check_constants_used(wrapper: Step, cells: Iterable[nn.Module], constants: dict[str, Any]) -> None:
+def check_constants_used(wrapper: nn.Module, cells: Iterable[nn.Module], constants: dict[str, Any]) -> None:
     """Raise StepError for a constant that no step of the cells takes, nor any `begin` below them."""
     cells = list(cells)
     for name in constants:
         if not any(_takes(cell, name) or _begins_with(cell, name) for cell in cells):
-            kinds = ", ".join(type(cell).__name__ for cell in cells)
+            kinds = ", ".join(dict.fromkeys(type(cell).__name__ for cell in cells))
             raise StepError(
                 message(
                     f"{type(wrapper).__name__} got a constant that no cell in it takes: `{name}`.",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..step import Step
 
@@ -19,7 +20,21 @@ class GatedCell(Step):
     All start uniform in +-1/sqrt(hidden_size), drawn in torch.nn's order: the same seed gives the same cell.
     """
 
-    def __init__(self, gates, input_size, hidden_size, bias, proj_size=0, device=None, dtype=None):
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+
+    def __init__(
+        self,
+        gates: int,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_sizes(type(self).__name__, input_size, hidden_size, proj_size)
         self.input_size = input_size
@@ -59,6 +74,4 @@ def check_sizes(who: str, input_size: int, hidden_size: int, proj_size: int = 0)
         if size <= 0:
             raise ValueError(f"{who}: {name} must be greater than zero, got {size}")
     if not 0 <= proj_size < hidden_size:
-        raise ValueError(
-            f"{who}: proj_size must be in [0, hidden_size={hidden_size}), got {proj_size}; 0 means none"
-        )
+        raise ValueError(f"{who}: proj_size must be in [0, hidden_size={hidden_size}), got {proj_size}; 0 means none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,12 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from .. import torchscript
-from ..errors import InputError, StateError, describe, message
+from ..errors import InputError, StateError, StepError, describe, message
+from ..frame import running
 from ..loop import Loop
 from ..states import States
 from ..step import Step
+from ..tracebacks import ends_at_the_call
 
 
 class Bidirectional(nn.Module):
@@ -30,19 +32,33 @@ class Bidirectional(nn.Module):
     sequence.
     The loops are the children "forward_loop" and "backward_loop". batch_first, backend, save: as for sl.Loop.
 
-    Raises InputError where the two cells' outputs cannot be joined; StateError for a wrong state.
+    Raises InputError where the two cells' outputs cannot be joined; StateError for a wrong state; StepError inside a
+    step for an input (B, features), which is no sequence.
     """
 
+    if TYPE_CHECKING:
+        # As type checkers see it: torch's own __call__ gives Any.
+        def __call__(self, *xs: Any, **arguments: Any) -> tuple[Any, States]: ...
+
     def __init__(
-        self, forward_cell: Step, backward_cell: Step, batch_first=False, backend="auto", save="auto"
-    ):
+        self,
+        forward_cell: Step,
+        backward_cell: Step,
+        batch_first: bool = False,
+        backend: str = "auto",
+        save: str = "auto",
+    ) -> None:
         super().__init__()
         self.batch_first = batch_first
-        options = {"batch_first": batch_first, "backend": backend, "save": save}
+        options: dict[str, Any] = {"batch_first": batch_first, "backend": backend, "save": save}
         self.forward_loop = Loop(forward_cell, **options)
         self.backward_loop = Loop(backward_cell, reverse=True, **options)
 
+    __call__ = ends_at_the_call(nn.Module.__call__)
+
     def forward(self, *xs: Any, state: States | None = None, **arguments: Any) -> tuple[Any, States]:
+        if running() is not None:
+            _check_inner(xs)
         given = self._split(state)
         left, left_state = self.forward_loop(*xs, state=given["forward"], **arguments)
         right, right_state = self.backward_loop(*xs, state=given["backward"], **arguments)
@@ -65,9 +81,7 @@ class Bidirectional(nn.Module):
         if state is None:
             return {"forward": None, "backward": None}
         if not isinstance(state, Mapping):
-            raise StateError(
-                message("Bidirectional: `state` is not a dictionary of states.", found=describe(state))
-            )
+            raise StateError(message("Bidirectional: `state` is not a dictionary of states.", found=describe(state)))
         parts: dict[str, dict[str, Tensor]] = {"forward": {}, "backward": {}}
         for name, value in state.items():
             direction, dot, path = name.partition(".")
@@ -84,17 +98,34 @@ class Bidirectional(nn.Module):
         return {direction: States(part) for direction, part in parts.items()}
 
 
+def _check_inner(xs: tuple[Any, ...]) -> None:
+    """StepError for one step's slice (B, features), which would be read as a sequence of B steps."""
+    for x in xs:
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() < 3:
+            raise StepError(
+                message(
+                    "A Bidirectional was called inside a step with one step of a sequence: it reads whole sequences.",
+                    expected="an inner sequence of this step, (S, B, features)",
+                    found=describe(x),
+                    fix="run it over the whole sequence before the loop: ys, _ = layer(xs);  loop(ys)",
+                )
+            )
+
+
 def _prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in values.items()}
 
 
 def _joined(left: States, right: States) -> States:
     values = _prefixed("forward.", left) | _prefixed("backward.", right)
-    return States(values, _prefixed("forward.", left._own) | _prefixed("backward.", right._own))
+    states = States(values, _prefixed("forward.", left._own) | _prefixed("backward.", right._own))
+    states.count(lambda: left.steps)
+    return states
 
 
 def _concatenate(left: Any, right: Any, leading: int = 2) -> Any:
     """leading: how many axes stand before those of a row's output."""
+
     def is_packed(value: Any) -> bool:
         return isinstance(value, PackedSequence)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -68,7 +70,16 @@ class GRUCell(GatedCell):
     Raises ValueError for a size below 1, TypeError for one that is no int.
     """
 
-    def __init__(self, input_size, hidden_size, bias=True, device=None, dtype=None, *, reset_after=True):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+    ) -> None:
         super().__init__(3, input_size, hidden_size, bias, device=device, dtype=dtype)
         self.reset_after = reset_after
         self.h = State(hidden_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,23 @@ class LayerNormLSTMCell(Step):
     eps: added to the variance.  Raises ValueError for an unknown layer_norm or a size below 1.
     """
 
-    def __init__(self, input_size, hidden_size, layer_norm="gates", eps=1e-5, device=None, dtype=None):
+    norm_i: nn.Module
+    norm_f: nn.Module
+    norm_g: nn.Module
+    norm_o: nn.Module
+    norm_ih: nn.Module
+    norm_hh: nn.Module
+    norm_c: nn.Module
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        layer_norm: str = "gates",
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_sizes("LayerNormLSTMCell", input_size, hidden_size)
         if layer_norm not in LAYER_NORMS:

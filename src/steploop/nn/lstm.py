@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,7 +48,15 @@ class LSTMCell(GatedCell):
     Raises ValueError for a size out of range, TypeError for one that is no int.
     """
 
-    def __init__(self, input_size, hidden_size, bias=True, proj_size=0, device=None, dtype=None):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(4, input_size, hidden_size, bias, proj_size, device=device, dtype=dtype)
         self.proj_size = proj_size
         self.h = State(proj_size or hidden_size)

@@ -24,7 +24,7 @@ class Residual(Step):
             raise StepError(message("Residual wraps a Step or an nn.Module.", found=describe(cell)))
         self.cell = cell
 
-    def _hands_constants_to(self) -> list[Step]:
+    def _hands_constants_to(self) -> list[nn.Module]:
         return [self.cell]
 
     def step(self, x: Tensor, **constants: Any) -> Tensor:

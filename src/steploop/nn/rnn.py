@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,7 +38,15 @@ class RNNCell(GatedCell):
     Raises ValueError for an unknown nonlinearity or a size below 1, TypeError for a size that is no int.
     """
 
-    def __init__(self, input_size, hidden_size, bias=True, nonlinearity="tanh", device=None, dtype=None):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(1, input_size, hidden_size, bias, device=device, dtype=dtype)
         if nonlinearity not in NONLINEARITIES:
             raise ValueError(f'RNNCell: nonlinearity must be "tanh" or "relu", got {nonlinearity!r}')
@@ -44,9 +54,7 @@ class RNNCell(GatedCell):
         self.h = State(hidden_size)
 
     def step(self, x: Tensor) -> Tensor:
-        h = rnn_step(
-            x, self.h.prev, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.nonlinearity
-        )
+        h = rnn_step(x, self.h.prev, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.nonlinearity)
         self.h.next = h
         return h
 

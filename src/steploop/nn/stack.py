@@ -8,8 +8,19 @@ from typing import Any
 from torch import nn
 
 from ..errors import StepError, message
+from ..loop import Loop
 from ..step import Step
 from ._constants import check_constants_used, constants_for
+from .bidirectional import Bidirectional
+
+
+def _whole_sequences(k: int, kind: str) -> str:
+    return message(
+        f"Stack: layer {k} is a {kind}, which reads whole sequences; a Stack runs one step of all its layers.",
+        expected="Steps or nn.Modules that take one step",
+        found=kind,
+        fix="one layer after the other: ys, state = layer(xs);  ys, state = sl.Loop(cell)(ys)",
+    )
 
 
 class Stack(Step):
@@ -22,7 +33,8 @@ class Stack(Step):
     (keyword argument) goes to every layer whose `step` or `forward` names it.
     `stack[k]`, `len(stack)` and iteration give the layers.
 
-    Raises StepError for no cells, for something that is no module, and for a constant that no layer takes.
+    Raises StepError for no cells, for something that is no module or that reads whole sequences (a Loop,
+    Bidirectional), and for a constant that no layer takes.
     """
 
     def __init__(self, *cells: nn.Module):
@@ -39,13 +51,15 @@ class Stack(Step):
                         fix="Stack(*cells)" if isinstance(cell, (list, tuple)) else None,
                     )
                 )
+            if isinstance(cell, (Loop, Bidirectional, nn.RNNBase)):
+                raise StepError(_whole_sequences(k, type(cell).__name__))
             self.add_module(str(k), cell)
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._modules.values())
+        return iter(cell for cell in self._modules.values() if cell is not None)
 
     def __getitem__(self, k: int) -> nn.Module:
         return list(self)[k]

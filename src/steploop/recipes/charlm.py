@@ -10,8 +10,8 @@ Vocabulary size V, streams B, window length T, all tensors time-major.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import steploop as sl
 
 from ..errors import DataError
+from .checkpoints import read_checkpoint
 from .texts import Vocabulary
 
 CELLS = {"gru": sl.nn.GRUCell, "lstm": sl.nn.LSTMCell}
@@ -134,17 +135,6 @@ def bits(nats: float) -> float:
     return nats / math.log(2)
 
 
-def _why_not(path: Path, error: Exception) -> str:
-    """In our words: torch's message for such files ends with advice to turn its check off."""
-    if path.is_dir():
-        return "it is a folder."
-    if path.stat().st_size == 0:
-        return "it is empty.\n  fix:      another checkpoint of the run, or train again"
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds more than plain values and tensors, or no such thing; what could run code is not loaded."
-    return "it is cut short, or of another kind.\n  fix:      another checkpoint of the run, or train again"
-
-
 # --- the file a trained model is kept in ------------------------------------------------------------------
 
 
@@ -161,17 +151,8 @@ class Checkpoint:
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
         """Raises DataError if there is no such file or it is not a checkpoint of this recipe."""
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise DataError(
-                f"No such checkpoint: {path}\n  fix:      steploop train charlm makes one"
-            ) from None
-        except Exception as error:  # torch.load raises half a dozen types for a file that is none of its own
-            raise DataError(f"{path} is not a checkpoint: {_why_not(path, error)}") from None
-        card = content.get("charlm") if isinstance(content, dict) else None
-        if not isinstance(card, dict) or card.get("format") != FORMAT:
-            raise DataError(f"{path} is a checkpoint of another model: it holds no {FORMAT!r}.")
+        content = read_checkpoint(path, "charlm", FORMAT)
+        card = content["charlm"]
         return cls(path, Shape(**card["shape"]), Vocabulary(card["characters"]), card["history"], content)
 
     @staticmethod
@@ -187,10 +168,20 @@ class Checkpoint:
     def model(self, backend: str = "auto") -> sl.Loop:
         """The trained model, ready to read text."""
         loop = sl.Loop(CharModel(len(self.vocabulary), self.shape), backend=backend)
-        loop.load_state_dict(
-            {name.removeprefix("loop."): value for name, value in self.content["state_dict"].items()}
-        )
+        loop.load_state_dict(self.weights)
         return loop.eval()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The state_dict of the model, an `sl.Loop`."""
+        return {name.removeprefix("loop."): value for name, value in self.content["state_dict"].items()}
+
+    def save_weights(self, path: Path) -> None:
+        """A safetensors file, which any program can read; the card, without the history, is in its header."""
+        from safetensors.torch import save_file
+
+        card = json.dumps(self.card(self.shape, self.vocabulary, self.history[-1:]))
+        save_file({name: value.contiguous() for name, value in self.weights.items()}, path, {"charlm": card})
 
     def check_same(self, shape: Shape, vocabulary: Vocabulary) -> None:
         """Raises DataError that names both sides unless this checkpoint is of that model and vocabulary."""

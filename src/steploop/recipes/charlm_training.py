@@ -6,34 +6,27 @@ stop at the border between them. The learning rate follows a budget of minutes o
 
 from __future__ import annotations
 
-import logging
-import math
-import os
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as L
 import matplotlib
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch.utils.data import DataLoader, IterableDataset
 
 import steploop as sl
 
-from ..errors import DataError
 from . import texts
 from .charlm import CharModel, Checkpoint, Shape, Streams, Window, bits, cross_entropy
+from .training import BEST, Training, check_settings, prepare, train
 
 matplotlib.use("Agg")  # only files are drawn, and a server has no display
 from matplotlib import pyplot  # noqa: E402
 
-LAST, BEST = "last.ckpt", "best.ckpt"
+WEIGHTS = "model.safetensors"
 VALIDATIONS = 10  # in a whole run; fewer where they would take more than a tenth of its time
 VALIDATION_STEPS = 256  # longer windows give the same loss in fewer calls
 VALIDATION_STREAM = 8192  # characters; the first of a stream, read without a past, must not count for much
@@ -58,17 +51,7 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self):
-        wrong = [
-            f"--{name.replace('_', '-')} is above 0, got {value}"
-            for name in ("streams", "steps", "learning_rate", "minutes", "max_steps")
-            if (value := getattr(self, name)) is not None and value <= 0
-        ]
-        if self.minutes is None and self.max_steps is None:
-            wrong.append("a run needs --minutes or --max-steps")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            wrong.append("--device cuda: torch finds no CUDA device here (steploop doctor tells more)")
-        if wrong:
-            raise DataError("; ".join(wrong))
+        check_settings(self, ("streams", "steps", "learning_rate", "minutes", "max_steps"))
 
 
 class Endless(IterableDataset):
@@ -84,12 +67,14 @@ class Endless(IterableDataset):
             k += 1
 
 
-class CharTraining(L.LightningModule):
-    """Everything that Lightning asks of a model: losses, optimizer, data and what to keep."""
+class CharTraining(Training):
+    """Everything that Lightning asks of a model: losses, data and what to keep."""
+
+    criterion = "val_nats"
 
     def __init__(self, shape: Shape, vocabulary: texts.Vocabulary, text: str, settings: Settings):
-        super().__init__()
-        self.shape, self.vocabulary, self.settings = shape, vocabulary, settings
+        super().__init__(settings)
+        self.shape, self.vocabulary = shape, vocabulary
         self.loop = sl.Loop(CharModel(len(vocabulary), shape), backend=settings.backend)
         train, validation = texts.split(text)
         self.train_streams = Streams(
@@ -100,8 +85,6 @@ class CharTraining(L.LightningModule):
         self.validation_streams = Streams(numbers, streams, VALIDATION_STEPS)
         self.state: sl.States | None = None
         self.validation_state: sl.States | None = None
-        self.history: list[dict[str, float]] = []
-        self.clock = Clock()
 
     # -- losses
 
@@ -109,13 +92,7 @@ class CharTraining(L.LightningModule):
         before = None if window.fresh or self.state is None else self.state.to(window.inputs.device)
         logits, state = self.loop(window.inputs, state=before)
         self.state = state.detach()
-        loss = cross_entropy(logits, window.targets)
-        if not loss.isfinite():
-            raise DataError(
-                f"Training diverged: the loss of step {self.global_step} is {loss.item()}.\n"
-                f"  fix:      a lower --learning-rate (this run had {self.settings.learning_rate:g})"
-            )
-        self.train_losses.append(loss.detach())
+        loss = self.check_loss(cross_entropy(logits, window.targets))
         self.log("train_nats", loss, prog_bar=True)
         return loss
 
@@ -125,36 +102,18 @@ class CharTraining(L.LightningModule):
         self.validation_sum += cross_entropy(logits, window.targets, reduction="sum").item()
         self.validation_characters += window.targets.numel()
 
-    def on_fit_start(self) -> None:
-        self.train_losses: list[torch.Tensor] = []
-        self.clock.start(self.history[-1] if self.history else {})
-
-    def on_train_batch_start(self, *_) -> None:
-        self.clock.train_from = time.monotonic()
-
-    def on_train_batch_end(self, *_) -> None:
-        self.clock.training += time.monotonic() - self.clock.train_from
-        if self.progress() >= 1:
-            self.trainer.should_stop = True
-
     def on_validation_epoch_start(self) -> None:
         self.validation_state, self.validation_sum, self.validation_characters = None, 0.0, 0
 
     def on_validation_epoch_end(self) -> None:
         nats = self.validation_sum / self.validation_characters
-        losses = self.train_losses or [torch.tensor(math.nan)]
-        characters = self.global_step * self.settings.streams * self.settings.steps
         entry = {
-            "step": self.global_step,
-            "characters": characters,
-            "seconds": self.clock.elapsed(),
-            "training_seconds": self.clock.training,
-            "train_nats": torch.stack(losses).mean().item(),
+            **self.measured(),
+            "characters": self.global_step * self.settings.streams * self.settings.steps,
             "val_nats": nats,
             "val_bits_per_character": bits(nats),
         }
         self.history.append(entry)
-        self.train_losses = []
         self.log_dict({name: value for name, value in entry.items() if name.startswith("val")})
 
     @torch.no_grad()
@@ -168,29 +127,12 @@ class CharTraining(L.LightningModule):
         self.train()
         return self.validation_streams.windows * (time.monotonic() - begin)
 
-    # -- the optimizer and its schedule
-
-    def progress(self) -> float:
-        """How much of the budget is spent: 0 at the start, 1 at the end."""
-        spent = [0.0]
-        if self.settings.minutes is not None:
-            spent.append(self.clock.elapsed() / (60 * self.settings.minutes))
-        if self.settings.max_steps is not None:
-            spent.append(self.global_step / self.settings.max_steps)
-        return max(spent)
-
-    def configure_optimizers(self) -> dict:
-        settings = self.settings
-        optimizer = torch.optim.AdamW(
-            self.parameters(), settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+    def describe(self, entry: dict[str, float]) -> str:
+        minutes, seconds = divmod(round(entry["seconds"]), 60)
+        return (
+            f"{minutes:3d}:{seconds:02d}  step {entry['step']:6d}  train {entry['train_nats']:.4f}  "
+            f"validation {entry['val_nats']:.4f} nats = {entry['val_bits_per_character']:.4f} bits per character"
         )
-
-        def factor(step: int) -> float:
-            warm = min(1.0, (step + 1) / 100)
-            return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress()))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- data
 
@@ -212,87 +154,6 @@ class CharTraining(L.LightningModule):
         self.state = None if card["state"] is None else sl.States(card["state"])
 
 
-class Clock:
-    """Seconds since the run began (those before an interruption included), and those of training steps."""
-
-    def __init__(self):
-        self.start({})
-
-    def start(self, before: dict[str, float]) -> None:
-        self.begin = time.monotonic() - before.get("seconds", 0.0)
-        self.training = before.get("training_seconds", 0.0)
-
-    def elapsed(self) -> float:
-        return time.monotonic() - self.begin
-
-
-class Keep(L.Callback):
-    """After each validation: last.ckpt, and best.ckpt where the loss was the lowest so far."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def on_validation_end(self, trainer: L.Trainer, module: CharTraining) -> None:
-        self._save(trainer, LAST)
-        losses = [entry["val_nats"] for entry in module.history]
-        if losses[-1] == min(losses):
-            self._save(trainer, BEST)
-
-    def _save(self, trainer: L.Trainer, name: str) -> None:
-        """A run that dies while it writes leaves the older file whole: a rename is all or nothing."""
-        unfinished = self.folder / f"{name}.unfinished"
-        try:
-            trainer.save_checkpoint(unfinished)
-            os.replace(unfinished, self.folder / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-
-class Show(L.Callback):
-    """A progress bar where there is a terminal, and a line after each validation everywhere."""
-
-    def __init__(self, console: Console, folder: Path):
-        self.console, self.folder = console, folder
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-
-    def on_fit_start(self, trainer: L.Trainer, module: CharTraining) -> None:
-        self.task = self.bar.add_task("training", total=1.0, loss="")
-        self.bar.start()
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: CharTraining, outputs, *_) -> None:
-        loss = f"loss {outputs['loss'].item():.3f}"
-        self.bar.update(self.task, completed=module.progress(), loss=loss)
-
-    def on_validation_end(self, trainer: L.Trainer, module: CharTraining) -> None:
-        self.console.print(describe(module.history[-1]), highlight=False, soft_wrap=True)
-
-    def teardown(self, trainer: L.Trainer, module: CharTraining, stage: str) -> None:
-        self.bar.stop()
-
-    def on_exception(self, trainer: L.Trainer, module: CharTraining, exception: BaseException) -> None:
-        self.bar.stop()
-        if isinstance(exception, KeyboardInterrupt) and (self.folder / LAST).exists():
-            self.console.print(f"Stopped. {self.folder / LAST} is kept: go on with --resume.")
-
-
-def describe(entry: dict[str, float]) -> str:
-    """One line on one validation."""
-    minutes, seconds = divmod(round(entry["seconds"]), 60)
-    return (
-        f"{minutes:3d}:{seconds:02d}  step {entry['step']:6d}  train {entry['train_nats']:.4f}  "
-        f"validation {entry['val_nats']:.4f} nats = {entry['val_bits_per_character']:.4f} bits per character"
-    )
-
-
 def fit(
     text: str,
     shape: Shape,
@@ -310,78 +171,23 @@ def fit(
     does not fit.
     """
     vocabulary = texts.Vocabulary.of(text)
-    prepare(folder, shape, vocabulary, settings, resume=resume, overwrite=overwrite)
+
+    def checked_history(path: Path) -> list[dict[str, float]]:
+        last = Checkpoint.read(path)
+        last.check_same(shape, vocabulary)
+        return last.history
+
+    prepare(folder, settings, checked_history, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
     module = CharTraining(shape, vocabulary, text, settings).to(settings.device)
-    plan = module.loop.plan(module.train_streams.window(0).inputs.to(settings.device))
-    (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
-    plan.save_html(folder / "plan.html")
-    trainer = make_trainer(folder, settings, module.validation_seconds(), console or Console())
-    with warnings.catch_warnings():
-        # Not for this run: there is nothing for workers to do, and a resumed run begins at the right window.
-        warnings.filterwarnings("ignore", message=".*(does not have many workers|resumable|LeafSpec).*")
-        trainer.fit(module, ckpt_path=folder / LAST if resume else None, weights_only=True)
+    if settings.backend != "reference":  # the plain Python loop has no plan
+        plan = module.loop.plan(module.train_streams.window(0).inputs.to(settings.device))
+        (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+        plan.save_html(folder / "plan.html")
+    train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console or Console())
+    Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
     draw(str(shape), module.history, folder / "curve.png")
     return module
-
-
-def prepare(
-    folder: Path,
-    shape: Shape,
-    vocabulary: texts.Vocabulary,
-    settings: Settings,
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> None:
-    """Make sure that this run may write to `folder`, before anything is written."""
-    kept = [folder / name for name in (LAST, BEST) if (folder / name).exists()]
-    if resume:
-        last = Checkpoint.read(folder / LAST)
-        last.check_same(shape, vocabulary)
-        spent = last.history[-1]
-        if settings.minutes is not None and spent["seconds"] >= 60 * settings.minutes:
-            raise DataError(
-                f"{last.path} has been trained for {spent['seconds'] / 60:.1f} minutes already.\n"
-                f"  fix:      --resume with more than --minutes {settings.minutes:g}"
-            )
-        if settings.max_steps is not None and spent["step"] >= settings.max_steps:
-            raise DataError(
-                f"{last.path} has been trained for {spent['step']} steps already.\n"
-                f"  fix:      --resume with more than --max-steps {settings.max_steps}"
-            )
-    elif kept and not overwrite:
-        raise DataError(
-            f"{kept[0]} is there already, and a new run would replace it.\n"
-            "  fix:      --resume to train it further, --overwrite to replace it, or another --out"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def make_trainer(folder: Path, settings: Settings, validation: float, console: Console) -> L.Trainer:
-    """Lightning's Trainer. validation: how many seconds one validation takes."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if settings.minutes is not None:
-        every: timedelta | int = timedelta(seconds=max(60 * settings.minutes / VALIDATIONS, 10 * validation))
-    else:
-        every = max(1, settings.max_steps // VALIDATIONS)
-    return L.Trainer(
-        accelerator=settings.device,
-        devices=1,
-        max_epochs=-1,
-        max_steps=settings.max_steps or -1,
-        val_check_interval=every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        gradient_clip_val=settings.clip,
-        logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")],
-        log_every_n_steps=10,
-        callbacks=[Keep(folder), Show(console, folder)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def draw(name: str, history: list[dict[str, float]], path: Path) -> None:

@@ -13,6 +13,7 @@ from ..errors import InputError, message
 from ..loop import Loop
 from ..state import State
 from ..step import Step
+from ..tracebacks import ends_at_the_call
 from .copies import picked
 from .hypotheses import Hypotheses
 from .penalties import LengthPenalty, coverage_options, coverage_score
@@ -252,6 +253,7 @@ def _ends_to_stop(stop: Any, size: int) -> int | None:
     )
 
 
+@ends_at_the_call
 def beam(
     model: Step | Loop,
     *,

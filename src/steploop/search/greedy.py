@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..loop import Loop
 from ..step import Step
+from ..tracebacks import ends_at_the_call
 from .hypotheses import Hypotheses
 from .run import run_search
 from .search import Choice, Search
@@ -35,6 +36,7 @@ def going_on(search: Search, gains: Tensor, label: Tensor) -> Choice:
     return None, label, total, total, {}
 
 
+@ends_at_the_call
 def greedy(
     model: Step | Loop,
     *,

@@ -11,11 +11,13 @@ from ..errors import InputError, describe, message
 from ..inputs import constant_leaves
 from ..loop import Loop
 from ..step import Step, Unbatched, unbatched
+from ..tracebacks import ends_at_the_call
 from ..tree import unflatten
 from .copies import picked, spread
 from .started import taken_apart
 
 
+@ends_at_the_call
 def rescore(
     model: Step | Loop,
     labels: Tensor,

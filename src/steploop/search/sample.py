@@ -13,6 +13,7 @@ from ..errors import InputError, message
 from ..loop import Loop
 from ..state import State
 from ..step import Step
+from ..tracebacks import ends_at_the_call
 from .beam import best
 from .greedy import going_on
 from .hypotheses import Hypotheses
@@ -141,6 +142,7 @@ def check_filters(temperature: float, top_p: float | None, min_p: float | None) 
             raise InputError(message(f"`{name}` is a probability.", expected=f"0 < {name} <= 1", found=repr(value)))
 
 
+@ends_at_the_call
 def sample(
     model: Step | Loop,
     *,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InputError, describe, message
 from .samplers import BucketBatchSampler
@@ -196,10 +197,12 @@ def _padded(examples: Sequence[Any], size: Size | None, pad: float) -> Any:
 
 def _pad(sequences: Sequence[Any], size: int | None, pad: float) -> Padded:
     tensors = [s if isinstance(s, Tensor) else torch.from_numpy(np.asarray(s)) for s in sequences]
-    lengths = torch.tensor([len(t) for t in tensors], dtype=torch.int64, device="cpu")
-    some = next((t for t in tensors if len(t)), tensors[0])  # an empty list does not say its dtype
-    shape = (size or int(lengths.max()), len(tensors), *some.shape[1:])
-    values = torch.full(shape, pad, dtype=some.dtype, device=some.device)
-    for column, tensor in enumerate(tensors):
-        values[: len(tensor), column] = tensor
+    # shape[0]: the len() of a tensor is a Python function, which would take as long as the padding itself.
+    lengths = torch.tensor([t.shape[0] for t in tensors], dtype=torch.int64, device="cpu")
+    some = next((t for t in tensors if t.shape[0]), tensors[0])  # an empty list says neither its dtype nor its shape
+    tensors = [t if t.shape[0] else some[:0] for t in tensors]
+    values = pad_sequence(tensors, padding_value=pad)
+    if size is not None and size > values.shape[0]:
+        more = values.new_full((size - values.shape[0], *values.shape[1:]), pad)
+        values = torch.cat([values, more])
     return Padded(values, lengths)

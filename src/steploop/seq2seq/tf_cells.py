@@ -56,6 +56,7 @@ class Linear(nn.Module):
         return torch.cat(inputs, -1) @ self.kernel + self.bias
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
+        """The weights, by the names that TF gives them below `scope`."""
         yield Variable(joined(scope, "kernel"), self.kernel)
         yield Variable(joined(scope, "bias"), self.bias)
 

@@ -37,7 +37,7 @@ def alignment(
     title:   over the picture.  path: where to save it; the ending says in which format (png, pdf, svg, ...).
     axes:    a matplotlib Axes to draw on, for one picture.
 
-    Returns the matplotlib Figure. Needs matplotlib (`pip install "steploop[recipes]"`).
+    Returns the matplotlib Figure. Needs matplotlib (`pip install matplotlib`).
     Raises InputError for weights of another shape, and for more labels than there are weights.
     """
     heads = _cut(_as_array(weights, row), source, target, source_length, target_length)
@@ -119,7 +119,7 @@ def _figure(heads: list[Any], title: str) -> tuple[Any, list[Any]]:
         raise ImportError(
             message(
                 "sl.view.alignment draws with matplotlib, which is not installed.",
-                fix='pip install matplotlib, or pip install "steploop[recipes]"',
+                fix="pip install matplotlib",
             )
         ) from None
     lines, columns = heads[0].shape

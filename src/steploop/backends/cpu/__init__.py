@@ -5,6 +5,7 @@ fuse.py              statements -> phases of loop nests
 emit.py              phases -> C++;  kernels/ holds what every kernel includes
 build.py, cache.py   C++ -> a library, kept per user; what is safe to load
 runner.py            calls it
+stepper.py           calls it for one step at a time; comparing.py: what streams and guards need beside it
 interpret.py         what the loop language means, in plain torch
 """
 
@@ -12,18 +13,19 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from typing import Any
 
-from ...compiler.graph import LoopProgram
+from ...compiler.ir.graph import LoopProgram
+from .. import contract
 from .build import BuildError, compiler, folder, problem, what_to_install, wide_vectors
+from .comparing import comparison
 from .lower import lower
 from .runner import Runner
+from .stepper import Stepper
 from .threads import runtime
 
-name = "cpu"
 
-
-def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
+def reasons_against(loop: LoopProgram) -> contract.Reasons:
     """Why this backend can't take a loop, as (reason, source line). Empty: it takes it."""
     trouble = problem()
     if trouble:
@@ -37,7 +39,7 @@ def _warn_once(trouble: str) -> None:
     warnings.warn(f"steploop runs loops without native code, which is slower: {trouble}", stacklevel=3)
 
 
-def wider(loop: LoopProgram, widen: Callable[..., LoopProgram | None]) -> LoopProgram:
+def wider(loop: LoopProgram, widen: contract.Widen) -> LoopProgram:
     """The loop with what it absorbs: products too, where the kernels' own are as good as torch's."""
     for operations in (True, False):
         found = widen(products=wide_vectors(), operations=operations)
@@ -51,6 +53,26 @@ def compile(loop: LoopProgram) -> Runner:
     if program is None:
         raise BuildError("; ".join(f"{reason} ({line})" for reason, line in reasons))
     return Runner(loop, program).build()
+
+
+class Cpu(contract.Backend):
+    """See the functions above."""
+
+    name = "cpu"
+    words = "native C++ loops, on the CPU"
+    steps = True
+
+    def reasons_against(self, loop: LoopProgram) -> contract.Reasons:
+        return reasons_against(loop)
+
+    def compile(self, loop: LoopProgram) -> Runner:
+        return compile(loop)
+
+    def wider(self, loop: LoopProgram, widen: contract.Widen) -> LoopProgram:
+        return wider(loop, widen)
+
+    def stepper(self, runner: contract.Runner, *arguments: Any) -> Stepper:
+        return Stepper(runner, *arguments)
 
 
 def _lowered(loop: LoopProgram) -> tuple:
@@ -73,4 +95,4 @@ def doctor() -> dict[str, str]:
     }
 
 
-__all__ = ["Runner", "compile", "doctor", "name", "reasons_against"]
+__all__ = ["Cpu", "Runner", "comparison", "compile", "doctor", "reasons_against", "wider"]

@@ -153,11 +153,8 @@ def _compile(source: Path, library: Path, using: Compiler) -> None:
     raise BuildError(f"{using.path} could not compile a kernel:\n{message[:2000]}")
 
 
-TRIAL = """#include <math.h>
-#include <pthread.h>
-#include <type_traits>
-extern "C" __attribute__((visibility("default"))) float steploop_trial(float x) { return expf(x); }
-"""
+# Helpers that every machine with a compiler has: what tries the compiler out is of use afterwards.
+TRIAL = (Path(__file__).parent / "kernels" / "compare.cpp").read_text()
 
 
 @functools.cache

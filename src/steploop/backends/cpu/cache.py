@@ -12,6 +12,7 @@ import atexit
 import functools
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -28,6 +29,7 @@ except ImportError:  # Windows
 
 BUILDING = ".build-"  # how the names of folders begin in which a build is under way
 LOCK = ".lock"
+_BUILT = re.compile(r"[0-9a-f]{40}\.(so|cpp|sha256)")
 OLD = 3600  # seconds after which no build can still be under way
 
 
@@ -114,6 +116,30 @@ def publish(library: Path, target: Path) -> None:
         file.chmod(0o600)  # whatever the umask says
     os.replace(note, _beside(target))
     os.replace(library, target)
+
+
+def contents() -> tuple[int, int]:
+    """How many libraries the cache holds, and its bytes."""
+    libraries = size = 0
+    for file in _ours():
+        try:
+            size += file.stat().st_size
+        except FileNotFoundError:  # another process has removed it since
+            continue
+        libraries += file.suffix == ".so"
+    return libraries, size
+
+
+def clear() -> None:
+    """Remove what was built. A process that has a library loaded keeps it; what builds now is left alone."""
+    for file in _ours():
+        file.unlink(missing_ok=True)
+
+
+def _ours() -> list[Path]:
+    """Nothing else that lies in the folder: STEPLOOP_CACHE may name one that holds more."""
+    found = folder().iterdir() if folder().is_dir() else ()
+    return [file for file in found if _BUILT.fullmatch(file.name)]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...compiler.graph import size_at
+from ...compiler.ir.graph import size_at
 from ...errors import OutsideError, message
 from .language import Check
 

@@ -10,14 +10,15 @@ from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...compiler.ops.table import operation_of
 from .expressions import same_shape
 from .language import Const, Iota, Load, Op
-from .lower import Lowering, Unsupported
+from .lowering import Lowering, Unsupported
 
 
 def decomposed(low: Lowering, node: fx.Node) -> Any:
     """The value (or values) of a node by its decomposition."""
-    function = decomposition_table.get(node.target)
+    function = operation_of(node).written_as or decomposition_table.get(node.target)
     if function is None and getattr(node.target, "has_kernel_for_dispatch_key", None) is not None:
         key = torch._C.DispatchKey.CompositeImplicitAutograd
         function = node.target.decompose if node.target.has_kernel_for_dispatch_key(key) else None

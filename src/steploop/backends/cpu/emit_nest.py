@@ -11,7 +11,7 @@ import torch
 from ...errors import BuildError
 from .fuse import Nest
 from .language import Const, Dim, Expr, Iota, Load, Reduce, Scan, Scatter, Statement, Store, same, walk
-from .lower import RESERVED
+from .lowering import RESERVED
 from .scalars import SCALARS
 
 CTYPES = {

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from ...compiler.graph import LoopProgram, Rows, rows_of, size_at
+from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.schedule import Span
 from .fuse import Plan
 from .language import Buffer, Const, Dim, Expr, Iota, Load, Product, Reduce, Scan, Scatter, Statement

@@ -9,7 +9,7 @@ from torch import fx
 
 from . import geometry
 from .language import Const, Dim, Expr, Load, Scatter
-from .lower import Lowering, Unsupported, lowers
+from .lowering import Lowering, Unsupported, lowers
 from .ops_pointwise import node_arg
 
 

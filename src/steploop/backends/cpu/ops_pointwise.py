@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .language import Expr
-from .lower import Lowering, Unsupported, lowers
+from .lowering import Lowering, Unsupported, lowers
 
 _ARITHMETIC = {
     "add": "add", "sub": "sub", "mul": "mul", "maximum": "maximum", "minimum": "minimum", "fmax": "fmax",
@@ -281,7 +281,7 @@ def _convert(low: Lowering, node: fx.Node) -> Expr:
     return low.make.cast(low.args(node)[0], node.args[1])
 
 
-@lowers("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "positive", view=True)
+@lowers("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "positive")
 def _same(low: Lowering, node: fx.Node) -> Expr:
     return low.args(node)[0]
 

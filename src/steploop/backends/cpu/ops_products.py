@@ -9,7 +9,7 @@ from torch import fx
 from . import geometry
 from .expressions import is_contiguous
 from .language import Dim, Expr, Load, Product, same, whole
-from .lower import Lowering, lowers
+from .lowering import Lowering, lowers
 from .ops_pointwise import Point, node_arg
 
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from . import geometry
 from .language import Dim, Expr, Load, Scan, product, whole
-from .lower import Lowering, Unsupported, lowers
+from .lowering import Lowering, Unsupported, lowers
 from .ops_pointwise import Point, node_arg, option
 
 

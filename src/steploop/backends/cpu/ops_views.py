@@ -9,27 +9,27 @@ from torch import fx
 
 from . import geometry
 from .language import Dim, Expr, whole
-from .lower import Lowering, Unsupported, lowers
+from .lowering import Lowering, Unsupported, lowers
 from .ops_pointwise import node_arg, option
 
 
-@lowers("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten", view=True)
+@lowers("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
 def _view(low: Lowering, node: fx.Node) -> Expr:
     return low.reshape(node_arg(low, node, 0), low.shape(node))
 
 
-@lowers("squeeze", "unsqueeze", view=True)
+@lowers("squeeze", "unsqueeze")
 def _unit_axes(low: Lowering, node: fx.Node) -> Expr:
     return low.reshape(node_arg(low, node, 0), low.shape(node))
 
 
-@lowers("t", "numpy_T", view=True)
+@lowers("t", "numpy_T")
 def _t(low: Lowering, node: fx.Node) -> Expr:
     value = node_arg(low, node, 0)
     return low.view(value, geometry.permute(range(len(value.shape))[::-1]))
 
 
-@lowers("transpose", "swapaxes", view=True)
+@lowers("transpose", "swapaxes")
 def _transpose(low: Lowering, node: fx.Node) -> Expr:
     value, a, b = low.args(node)
     order = list(range(len(value.shape)))
@@ -38,18 +38,18 @@ def _transpose(low: Lowering, node: fx.Node) -> Expr:
     return low.view(value, geometry.permute(order))
 
 
-@lowers("permute", view=True)
+@lowers("permute")
 def _permute(low: Lowering, node: fx.Node) -> Expr:
     value, order = low.args(node)
     return low.view(value, geometry.permute([d % len(value.shape) for d in order]))
 
 
-@lowers("expand", view=True)
+@lowers("expand")
 def _expand(low: Lowering, node: fx.Node) -> Expr:
     return low.expand(node_arg(low, node, 0), low.shape(node))
 
 
-@lowers("slice", "narrow", view=True)
+@lowers("slice", "narrow")
 def _slice(low: Lowering, node: fx.Node) -> Expr:
     value = node_arg(low, node, 0)
     dim = node_arg(low, node, 1, 0) % len(value.shape)
@@ -74,7 +74,7 @@ def _clip(index: Dim, size: Dim) -> Dim:
     return index + size if isinstance(index, int) and index < 0 else index
 
 
-@lowers("select", view=True)
+@lowers("select")
 def _select(low: Lowering, node: fx.Node) -> Expr:
     value, dim, index = low.args(node)
     dim = low.inner(node.args[0], dim)
@@ -82,7 +82,7 @@ def _select(low: Lowering, node: fx.Node) -> Expr:
     return low.view(value, geometry.select(dim, index))
 
 
-@lowers("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split", view=True)
+@lowers("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
 def _split(low: Lowering, node: fx.Node) -> list[Expr]:
     value = node_arg(low, node, 0)
     dim = low.inner(node.args[0], option(low, node, 2, "dim", 0))
@@ -94,7 +94,7 @@ def _split(low: Lowering, node: fx.Node) -> list[Expr]:
     return parts
 
 
-@lowers("unbind", view=True)
+@lowers("unbind")
 def _unbind(low: Lowering, node: fx.Node) -> list[Expr]:
     value = node_arg(low, node, 0)
     dim = low.inner(node.args[0], option(low, node, 1, "dim", 0))
@@ -109,7 +109,7 @@ def _flip(low: Lowering, node: fx.Node) -> Expr:
     return value
 
 
-@lowers("diagonal", view=True)
+@lowers("diagonal")
 def _diagonal(low: Lowering, node: fx.Node) -> Expr:
     value = node_arg(low, node, 0)
     offset = option(low, node, 1, "offset", 0)
@@ -130,7 +130,7 @@ def _diagonal(low: Lowering, node: fx.Node) -> Expr:
     return low.view(value, change)
 
 
-@lowers("unfold", view=True)
+@lowers("unfold")
 def _unfold(low: Lowering, node: fx.Node) -> Expr:
     value, dim, size, step = low.args(node)
     dim = low.inner(node.args[0], dim)

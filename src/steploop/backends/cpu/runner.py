@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from ...compiler import blocks
-from ...compiler.graph import LoopProgram, Rows, rows_of, size_at
+from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.schedule import Span, Unpacked
 from ...errors import InputError, without_memory
-from .. import eager
+from .. import contract, eager
 from . import checks, products, threads
 from .build import build
 from .emit import TAIL, Printer, prelude
 from .emit_early import in_rows
 from .fuse import Plan, fuse
 from .language import Buffer, Dim, Program
+from .show import show
 
 # Test-only: "cpu" builds kernels that are wrong on purpose; the oracle must notice.
 BREAK = "STEPLOOP_TEST_BREAK"
@@ -36,7 +37,7 @@ EARLY = 48  # rows that products of sequences are made for at a time where a til
 WAIT = 1 << 17  # bytes of weights whose products take longer than a meeting of the threads
 
 
-class Runner:
+class Runner(contract.Runner):
     """One compiled loop."""
 
     writes_into = True  # takes memory for kept values, see __call__
@@ -66,6 +67,10 @@ class Runner:
         self._panels = max((-(-_at_least(w.shape[1:]) // PANEL) for w in weights), default=1)
         scratch = [*program.prevs, *program.nexts, *self.plan.shared]
         self._row_bytes = sum(_at_least(b.shape) * b.dtype.itemsize for b in scratch)
+
+    def show(self) -> str:
+        """One row's program, in the loop language."""
+        return show(self.plan)
 
     def bind(self, kernel: Any) -> Runner:
         """Takes the C function built from `text`."""

@@ -13,6 +13,41 @@ template <class T> constexpr int width() { return kBytes / sizeof(T); }
 template <class T> constexpr int panel() { return kVectors * width<T>(); }
 template <class T> INLINE long packed_size(long k, long n) { return k * ((n + width<T>() - 1) / width<T>() * width<T>()); }
 
+// Lanes of a, then of b, by number: those with the bit S come from the other block.
+template <class V, int S, bool UPPER, int... I> INLINE V exchanged(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int L = sizeof...(I);
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (UPPER ? (I & S ? L + I : I + S) : (I & S ? L + I - S : I))...);
+#else
+  typedef Vec<typename std::conditional<sizeof(V) == 4 * L, int, i64>::type, L> Lanes;
+  return __builtin_shuffle(a, b, Lanes{(UPPER ? (I & S ? L + I : I + S) : (I & S ? L + I - S : I))...});
+#endif
+}
+
+// In blocks of S x S, the upper right ones change places with the lower left ones; then within all of these.
+template <class V, int L, int S> INLINE void exchange(V* rows) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i)
+      if (!(i & S)) {
+        V a = rows[i], b = rows[i + S];
+        rows[i] = exchanged<V, S, false>(a, b, std::make_integer_sequence<int, L>());
+        rows[i + S] = exchanged<V, S, true>(a, b, std::make_integer_sequence<int, L>());
+      }
+    exchange<V, L, S / 2>(rows);
+  }
+}
+
+// W x W numbers, whose columns become rows.
+template <class T, int W> INLINE void transpose(const T* from, long across, T* to, long wide) {
+  Vec<T, W> rows[W];
+#pragma GCC unroll 16
+  for (int j = 0; j < W; ++j) rows[j] = load(from + j * across, Full<W>{});
+  exchange<Vec<T, W>, W, W / 2>(rows);
+#pragma GCC unroll 16
+  for (int l = 0; l < W; ++l) store(to + l * wide, rows[l], Full<W>{});
+}
+
 // The panel that begins at column c.
 template <class T> static void pack(const Weight<T>& weight, long c) {
   constexpr int W = width<T>(), P = panel<T>();
@@ -24,7 +59,9 @@ template <class T> static void pack(const Weight<T>& weight, long c) {
     long deep = k - i < W ? k - i : W;
     if (left < wide) memset(to, 0, deep * wide * sizeof(T));
     if (down == 1) {
-      for (long j = 0; j < left; ++j)
+      long whole = deep == W ? left / W * W : 0;
+      for (long j = 0; j < whole; j += W) transpose<T, W>(from + i + j * across, across, to + j, wide);
+      for (long j = whole; j < left; ++j)
         for (long l = 0; l < deep; ++l) to[l * wide + j] = from[i + l + j * across];
     } else {
       for (long l = 0; l < deep; ++l)

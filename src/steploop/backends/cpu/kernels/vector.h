@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <type_traits>
+#include <utility>
 
 #define ALWAYS __attribute__((always_inline))
 #define INLINE static inline ALWAYS

@@ -1,0 +1,105 @@
+"""Which backend runs a loop: the one that was asked for, or the first that takes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compiler import choices, words
+from ..compiler.ir.graph import LoopProgram
+from ..errors import BuildError, InputError, UnsupportedError, describe, message
+from . import BACKENDS
+from .contract import Backend, Reasons, Runner, Widen
+
+_order: list[str] = ["cpu", "eager"]  # in which "auto" tries them; the last takes every loop
+_made: dict[str, Backend] = {}
+
+
+def register(backend: Backend, before: str = "eager") -> None:
+    """Adds a backend under its name; "auto" tries it before another."""
+    if backend.name in BACKENDS:
+        raise InputError(
+            message(
+                "Every backend has a name of its own.",
+                expected=f"none of {', '.join(map(repr, BACKENDS))}",
+                found=describe(backend.name),
+                fix='name = "..." in the backend\'s class',
+            )
+        )
+    BACKENDS[backend.name] = backend.words
+    _made[backend.name] = backend
+    _order.insert(_order.index(before), backend.name)
+
+
+def unregister(name: str) -> None:
+    """Takes a backend away again that `register` added."""
+    del BACKENDS[name], _made[name]
+    _order.remove(name)
+
+
+def backend_of(name: str) -> Backend:
+    """A backend by its name. Ours are imported when they are first needed."""
+    if name == "cpu" and name not in _made:
+        from .cpu import Cpu, comparison
+
+        _made[name], words.compare = Cpu(), comparison()
+    elif name == "eager" and name not in _made:
+        from .eager import Eager
+
+        _made[name] = Eager()
+    return _made[name]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """See `contract.Choice`. name: "auto", or that of a backend."""
+
+    name: str
+
+    def select(self, loop: LoopProgram) -> tuple[Backend | None, Reasons]:
+        """The backend for a loop, and why faster ones don't take it."""
+        reasons: Reasons = []
+        for name in _order if self.name == "auto" else (self.name,):
+            backend = backend_of(name)
+            against = backend.reasons_against(loop)
+            if not against:
+                return backend, reasons
+            reasons += against
+        return None, reasons
+
+    def compile(self, loop: LoopProgram, widen: Widen) -> Runner:
+        from . import cuda_graphs
+
+        backend, reasons = self.select(loop)
+        if backend is None:
+            listed = "\n".join(f"  {line}: {reason}" if line else f"  {reason}" for reason, line in reasons)
+            raise UnsupportedError(
+                f'backend="{self.name}" can\'t run this loop:\n{listed}\n'
+                'Use backend="auto", which chooses a backend for every loop.'
+            )
+        try:
+            runner = backend.compile(backend.wider(loop, widen))
+        except BuildError as error:
+            if self.name != "auto":
+                raise
+            backend, reasons = backend_of(_order[-1]), [*reasons, (f"its kernel could not be built: {error}", "")]
+            runner = backend.compile(loop)
+        if (self.name, backend.name) == ("auto", "eager") and cuda_graphs.takes(loop):
+            runner, loop.launched = cuda_graphs.recorded(loop), "in CUDA graphs"
+        loop.backend, loop.reasons = backend.name, reasons
+        return runner
+
+    def plain(self, loop: LoopProgram) -> Runner:
+        return (self.select(loop)[0] or backend_of(_order[-1])).compile(loop)
+
+    def stepping(self) -> Backend | None:
+        names = _order if self.name == "auto" else [self.name]
+        return next((backend_of(n) for n in names if backend_of(n).steps), None)
+
+
+def chosen(name: str) -> Chosen:
+    if name not in BACKENDS:
+        raise UnsupportedError(f"there is no backend {name!r} here; there are {', '.join(map(repr, BACKENDS))}")
+    return Chosen(name)
+
+
+choices.hand_down(chosen)

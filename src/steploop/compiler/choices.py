@@ -1,0 +1,45 @@
+"""What runs a loop: a remembering operation, a known operation over the whole sequence, or a backend.
+
+Backends are above the compiler: whoever knows them hands them down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .ir.graph import LoopProgram
+from .memory_operator import SequenceRunner, is_memory
+from .patterns import recognise
+
+if TYPE_CHECKING:
+    from ..backends.contract import Choice, Runner, Widen
+
+_by_name: list[Callable[[str], Choice]] = []
+
+
+def hand_down(by_name: Callable[[str], Choice]) -> None:
+    _by_name[:] = [by_name]
+
+
+def choice(backend: str) -> Choice:
+    """The backends that a name stands for. UnsupportedError where there is none of that name."""
+    return _by_name[0](backend)
+
+
+def chooser(backend: str) -> Callable[[LoopProgram, Widen], Any]:
+    """Gives what runs a loop, and says on the loop what that is."""
+    asked = choice(backend)
+
+    def choose(loop: LoopProgram, widen: Widen) -> Runner:
+        known: Any = None
+        if any(map(is_memory, loop.calls)):
+            known = SequenceRunner(loop)
+        else:
+            known = recognise(loop, lambda: asked.plain(loop))
+        if known is None:
+            return asked.compile(loop, widen)
+        loop.backend, loop.reasons = known.backend, []
+        return known
+
+    return choose

@@ -1,0 +1,1 @@
+"""Changes of a step graph, one family per file; `manager` runs them in order."""
