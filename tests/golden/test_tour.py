@@ -40,7 +40,7 @@ def tour() -> str:
     for part in text.split("== ")[1:]:
         name, _, body = part.partition("\n")
         stages.setdefault(name, body.strip())
-    source = Path(__file__).with_name("tour_step.py").read_text().split("import steploop as sl\n")[1].strip()
+    source = Path(__file__).with_name("tour_step.py").read_text().strip()
     lines = [f"```python\n{source}\n```\n"]
     lines += [f"{told}\n\n```text\n{stages[name]}\n```\n" for name, told in TOLD.items()]
     return BEGIN + "\n" + "\n".join(lines) + "\n" + END
