@@ -24,6 +24,7 @@ class Runner(Protocol):
     reads_in_place: bool = False  # takes sequences as the caller has them (`schedule.Unpacked`)
     writes_into: bool = False  # takes memory for the values that it keeps, as a last argument `into`
     product: Callable[..., Tensor | None] | None = None  # for long products outside of loops
+    text: str = ""  # the source of the kernel that it calls
 
     def __call__(
         self, inputs: Sequence[Any], states: Sequence[Tensor], reset_to: Sequence[Tensor] | None, span: Span,
