@@ -113,7 +113,7 @@ def user_line() -> str:
         name = frame.f_code.co_filename
         if name.startswith(_COMMAND_LINE):  # what called the command line's program is no line of the user's
             return ""
-        if not name.startswith(_NOT_THE_USERS):
+        if is_the_users(name):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -123,7 +123,7 @@ def warn(text: str) -> None:
     """A warning that names the user's line, however deep inside steploop it is noticed."""
     frame: FrameType | None = sys._getframe(1)
     level = 2
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+    while frame is not None and not is_the_users(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, stacklevel=level if frame is not None else 2)
 

@@ -79,7 +79,8 @@ class States(dict[str, Tensor]):
                 )
             )
         for name, value in self.items():
-            self[name] = _with_rows(value, self._own[name], rows)
+            chosen = chosen_rows(rows, value.shape[0], value.device)
+            self[name] = torch.where(wide(chosen, value), self._own[name], value)
         return self
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> States:
@@ -136,25 +137,24 @@ pytree.register_pytree_node(
 
 
 def _row_index(index: Any) -> Any:
-    if isinstance(index, (slice, Tensor)):
-        return index.reshape(-1) if isinstance(index, Tensor) and index.dim() == 0 else index
-    if isinstance(index, int):
-        return torch.tensor([index], device="cpu")
-    values = list(index)
-    dtype = torch.bool if values and isinstance(values[0], bool) else torch.int64
-    return torch.tensor(values, dtype=dtype, device="cpu")
+    if isinstance(index, slice):
+        return index
+    if not isinstance(index, Tensor):
+        index = torch.as_tensor(index, device="cpu")
+        index = index if index.numel() else index.long()  # an empty list does not say its dtype
+    return index.reshape(-1) if index.dim() == 0 else index
 
 
 def _on_device(index: Any, value: Tensor) -> Any:
     return index.to(value.device) if isinstance(index, Tensor) else index
 
 
-def _with_rows(value: Tensor, own: Tensor, rows: Any) -> Tensor:
-    if rows is None:
-        return own.clone()
-    chosen = torch.zeros(value.shape[0], dtype=torch.bool, device=value.device)
-    chosen[_on_device(_row_index(rows), value)] = True
-    return torch.where(wide(chosen, value), own, value)
+def chosen_rows(rows: Any, count: int, device: torch.device | str) -> Tensor:
+    """(count,) bool: which rows are meant, as in `States.select`; None: all."""
+    chosen = torch.full((count,), rows is None, device=device)
+    if rows is not None:
+        chosen[_on_device(_row_index(rows), chosen)] = True
+    return chosen
 
 
 def given_states(given: Any, names: Sequence[str], own: Sequence[Tensor | None], batch: Any) -> list[Tensor]:

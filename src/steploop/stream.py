@@ -19,7 +19,7 @@ from .errors import InputError, UnsupportedError, describe, describe_type, messa
 from .initial import own_values, require
 from .inputs import check_constants, checked_mask, constant_leaves, sequences
 from .marks import wide
-from .states import States, given_states
+from .states import States, chosen_rows, given_states
 from .step import Step, survey
 from .step_program import program_of
 from .tracebacks import ends_at_the_call
@@ -242,16 +242,8 @@ class Stream(Generic[Y]):
 
     def _rows(self, rows: Any) -> Tensor:
         """(B,) bool: which rows are meant."""
-        chosen = torch.zeros(self.batch_size, dtype=torch.bool, device="cpu")
-        if rows is None:
-            return ~chosen
-        if isinstance(rows, Tensor):
-            rows = rows.cpu()
         try:
-            if not isinstance(rows, slice):
-                rows = torch.as_tensor(rows, device="cpu").reshape(-1)
-                rows = rows.long() if rows.numel() == 0 and self.batch_size else rows
-            chosen[rows] = True
+            return chosen_rows(rows, self.batch_size, "cpu")
         except (TypeError, ValueError, RuntimeError, IndexError):
             raise InputError(
                 message(
@@ -261,7 +253,6 @@ class Stream(Generic[Y]):
                     fix="stream.reset([0, 3]), stream.reset(done) or stream.reset()",
                 )
             ) from None
-        return chosen
 
     def _prepare(self, xs: tuple[Any, ...], program: Program, call: Call) -> None:
         """From the next step on, take the short way where there is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -50,10 +51,20 @@ def lives(log: Path, arguments: list[str], seconds: float | None = None) -> tupl
     return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
 
-def test_a_run_that_is_killed_at_any_moment_ends_like_an_unbroken_one(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(charlm_training, "draw", lambda *_: None)
+def test_a_run_that_is_killed_at_any_moment_ends_like_an_unbroken_one(text, tmp_path):
+    """In a process of its own: one that has threads, as this may have by now, must not be forked."""
+    where = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    script = f"import test_survival as t; t.kill_and_resume({str(text)!r}, t.Path({str(tmp_path)!r}))"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": where}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def kill_and_resume(text, tmp_path):
+    charlm_training.draw = lambda *_: None
     # With dropout: the random numbers have to go on where they were.
-    command = ["train", "charlm", "--data", str(text), "--max-steps", "6", "--dropout", "0.3", "--backend", "reference"]
+    command = ["train", "charlm", "--data", text, "--max-steps", "6", "--dropout", "0.3", "--backend", "reference"]
     command += [*TINY, "--out"]
     log = tmp_path / "log"
     code, whole_seconds = lives(log, [*command, str(tmp_path / "whole")])

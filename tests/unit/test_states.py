@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -65,8 +66,12 @@ def test_select_one_row_keeps_the_batch_axis(states):
 
 
 @pytest.mark.parametrize(
-    "rows", [[0, 2], torch.tensor([0, 2]), slice(0, 3, 2), torch.tensor([1, 0, 1, 0]).bool()]
-)
+    "rows",
+    [
+        [0, 2], torch.tensor([0, 2]), slice(0, 3, 2), torch.tensor([1, 0, 1, 0]).bool(), np.array([0, 2]),
+        np.array([True, False, True, False]),
+    ],
+)  # fmt: skip
 def test_reset_puts_rows_back_to_their_own_initial_value(states, rows):
     before = states.clone()
     assert states.reset_(rows) is states

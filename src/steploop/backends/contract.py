@@ -25,6 +25,7 @@ class Runner(Protocol):
     writes_into: bool = False  # takes memory for the values that it keeps, as a last argument `into`
     stops: bool = False  # does next to nothing once all rows have ended (`LoopProgram.ends`)
     product: Callable[..., Tensor | None] | None = None  # for long products outside of loops
+    text: str = ""  # the source of the kernel that it calls
 
     def __call__(
         self, inputs: Sequence[Any], states: Sequence[Tensor], reset_to: Sequence[Tensor] | None, span: Span,

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import DataError
-from .options import Backend, Cell, Data, Device, Overwrite, Rate, Seed, Steps, Streams, UsedBackend, UsedDevice, finite
+from .options import (
+    Backend,
+    Cell,
+    Data,
+    Device,
+    Dropout,
+    Overwrite,
+    Rate,
+    Resume,
+    Seed,
+    Steps,
+    Streams,
+    UsedBackend,
+    UsedDevice,
+    budget,
+    finite,
+    given,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from ..recipes.charlm import Shape
@@ -25,7 +41,7 @@ def train_charlm(
     layers: Annotated[int | None, typer.Option(min=1, help="[default: 2]")] = None,
     units: Annotated[int | None, typer.Option(min=1, help="Per layer. [default: 256]")] = None,
     embedding: Annotated[int | None, typer.Option(min=1, help="[default: 128]")] = None,
-    dropout: Annotated[float | None, typer.Option(min=0, max=0.99, callback=finite, help="[default: 0.1]")] = None,
+    dropout: Dropout = None,
     streams: Streams = 64,
     steps: Steps = 64,
     learning_rate: Rate = 4e-3,
@@ -36,7 +52,7 @@ def train_charlm(
     seed: Seed = 1,
     backend: UsedBackend = Backend.auto,
     device: UsedDevice = Device.cpu,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a character model: it learns to continue a text, one character at a time.
@@ -52,18 +68,13 @@ def train_charlm(
     from ..recipes.charlm_training import WEIGHTS, Settings, fit
     from ..recipes.training import BEST, LAST
 
-    given: dict[str, Any] = dict(
-        cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout
-    )
-    shape = dataclasses.replace(
-        _shape_to_begin_with(out / LAST if resume else None),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    begun = _shape_to_begin_with(out / LAST if resume else None)
+    shape = given(begun, cell, layers=layers, units=units, embedding=embedding, dropout=dropout)
     settings = Settings(
         streams,
         steps,
         learning_rate,
-        _minutes(minutes, max_steps, 9.0),
+        budget(minutes, max_steps, 9.0),
         max_steps,
         seed=seed,
         backend=backend.value,
@@ -126,7 +137,7 @@ def compare(
         streams,
         steps,
         learning_rate,
-        _minutes(minutes, max_steps, 1.0),
+        budget(minutes, max_steps, 1.0),
         max_steps,
         seed=seed,
         backend=backend.value,
@@ -152,10 +163,6 @@ def _shape_to_begin_with(checkpoint: Path | None) -> Shape:
     from ..recipes.charlm import Checkpoint, Shape
 
     return Shape() if checkpoint is None else Checkpoint.read(checkpoint).shape
-
-
-def _minutes(minutes: float | None, max_steps: int | None, default: float) -> float | None:
-    return default if minutes is None and max_steps is None else minutes
 
 
 def _budget(settings: Settings) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json as json_format
 import sys
 import time
@@ -13,7 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError
-from .options import Backend, Cell, Device, Overwrite, Seed, UsedBackend, UsedDevice, finite
+from .options import (
+    Backend,
+    Cell,
+    Device,
+    Dropout,
+    Overwrite,
+    Resume,
+    Seed,
+    UsedBackend,
+    UsedDevice,
+    budget,
+    finite,
+    given,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,7 +50,7 @@ def train_g2p(
     layers: Annotated[int | None, typer.Option(min=1, help="Of the encoder and of the decoder. [default: 1]")] = None,
     units: Annotated[int | None, typer.Option(min=2, help="Per layer, an even number. [default: 256]")] = None,
     embedding: Annotated[int | None, typer.Option(min=1, help="Of letters and phonemes. [default: 64]")] = None,
-    dropout: Annotated[float | None, typer.Option(min=0, max=0.99, callback=finite, help="[default: 0.1]")] = None,
+    dropout: Dropout = None,
     batch: Annotated[int, typer.Option(min=1, help="Pairs of a word and a pronunciation in a step.")] = 64,
     learning_rate: Annotated[float, typer.Option(callback=finite, help="The highest of the run.")] = 3e-3,
     smoothing: Annotated[float, typer.Option(min=0, max=0.99, callback=finite, help="Of the labels.")] = 0.1,
@@ -49,7 +61,7 @@ def train_g2p(
     seed: Seed = 1,
     backend: UsedBackend = Backend.auto,
     device: UsedDevice = Device.cpu,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Train a model that pronounces words: letters in, phonemes out.
@@ -68,17 +80,12 @@ def train_g2p(
 
     before = Checkpoint.read(out / LAST) if resume else None
     lexicon = _lexicon(data, stress or (before is not None and before.symbols.stress))
-    given: dict[str, Any] = dict(
-        cell=cell and cell.value, layers=layers, units=units, embedding=embedding, dropout=dropout
-    )
-    shape = dataclasses.replace(
-        Shape() if before is None else before.shape,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    begun = Shape() if before is None else before.shape
+    shape = given(begun, cell, layers=layers, units=units, embedding=embedding, dropout=dropout)
     settings = Settings(
         batch,
         learning_rate,
-        60.0 if minutes is None and max_steps is None else minutes,
+        budget(minutes, max_steps, 60.0),
         max_steps,
         smoothing,
         seed=seed,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,4 +43,17 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights, d
 UsedBackend = Annotated[Backend, typer.Option(help="What runs the loops.")]
 UsedDevice = Annotated[Device, typer.Option(help="Where the model is trained.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="A model that is in --out may be replaced.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
+Dropout = Annotated[float | None, typer.Option(min=0, max=0.99, callback=finite, help="[default: 0.1]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def given(shape: Any, cell: Cell | None, **sizes: float | None) -> Any:
+    """A model's shape with what was typed: an option that was left out changes nothing."""
+    named = {"cell": None if cell is None else cell.value, **sizes}
+    return dataclasses.replace(shape, **{name: value for name, value in named.items() if value is not None})
+
+
+def budget(minutes: float | None, max_steps: int | None, default: float) -> float | None:
+    """The minutes of a run: the default where neither they nor its steps were typed."""
+    return default if minutes is None and max_steps is None else minutes

@@ -138,8 +138,10 @@ def tensor(shape: str, option: str, like: str) -> Any:
             f'{option} takes a shape such as "{like}" (T,B,I for sequences), "20,4:int" or "20,4:bool"; got {shape!r}'
         )
     if kind in ("", "float"):
-        return torch.randn(numbers)
-    return torch.zeros(numbers, dtype=torch.int64) if kind == "int" else torch.ones(numbers, dtype=torch.bool)
+        return torch.randn(numbers, device="cpu")
+    if kind == "int":
+        return torch.zeros(numbers, dtype=torch.int64, device="cpu")
+    return torch.ones(numbers, dtype=torch.bool, device="cpu")
 
 
 def constant(text: str) -> tuple[str, Any]:

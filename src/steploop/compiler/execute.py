@@ -195,7 +195,7 @@ class Executable:
         steps = schedule.steps
         if longest is None:
             per_step = max(1, self.bytes_per_row * max(1, schedule.batch))
-            native = all(getattr(r, "writes_into", False) for r in self.runners.values())
+            native = all(r.writes_into for r in self.runners.values())
             longest = max(LEAST_STEPS, (MEMORY_PER_NATIVE_SPAN if native else MEMORY_PER_SPAN) // per_step)
         whole = any(isinstance(r, SequenceRunner) for r in self.runners.values())
         if whole or self.problem.batch is None or steps <= longest * 3 // 2:

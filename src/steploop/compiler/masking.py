@@ -18,12 +18,11 @@ from .program import Call, Program, Result
 
 def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[Result], Result]]:
     """The program and call with masks and resets inside, and what turns its result into the one asked for."""
-    device = call.initial[0].device if call.initial else call.xs[0].device
     valid = valid_at(call.steps, call.lengths, call.mask)
     if valid is None:
         valid = torch.ones(call.steps, call.batch, dtype=torch.bool, device="cpu")
-    valid = valid.to(device)
-    resets = torch.zeros_like(valid) if call.resets is None else call.resets.to(device)
+    valid = valid.to(call.device)
+    resets = torch.zeros_like(valid) if call.resets is None else call.resets.to(call.device)
     source = latest(valid, call.reverse)
     some = torch.where(source < 0, _any_valid(valid), source)
     xs = [_never_nan(at_steps(x, some), x, valid) for x in call.xs]

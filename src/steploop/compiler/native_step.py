@@ -146,18 +146,15 @@ class NativeStep:
         values.update(zip(once.nodes, once(self.step.sizes, [values[n] for n in once.reads])))
         return [values.get(n) for n in self.loop.inputs]
 
-    def take(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:
-            self._look_again()
-        return self.run(xs, states)
-
     def with_marks(
-        self, xs: Sequence[Tensor], states: Sequence[Tensor], mask: Tensor | None, resets: Tensor | None,
-        back: Sequence[Tensor],
+        self, xs: Sequence[Tensor], states: Sequence[Tensor], mask: Tensor | None = None, resets: Tensor | None = None,
+        back: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]] | None:  # fmt: skip
         if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:
             self._look_again()
         return self.run(xs, states, mask, resets, back)
+
+    take = with_marks  # marks are nothing that the kernel is not given anyway
 
     def _look_again(self) -> None:
         places = self._places()

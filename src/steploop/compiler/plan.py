@@ -16,6 +16,7 @@ from ..view import page, plan_table
 from .execute import Executable
 from .ir.graph import Rows, expression, line_of, op_name
 from .memory_operator import is_memory, operation_name
+from .ops.table import is_view
 from .partition import Batched, Loop, Partition, State
 from .patterns import is_linear_recurrence
 from .sources import Source, Sources, caller_of
@@ -186,7 +187,7 @@ class _Described:
     def _op(self, node: fx.Node, where: str, why: str, hop: str, piece: str) -> Op:
         line = line_of(node)
         return Op(
-            op_name(node), str(line), _shape(node), where, why, hop, _product(node, where), _is_view(node), piece,
+            op_name(node), str(line), _shape(node), where, why, hop, _product(node, where), is_view(node), piece,
             caller_of(line), self.sources.places(line),
         )  # fmt: skip
 
@@ -208,7 +209,7 @@ class _Described:
         return PlannedLoop(
             number, ops, [s.name for s in loop.states], program.backend, reasons,
             "linear recurrence" if is_linear_recurrence(program) else "", program.launched,
-            getattr(self.executable.runners[loop], "text", ""),
+            self.executable.runners[loop].text,
         )  # fmt: skip
 
 
@@ -235,10 +236,6 @@ def _shown(node: fx.Node, partition: Partition | None = None) -> bool:
     if partition is not None and node in partition.delayed:
         return True
     return node.op == "call_function" and op_name(node) != "getitem"
-
-
-def _is_view(node: fx.Node) -> bool:
-    return getattr(node.target, "is_view", False) or op_name(node) in ("reshape", "_unsafe_view")
 
 
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "convolution": 0, "dot": 0, "mv": 0, "addmv": 1}
@@ -332,7 +329,7 @@ def _path(start: fx.Node, goals: dict[fx.Node, State], neighbours: _Neighbours) 
 
 
 def _word(node: fx.Node) -> str:
-    if node.op != "call_function" or op_name(node) == "getitem" or _is_view(node):
+    if node.op != "call_function" or is_view(node):
         return ""
     line = line_of(node).rpartition(":")[2]
     return f"{op_name(node)} line {line}" if line else op_name(node)

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from .reads import USER, kind_of_file
 from .refusals import is_user_file
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _RECIPES = os.path.join(_OURS, "recipes") + os.sep  # programs such as users write
-_LIBRARIES = (_OURS, os.path.dirname(os.path.abspath(os.__file__)) + os.sep)
-_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _MARGIN = 3  # lines shown around one whose function is not found
 _LONGEST = 120  # lines of a function that are shown
 
@@ -52,7 +51,7 @@ def is_library(file: str) -> bool:
     """Whether a file is one of an installed package, ours among them."""
     if file.startswith(_OURS):
         return not file.startswith(_RECIPES)
-    return file.startswith(_LIBRARIES) or any(name in file for name in _INSTALLED)
+    return kind_of_file(file) != USER
 
 
 def caller_of(line: str) -> str:

@@ -25,28 +25,18 @@ import steploop as sl
 
 from ..errors import DataError
 from .checkpoints import read_checkpoint
+from .shape import CELLS, ModelShape
 from .texts import Vocabulary
 
-CELLS = {"gru": sl.nn.GRUCell, "lstm": sl.nn.LSTMCell}
 FORMAT = "steploop charlm 1"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What decides which weights a model has; kept in its checkpoint."""
+class Shape(ModelShape):
+    """The sizes of a character model."""
 
-    cell: str = "gru"
     layers: int = 2
-    units: int = 256
     embedding: int = 128
-    dropout: float = 0.1
-
-    def __str__(self) -> str:
-        return f"{self.layers} x {self.units} {self.cell.upper()}, embedding {self.embedding}"
-
-    def fits(self, other: Shape) -> bool:
-        """Whether weights of one can be loaded into the other: dropout has none."""
-        return dataclasses.replace(self, dropout=other.dropout) == other
 
 
 class CharModel(sl.Step):

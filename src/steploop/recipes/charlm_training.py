@@ -21,7 +21,7 @@ import steploop as sl
 
 from . import texts
 from .charlm import CharModel, Checkpoint, Shape, Streams, Window, bits, cross_entropy
-from .training import BEST, Training, check_settings, prepare, train
+from .training import BEST, Training, check_settings, prepare, train, write_plan
 
 matplotlib.use("Agg")  # only files are drawn, and a server has no display
 from matplotlib import pyplot  # noqa: E402
@@ -127,12 +127,9 @@ class CharTraining(Training):
         self.train()
         return self.validation_streams.windows * (time.monotonic() - begin)
 
-    def describe(self, entry: dict[str, float]) -> str:
-        minutes, seconds = divmod(round(entry["seconds"]), 60)
-        return (
-            f"{minutes:3d}:{seconds:02d}  step {entry['step']:6d}  train {entry['train_nats']:.4f}  "
-            f"validation {entry['val_nats']:.4f} nats = {entry['val_bits_per_character']:.4f} bits per character"
-        )
+    def judged(self, entry: dict[str, float]) -> str:
+        bits = entry["val_bits_per_character"]
+        return f"validation {entry['val_nats']:.4f} nats = {bits:.4f} bits per character"
 
     # -- data
 
@@ -181,9 +178,7 @@ def fit(
     L.seed_everything(settings.seed, verbose=False)
     module = CharTraining(shape, vocabulary, text, settings).to(settings.device)
     if settings.backend != "reference":  # the plain Python loop has no plan
-        plan = module.loop.plan(module.train_streams.window(0).inputs.to(settings.device))
-        (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
-        plan.save_html(folder / "plan.html")
+        write_plan(module.loop.plan(module.train_streams.window(0).inputs.to(settings.device)), folder)
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console or Console())
     Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
     draw(str(shape), module.history, folder / "curve.png")

@@ -22,30 +22,16 @@ import steploop as sl
 from ..errors import DataError
 from .checkpoints import read_checkpoint
 from .lexicon import Phonemes, Symbols
+from .shape import CELLS, ModelShape
 
 FORMAT = "steploop g2p 1"
-CELLS = {"gru": sl.nn.GRUCell, "lstm": sl.nn.LSTMCell}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What decides which weights a model has; kept in its checkpoint.
-
-    units: of the decoder, and of both directions of an encoder layer together.
-    """
+class Shape(ModelShape):
+    """units: of the decoder, and of both directions of an encoder layer together."""
 
     cell: str = "lstm"
-    layers: int = 1
-    units: int = 256
-    embedding: int = 64
-    dropout: float = 0.1
-
-    def __str__(self) -> str:
-        return f"{self.layers} x {self.units} {self.cell.upper()}, embedding {self.embedding}"
-
-    def fits(self, other: Shape) -> bool:
-        """Whether weights of one can be loaded into the other: dropout has none."""
-        return dataclasses.replace(self, dropout=other.dropout) == other
 
 
 class Encoder(nn.Module):

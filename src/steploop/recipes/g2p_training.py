@@ -26,7 +26,7 @@ import steploop as sl
 from .g2p import Checkpoint, Model, Pronouncer, Shape
 from .g2p_scores import Scores
 from .lexicon import Lexicon, Symbols
-from .training import BEST, Training, check_settings, prepare, train
+from .training import BEST, Training, check_settings, prepare, train, write_plan
 
 VALIDATIONS = 20  # in a whole run; fewer where they would take more than a tenth of its time
 PATIENCE = 2  # validations without a better PER, after which the learning rate is halved
@@ -99,7 +99,6 @@ class G2PTraining(Training):
         pairs = [(symbols.spell(word), symbols.say(said)) for word, said in parts["train"].pairs()]
         self.batches = Endless(pairs, settings, self)
         self.dev = parts["dev"].entries
-        self.random: Tensor | None = None
 
     def _average(self, averages: list[Tensor], weights: list[Tensor], count: Tensor | int) -> None:
         count = int(count)
@@ -122,10 +121,6 @@ class G2PTraining(Training):
     def optimizer_step(self, *arguments: Any, **more: Any) -> None:
         super().optimizer_step(*arguments, **more)
         self.average.update_parameters(self.model)
-
-    def on_train_start(self) -> None:
-        if self.random is not None:
-            torch.set_rng_state(self.random)
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         super().on_train_batch_end(*arguments)
@@ -162,12 +157,8 @@ class G2PTraining(Training):
             seconds = time.monotonic() - begin
         return seconds * len(self.dev) / max(1, len(words))
 
-    def describe(self, entry: dict[str, float]) -> str:
-        minutes, seconds = divmod(round(entry["seconds"]), 60)
-        return (
-            f"{minutes:3d}:{seconds:02d}  step {entry['step']:6d}  train {entry['train_nats']:.4f}  "
-            f"dev PER {100 * entry['dev_per']:.2f} %  WER {100 * entry['dev_wer']:.2f} %"
-        )
+    def judged(self, entry: dict[str, float]) -> str:
+        return f"dev PER {100 * entry['dev_per']:.2f} %  WER {100 * entry['dev_wer']:.2f} %"
 
     # -- the optimizer and its schedule
 
@@ -217,11 +208,9 @@ class G2PTraining(Training):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["g2p"] = Checkpoint.card(self.shape, self.symbols, self.history)
-        checkpoint["g2p"]["random"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.history = list(checkpoint["g2p"]["history"])
-        self.random = checkpoint["g2p"]["random"]
 
 
 def fit(
@@ -251,7 +240,7 @@ def fit(
     L.seed_everything(settings.seed, verbose=False)
     module = G2PTraining(shape, lexicon, symbols, settings).to(settings.device)
     if settings.backend != "reference":  # the plain Python loop has no plan
-        _write_plan(module, folder)
+        write_plan(_plan(module), folder)
     console = console or Console()
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console)
     if module.ended_early():
@@ -261,13 +250,11 @@ def fit(
     return module
 
 
-def _write_plan(module: G2PTraining, folder: Path) -> None:
+def _plan(module: G2PTraining) -> Any:
     """What moved out of the decoder's loop."""
     letters, said = ([part.to(module.device) for part in padded] for padded in next(iter(module.batches)))
     memory = module.model.encoder(*letters)
-    plan = module.model.decoder.plan(said[0], memory=memory, memory_lengths=letters[1], lengths=said[1])
-    (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
-    plan.save_html(folder / "plan.html")
+    return module.model.decoder.plan(said[0], memory=memory, memory_lengths=letters[1], lengths=said[1])
 
 
 def draw(name: str, history: list[dict[str, float]], path: Path) -> None:

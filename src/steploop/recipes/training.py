@@ -73,6 +73,12 @@ class Training(L.LightningModule):
 
     def describe(self, entry: dict[str, float]) -> str:
         """One line on one validation."""
+        minutes, seconds = divmod(round(entry["seconds"]), 60)
+        spent = f"{minutes:3d}:{seconds:02d}  step {entry['step']:6d}"
+        return f"{spent}  train {entry['train_nats']:.4f}  {self.judged(entry)}"
+
+    def judged(self, entry: dict[str, float]) -> str:
+        """How good the model was, for that line."""
         raise NotImplementedError
 
     def check_loss(self, loss: torch.Tensor) -> torch.Tensor:
@@ -263,6 +269,12 @@ def prepare(
             "  fix:      --resume to train it further, --overwrite to replace it, or another --out"
         )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_plan(plan: Any, folder: Path) -> None:
+    """What moves out of the model's loop, as text and as a page."""
+    (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+    plan.save_html(folder / "plan.html")
 
 
 def train(

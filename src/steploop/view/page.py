@@ -112,8 +112,8 @@ class _Text:
         places.sort(key=lambda place: self.sources[place[0]]["library"])  # the user's own line first
         at = " ".join(dict.fromkeys(f"{source}:{line}" for source, line in places))
         why = group.why
-        absorbed = lane != "inloop" and group.piece.startswith("loop")
-        also = f"<div class=why>in the kernel of {escape(group.piece)}, many steps at a time</div>" if absorbed else ""
+        where = f"in the kernel of {escape(group.piece)}, many steps at a time"
+        also = f"<div class=why>{where}</div>" if group.absorbed else ""
         words = "why hop" if lane == "inloop" else "why"
         more = "".join(
             f"<li><b>{escape(op.name)}</b> {escape(op.product or op.shape)} <i>{escape(op.line)}</i>"

@@ -33,6 +33,11 @@ class Group:
         return products or (shapes[-1].partition(" (")[0] if shapes else "")
 
     @property
+    def absorbed(self) -> bool:
+        """Whether a loop's kernel does them, although they stand outside of it."""
+        return not self.where.startswith("loop") and self.piece.startswith("loop")
+
+    @property
     def why(self) -> str:
         hops = [op.hop for op in self.ops if op.hop]
         own = [hop for hop in hops if hop.partition(" ->")[0] == hop.rpartition("-> ")[2]]  # h -> ... -> h
@@ -109,7 +114,7 @@ def _heading(loop: Any, word: str) -> str:
 def _lines(ops: Iterable[Any]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for group in grouped(ops):
-        inside = f", in {group.piece}'s kernel" if _is_absorbed(group) else ""
+        inside = f", in {group.piece}'s kernel" if group.absorbed else ""
         names, sizes = shortened(group.names, _WIDEST[1]), shortened(group.sizes, _SIZES, "), ")
         found.append((group.line, names, group.why + inside, sizes))
     return found
@@ -125,10 +130,6 @@ def shortened(listed: str, width: int, between: str = ", ") -> str:
         kept += 1
     shown = between.join(parts[:kept]) + (between[:-2] if kept < len(parts) else "")
     return shown + (f", ... {len(parts) - kept} more" if kept < len(parts) else "")
-
-
-def _is_absorbed(group: Any) -> bool:
-    return not group.where.startswith("loop") and group.piece.startswith("loop")
 
 
 def _every_call(ops: Iterable[Any]) -> list[tuple[str, ...]]:

@@ -76,9 +76,9 @@ def _of_call(node: fx.Node, symbols: set[Any], values_too: bool) -> Iterator[str
             yield "has a symbolic number of the tracer as an argument, not a Size"
         if isinstance(leaf, Size) and not leaf.expr.free_symbols <= symbols:
             yield f"has the size {leaf.expr}, which no input has"
-    if node.meta.get("val") is None and not _may_be_none(node):
+    if node.meta.get("val") is None and node.users and not _may_be_none(node):
         yield "has no value"
-    elif node.meta.get("checked") != (key := _key(node)):
+    elif node.meta.get("val") is not None and node.meta.get("checked") != (key := _key(node)):
         if values_too and not node.meta.pop("ran", False):
             yield from _of_value(node)
         node.meta["checked"] = key

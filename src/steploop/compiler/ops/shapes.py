@@ -233,7 +233,6 @@ add("unfold", rows=_unfold, view="part", linear=FIRST)
 add("view_as_real view_as_complex", rows=_leading_axes, view="shape", linear=FIRST)
 add("alias detach", pointwise=True, view="shape", linear=FIRST)
 add("clone contiguous", pointwise=True, view="shape", linear=FIRST)
-add("narrow", view="part")
 
 add("cat", rows=_cat, moves=True, row_pass=True, linear=FIRST)
 add("stack", rows=_stack, moves=True, linear=FIRST)

@@ -20,7 +20,7 @@ from .attention import expose_attention
 from .draws import hoist_draws, hoist_masks
 from .gradients import expose_fixed_statistics, free_of_buffers, split_backward_calls
 from .identities import free_constants, remove_duplicates, remove_identities
-from .products import distribute, expose_products, gather_sums, split_products
+from .products import distribute, expose_products, gather_sums, narrow_products, split_products
 from .repeats import repeat_late
 from .rows import annotate
 
@@ -58,7 +58,13 @@ SIMPLIFY = tuple(
 
 # What frees work from loops, or gives it forms that a native loop can take, once it is known what loops.
 HOIST = tuple(
-    map(Pass, (expose_attention, repeat_late, hoist_masks, hoist_draws, split_products, distribute, gather_sums))
+    map(
+        Pass,
+        (
+            expose_attention, repeat_late, hoist_masks, hoist_draws, split_products, narrow_products, distribute,
+            gather_sums,
+        ),
+    )
 )  # fmt: skip
 
 

@@ -91,6 +91,39 @@ def _is_column_slice(user: fx.Node, node: fx.Node) -> bool:
     return user.args[1] in (1, -1) and all(isinstance(a, int) for a in user.args[2:4])
 
 
+def narrow_products(step: StepGraph, in_loop: set[fx.Node]) -> bool:
+    """Where only some columns of a product are read: the product with those columns of the weight.
+
+    A step that multiplies cat([x, h]) by one weight has such a product in its gradient, where x needs none.
+    """
+    changed = False
+    for node in reversed(calls(step, aten.slice.Tensor)):
+        if not node.users or not _is_column_slice(node, node.args[0]) or shape_of(node) == shape_of(node.args[0]):
+            continue
+        if (narrow := _narrowed(step, node.args[0], node)) is not None:
+            replace(step, node, narrow)
+            changed = True
+    remove_dead(step)
+    return changed
+
+
+def _narrowed(step: StepGraph, value: Any, part: fx.Node) -> fx.Node | None:
+    """The columns of a value that `part` takes, made without the others; None where that saves no product."""
+    if not isinstance(value, fx.Node) or len(value.users) > 1 or value in step.results():
+        return None
+    if value.target is aten.mm.default:
+        left, right = value.args
+        return call(part, aten.mm.default, left, call(part, aten.slice.Tensor, right, 1, *part.args[2:4]))
+    if not _plain_sum(value) or any(shape_of(a) != shape_of(value) for a in value.args):
+        return None
+    terms = [_narrowed(step, a, part) for a in value.args]
+    if all(t is None for t in terms):
+        return None
+    pairs = zip(terms, value.args)
+    whole = [call(part, aten.slice.Tensor, a, *part.args[1:]) if t is None else t for t, a in pairs]
+    return call(part, aten.add.Tensor, *whole)
+
+
 def distribute(step: StepGraph, in_loop: set[fx.Node]) -> bool:
     """W(a + b) = W a + W b where only b is in the loop: the product of a leaves it."""
     changed = False
