@@ -27,7 +27,7 @@ _count = 0
 def cache(tmp_path, monkeypatch):
     """A cache folder of its own for every test."""
     monkeypatch.setenv("STEPLOOP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(building, "_loaded", {})
+    monkeypatch.setattr(building, "_libraries", {})
     building._trial.cache_clear()
     keeping._warn_once.cache_clear()
     return tmp_path / "cache"
@@ -62,7 +62,7 @@ def test_kept_and_private(cache):
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     (library,) = cache.glob("*.so")
     before = library.stat().st_mtime_ns
-    building._loaded.clear()
+    building._libraries.clear()
     assert building.build(text).answer() == wanted
     assert library.stat().st_mtime_ns == before
     assert not list(cache.glob(".build-*"))
@@ -190,7 +190,7 @@ def plant(cache, text: str, number: int):
     (planted,) = set(cache.glob("*.so")) - {library}
     replace_file(library, planted.read_bytes())
     library.with_suffix(".sha256").write_bytes(planted.with_suffix(".sha256").read_bytes())
-    building._loaded.clear()
+    building._libraries.clear()
     return library
 
 

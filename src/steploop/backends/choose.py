@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from ..compiler import choices, words
 from ..compiler.ir.graph import LoopProgram
@@ -49,6 +52,10 @@ def backend_of(name: str) -> Backend:
     return _made[name]
 
 
+def _gave_up(loop: LoopProgram, error: BuildError) -> None:
+    loop.backend, loop.reasons = _order[-1], [*loop.reasons, (f"its kernel could not be built: {error}", "")]
+
+
 @dataclass(frozen=True)
 class Chosen:
     """See `contract.Choice`. name: "auto", or that of a backend."""
@@ -83,17 +90,27 @@ class Chosen:
                 raise
             backend, reasons = backend_of(_order[-1]), [*reasons, (f"its kernel could not be built: {error}", "")]
             runner = backend.compile(loop)
+        if self.name == "auto":
+            runner.otherwise = partial(_gave_up, loop)
         if (self.name, backend.name) == ("auto", "eager") and cuda_graphs.takes(loop):
             runner, loop.launched = cuda_graphs.recorded(loop), "in CUDA graphs"
         loop.backend, loop.reasons = backend.name, reasons
         return runner
 
     def plain(self, loop: LoopProgram) -> Runner:
-        return (self.select(loop)[0] or backend_of(_order[-1])).compile(loop)
+        runner = (self.select(loop)[0] or backend_of(_order[-1])).compile(loop)
+        runner.otherwise = partial(_gave_up, loop)
+        return runner
+
+    def prepare(self, dtypes: set[torch.dtype]) -> None:
+        for backend in self._all():
+            backend.prepare(dtypes)
 
     def stepping(self) -> Backend | None:
-        names = _order if self.name == "auto" else [self.name]
-        return next((backend_of(n) for n in names if backend_of(n).steps), None)
+        return next((backend for backend in self._all() if backend.steps), None)
+
+    def _all(self) -> list[Backend]:
+        return [backend_of(name) for name in (_order if self.name == "auto" else [self.name])]
 
 
 def chosen(name: str) -> Chosen:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from ..compiler.ir.graph import LoopProgram
     from ..compiler.schedule import Span
+    from ..errors import BuildError
 
 Reasons = list[tuple[str, str]]  # why a backend can't take a loop: (reason, source line or "")
 Widen = Callable[..., "LoopProgram | None"]  # widen(products=, operations=): the loop with what it can take along
@@ -26,6 +28,11 @@ class Runner(Protocol):
     stops: bool = False  # does next to nothing once all rows have ended (`LoopProgram.ends`)
     product: Callable[..., Tensor | None] | None = None  # for long products outside of loops
     text: str = ""  # the source of the kernel that it calls
+    building: bool = False  # whether what it calls is still being built
+    otherwise: Callable[[BuildError], None] | None = None  # told where that fails: it then runs on in another way
+
+    def settle(self) -> None:
+        """Waits for what is being built. BuildError where that fails and there is no `otherwise`."""
 
     def __call__(
         self, inputs: Sequence[Any], states: Sequence[Tensor], reset_to: Sequence[Tensor] | None, span: Span,
@@ -56,12 +63,17 @@ class Backend(Protocol):
         ...
 
     def compile(self, loop: LoopProgram) -> Runner:
-        """The loop, ready to run. BuildError where that fails: then the next backend has its turn."""
+        """The loop, ready to run, or as soon as it is built. BuildError where that fails: then the next backend has its
+        turn."""
         ...
 
     def wider(self, loop: LoopProgram, widen: Widen) -> LoopProgram:
         """The loop together with work outside of it that it does better itself."""
         return loop
+
+    def prepare(self, dtypes: set[torch.dtype]) -> None:
+        """Begins what takes its time and does not depend on the loop, while a step is captured. dtypes: those that it
+        multiplies weights of."""
 
     def stepper(self, runner: Runner, *arguments: Any) -> Any:
         """A loop prepared to run single steps (a stream's); see `cpu.stepper.Stepper`. None where there is none."""
@@ -72,6 +84,10 @@ class Backend(Protocol):
 
 class Choice(Protocol):
     """The backend that was asked for, or those that "auto" tries."""
+
+    def prepare(self, dtypes: set[torch.dtype]) -> None:
+        """See `Backend.prepare`."""
+        ...
 
     def compile(self, loop: LoopProgram, widen: Widen) -> Runner:
         """The loop on the first backend that takes it; says on the loop which one, and why not a faster one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,8 +102,21 @@ class Executable:
         self.in_place = self._read_in_place()
         self.only_given = self._only_given()
         self.bytes_per_row = self._bytes_per_row()
+
+    @cached_property
+    def long_product(self) -> Any:
         products = (runner.product for runner in self.runners.values())
-        self.long_product = next((p for p in products if p is not None), None)
+        return next((p for p in products if p is not None), None)
+
+    @property
+    def building(self) -> bool:
+        """Whether a kernel is still being built."""
+        return any(runner.building for runner in self.runners.values())
+
+    def settle(self) -> None:
+        """Waits for the kernels: afterwards it is known what runs each loop."""
+        for runner in self.runners.values():
+            runner.settle()
 
     @property
     def stops(self) -> bool:

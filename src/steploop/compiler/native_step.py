@@ -56,6 +56,7 @@ def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | 
     try:
         with torch.no_grad():
             plan = lower_forward(graph, [], capture.program.state_names, choose, one_loop=True)
+        plan.executable.settle()
     except (_Refused, BuildError):
         return None
     loops = plan.executable.partition.loops
@@ -65,7 +66,9 @@ def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | 
         return None
     loop = _with_views(plan.executable, loops[0])
     if loop is not loops[0] and not backend.reasons_against(loop.program):
-        return plan, loop, backend.compile(loop.program)
+        runner = backend.compile(loop.program)
+        runner.settle()
+        return plan, loop, runner
     return plan, loops[0], plan.executable.runners[loops[0]]
 
 

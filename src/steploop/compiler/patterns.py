@@ -13,6 +13,7 @@ of sums, would lose digits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Recognised(Runner):
 
     def __init__(self, name: str, loop: LoopProgram, source: fx.Node | None, scan: Callable, plain: Any):
         self.backend = name
-        self.loop, self.scan, self.plain = loop, scan, plain
+        self.loop, self.scan, self.plain = loop, scan, cache(plain)  # (lowered once, if at all)
         given = [i.node for i in loop.inputs]
         self.position = None if source is None else given.index(source)
 

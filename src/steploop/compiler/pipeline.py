@@ -12,14 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..view.plan_table import counted
 from . import captures, forward_mode
 from .capture import Trace, keep_with_trace
 from .captured import Capture
-from .choices import chooser
+from .choices import choice, chooser
 from .dependencies import Dependencies
 from .execute import Executable
 from .ir.graph import Rows, StepGraph, op_name
@@ -48,6 +48,8 @@ from .stages import as_text, recorded_stages
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
     """Runs a call that nobody else traces. Differentiable; see `Loop` for what the arguments mean."""
+    if "quick" not in program.kept:
+        choice(backend).prepare(_weights(program))
     program, call = batch_guessed(program, call)
     capture, dependencies = captures.find(program, call)
     if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
@@ -74,6 +76,13 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
         results = invocation.run(tensors, invocation.schedule(tensors, call.steps, batch), batch, call.held)
     count, states = invocation.forward.outputs, len(call.initial)
     return Result(list(results[:count]), list(results[count : count + states]), capture.out_spec)
+
+
+def _weights(program: Program) -> set[torch.dtype]:
+    """The dtypes of what a step may multiply with."""
+    if not isinstance(program.root, nn.Module):
+        return set()
+    return {p.dtype for p in program.root.parameters() if p.dim() > 1}
 
 
 def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
@@ -225,6 +234,8 @@ def compiled(
     if lowered is None:
         names = capture.program.state_names
         lowered = capture.plans[key] = Lowered(graph, names, backend, save, nested, one_loop, needs)
+        if needs is not None and not nested and lowered.forward.executable.building:
+            lowered.backward(needs, layout.resets)  # while the forward's kernels are being built
     return Invocation(
         trace, capture.program, layout, call.reverse, call.on_masked, training, nested, mixing, lowered,
         hints=hints_of(trace, capture.signature),
@@ -338,10 +349,12 @@ def _planned(program: Program, call: Call, backend: str, save: str) -> tuple[Pla
     name = getattr(program.root, "__name__", None) or type(program.root).__name__
     notes = [*_inlined_notes(capture), *_saved_note(invocation)]
     executables = [invocation.forward.executable]
+    executables[0].settle()
     forward = describe(executables[0], f"{name} forward", notes)
     if training:
         needs = _as_needs(invocation.layout, tensors)
         executables.append(invocation.lowered.backward(needs, call.resets is not None).executable)
+        executables[1].settle()
         forward.backward = describe(executables[1], f"{name} backward")
     forward.again = lambda: _stages(program, call, backend, save)
     return forward, executables, tensors

@@ -15,10 +15,14 @@ import functools
 import warnings
 from typing import Any
 
+import torch
+
 from ...compiler.ir.graph import LoopProgram
 from .. import contract
-from .build import BuildError, compiler, folder, problem, what_to_install, wide_vectors
+from . import products
+from .build import TRIAL, BuildError, begin, compiler, folder, problem, what_to_install, wide_vectors
 from .comparing import comparison
+from .emit_nest import CTYPES
 from .lower import lower
 from .runner import Runner
 from .stepper import Stepper
@@ -52,7 +56,7 @@ def compile(loop: LoopProgram) -> Runner:
     program, reasons = _lowered(loop)
     if program is None:
         raise BuildError("; ".join(f"{reason} ({line})" for reason, line in reasons))
-    return Runner(loop, program).build()
+    return Runner(loop, program).begin()
 
 
 class Cpu(contract.Backend):
@@ -70,6 +74,12 @@ class Cpu(contract.Backend):
 
     def wider(self, loop: LoopProgram, widen: contract.Widen) -> LoopProgram:
         return wider(loop, widen)
+
+    def prepare(self, dtypes: set[torch.dtype]) -> None:
+        if compiler() is not None:
+            begin(TRIAL)
+            for dtype in dtypes & CTYPES.keys():
+                products.under_way(dtype)
 
     def stepper(self, runner: contract.Runner, *arguments: Any) -> Stepper:
         return Stepper(runner, *arguments)

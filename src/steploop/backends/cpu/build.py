@@ -4,6 +4,8 @@ A library's name is the digest of everything that it depends on: its text, the c
 the CPU. It is written under a temporary name and then renamed, so that nobody ever sees half of one: builds may be
 killed, run twice at the same time, or find the folder full or read-only (then a folder for this process takes
 its place). `cache.py` says which folders and libraries are safe to load code from.
+
+Libraries are built side by side, on all cores, while the program goes on: `begin` starts, `build` waits.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ...errors import BuildError
@@ -91,18 +95,61 @@ def wide_vectors() -> bool:
     return using is not None and using.arch == NATIVE and "avx512f" in cpu()
 
 
-_loaded: dict[str, ctypes.CDLL] = {}
+_libraries: dict[str, Future[ctypes.CDLL]] = {}  # by their digests: loaded, or being built
+_builders: list[ThreadPoolExecutor] = []
+_lock = threading.Lock()
 
 
-def build(text: str) -> ctypes.CDLL:
-    """The library of a kernel's text: from memory, from the cache, or newly built, else BuildError."""
+def begin(text: str) -> Future[ctypes.CDLL]:
+    """The library of a kernel's text: from memory, from the cache, or being built. Its result may be a BuildError."""
     using = compiler()
     if using is None:
         raise BuildError(problem())
     digest = hashlib.sha256("\0".join([text, using.version, *using.flags, cpu()]).encode()).hexdigest()[:40]
-    if digest not in _loaded:
-        _loaded[digest] = _find(digest) or _make(digest, text, using)
-    return _loaded[digest]
+    with _lock:
+        found = _libraries.get(digest)
+        if found is None or (found.done() and found.exception() is not None):
+            found = _libraries[digest] = _found(digest) or _started(digest, text, using)
+    return found
+
+
+def build(text: str) -> ctypes.CDLL:
+    """The library of a kernel's text, else BuildError."""
+    return begin(text).result()
+
+
+def _started(digest: str, text: str, using: Compiler) -> Future[ctypes.CDLL]:
+    if not _builders:
+        _builders.append(ThreadPoolExecutor(os.cpu_count() or 1, "steploop-build"))
+    try:
+        return _builders[0].submit(_make, digest, text, using)
+    except RuntimeError:  # Python is about to end, and begins no threads any more
+        return _done(_make(digest, text, using))
+
+
+def _after_fork() -> None:
+    """A forked process has none of the threads that were building."""
+    global _lock
+    _lock = threading.Lock()
+    _builders.clear()
+    for digest, library in list(_libraries.items()):
+        if not library.done():
+            del _libraries[digest]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _found(digest: str) -> Future[ctypes.CDLL] | None:
+    library = _find(digest)
+    return None if library is None else _done(library)
+
+
+def _done(library: ctypes.CDLL) -> Future[ctypes.CDLL]:
+    found: Future[ctypes.CDLL] = Future()
+    found.set_result(library)
+    return found
 
 
 def _find(digest: str) -> ctypes.CDLL | None:

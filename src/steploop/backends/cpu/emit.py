@@ -11,6 +11,7 @@ Kernels know no number of steps, rows or threads, so new ones need no new kernel
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,19 @@ KERNELS = Path(__file__).parent / "kernels"
 HEADERS = ("vector.h", "math.h", "tiles.h", "product.h")
 NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team", "ahead")
 TAIL = ("sizes", "offsets", "resets", "fault")
+
+# What stands before and after a buffer's name in names that are made of it.
+_AROUND = (("", ""), ("in_", ""), ("to_", ""), ("out_", ""), ("", "_at"), ("", "_row"), ("", "_tile"), ("", "_early"))
+_NAME = re.compile(r"\b[A-Za-z_]\w*")
+_REMARK = re.compile(r"[ \t]*//[^\n]*")
+
+
+def canonical(text: str, names: set[str]) -> str:
+    """A kernel's text without remarks, with names by their order: loops that differ in names alone share a kernel."""
+    new: dict[str, str] = {}
+    return _NAME.sub(
+        lambda m: new.setdefault(m[0], f"v{len(new)}") if m[0] in names else m[0], _REMARK.sub("", text)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +75,13 @@ class Printer:
         self.sequences = [b for b in (*plan.program.inputs, *plan.program.kept) if in_rows(b)]
         self.early = Early(plan)
         self.lines: list[str] = []
+        self.names = self._given_names()  # every name in the text that comes of the user's
+
+    def _given_names(self) -> set[str]:
+        program = self.program
+        buffers = {b.name for b in (*program.inputs, *program.kept, *self._scratch_buffers(), *program.nexts)}
+        made = {f"{before}{name}{after}" for name in buffers for before, after in _AROUND}
+        return made | {w.name for w in self.weights} | set(map(str, program.symbols))
 
     def line(self, text: str = "", indent: int = 0) -> None:
         self.lines.append("  " * indent + text if text else "")
@@ -323,7 +344,9 @@ class Printer:
             return buffer.name
 
         for nest in phase.nests:
-            body += NestPrinter(nest, base, self.program.make.names, taken, 3).print()
+            printer = NestPrinter(nest, base, self.program.make.names, taken, 3)
+            body += printer.print()
+            self.names.update(printer.taken, (f"{name}_at" for name in printer.taken))
         written = {id(s.target.buffer) for n in phase.nests for s in n.statements}
         for buffer in used.values():
             const = "" if id(buffer) in written else "const "

@@ -80,7 +80,8 @@ RESERVED = frozenset(
     span square_root step stop store t tile tiles to to_mask total total_product trunc_divide u8 inside
     inside_from_end fault     batch start down tile_rows threads first offsets active linux unix
     end team relax spin half Barrier Member Work Start Denormals FloatBits kFlush float_bits set_float_bits
-    take_tiles join_team Where where now early used ahead make_early Products Weight together""".split()
+    take_tiles join_team Where where now early used ahead make_early Products Weight together
+    next nearer parallel me share wait size packed prepare bytes padded store_mask pow aligned_alloc""".split()
 )
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +11,7 @@ from torch import Tensor
 
 from ...compiler import blocks
 from . import threads
-from .build import build
+from .build import begin, build
 from .emit import KERNELS
 from .emit_nest import CTYPES
 
@@ -70,10 +67,6 @@ def text(dtype: torch.dtype) -> str:
     return "\n".join([*parts[:-1], f"#define NUMBER {CTYPES[dtype]}", parts[-1]])
 
 
-@contextmanager
-def under_way(dtypes: Iterable[torch.dtype]) -> Iterator[None]:
-    """Builds the libraries beside what runs in the meantime (which is building a kernel). Errors come when used."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        for dtype in dtypes:
-            pool.submit(build, text(dtype))
-        yield
+def under_way(dtype: torch.dtype) -> None:
+    """Sees to it that a library is being built, if it is not there. Errors come when it is used."""
+    begin(text(dtype))

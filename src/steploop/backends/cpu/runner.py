@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 from ...compiler import blocks
 from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.schedule import Span, Unpacked
-from ...errors import InputError, without_memory
+from ...errors import BuildError, InputError, without_memory
 from .. import contract, eager
 from . import checks, products, threads
-from .build import build
-from .emit import TAIL, Printer, prelude
+from .build import begin
+from .emit import TAIL, Printer, canonical, prelude
 from .emit_early import in_rows
 from .fuse import Plan, fuse
 from .language import Buffer, Dim, Program
@@ -42,7 +43,7 @@ class Runner(contract.Runner):
 
     writes_into = True  # takes memory for kept values, see __call__
     reads_in_place = True  # takes sequences as the caller has them (`Unpacked`)
-    product: products.LongProduct | None = None  # for products outside the loop
+    _product: products.LongProduct | None = None
 
     def __init__(self, loop: LoopProgram, program: Program, broken: bool = False):
         self.loop, self.program = loop, program
@@ -51,7 +52,9 @@ class Runner(contract.Runner):
         broken = broken or os.environ.get(BREAK) == "cpu"
         printer = Printer(self.plan, broken)
         self.text = printer.text()
+        self._canonical = canonical(self.text, printer.names)
         self._kernel: Any = None
+        self._building: Future[ctypes.CDLL] | None = None
         self._eager: eager.Runner | None = None
         self._dtypes = list(dict.fromkeys(w.right.dtype for w in printer.weights))
         self.products: list[int] = []  # addresses of the libraries
@@ -76,16 +79,39 @@ class Runner(contract.Runner):
         """Takes the C function built from `text`."""
         libraries = [products.library(dtype) for dtype in self._dtypes]
         self.products = [found.table for found in libraries]
-        self.product = next((found.long for found in libraries if found.long is not None), None)
+        self._product = next((found.long for found in libraries if found.long is not None), None)
         kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         kernel.restype = None
         self._kernel = kernel
         return self
 
-    def build(self) -> Runner:
-        with products.under_way(self._dtypes):
-            library = build(prelude() + "\n" + self.text)
-        return self.bind(library.steploop_run)
+    def begin(self) -> Runner:
+        """Starts building the kernel, together with the libraries that it needs."""
+        for dtype in self._dtypes:
+            products.under_way(dtype)
+        self._building = begin(prelude() + "\n" + self._canonical)
+        return self
+
+    @property
+    def building(self) -> bool:
+        return self._building is not None and not self._building.done()
+
+    def settle(self) -> None:
+        if self._building is None:
+            return
+        try:
+            self.bind(self._building.result().steploop_run)
+        except BuildError as error:
+            if self.otherwise is None:
+                raise
+            self.otherwise(error)
+            self._kernel = None
+        self._building = None
+
+    @property
+    def product(self) -> products.LongProduct | None:
+        self.settle()
+        return self._product
 
     def __call__(
         self,
@@ -99,8 +125,9 @@ class Runner(contract.Runner):
     ) -> tuple[list[Tensor], list[Tensor | Unpacked]]:
         """See `eager.Runner`. into: contiguous memory for kept values, None where there is none; Unpacked: rows are
         written to where the caller has them (values with their rows in front)."""
+        self.settle()
         schedule = span.schedule
-        if schedule.members is not None or self.left_to_torch(sizes):
+        if schedule.members is not None or self._kernel is None or self.left_to_torch(sizes):
             if self._eager is None:
                 self._eager = eager.Runner(self.loop)
             packed = [v.cut(span) if isinstance(v, Unpacked) else v for v in inputs]
