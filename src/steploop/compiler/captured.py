@@ -58,6 +58,7 @@ class Capture:
     batch: the only B it holds for, or None.
     like: for B = 0 and B = 1, whether the step does the same as with several rows, once that was asked.
     by_tracing: the paths of Python values that a trace changes, and no run of the step for real.
+    earlier: the slots as they were numbered for what the step was known to read before its gradient was captured.
     """
 
     program: Facts
@@ -77,6 +78,12 @@ class Capture:
     plans: dict[Hashable, Any] = field(default_factory=dict)
     like: dict[int, bool] = field(default_factory=dict)
     by_tracing: frozenset[str] = frozenset()
+    earlier: dict[Reads, list[Slot]] = field(default_factory=dict)
+
+    def slots_in(self, dependencies: Dependencies) -> list[Slot]:
+        """The slots by the numbers of a walk, which may be of a time when less was known to be read."""
+        reads = dependencies.reads
+        return self.slots if reads is self.reads or reads == self.reads else self.earlier[reads]
 
     @property
     def out_spec(self) -> Any:
@@ -84,7 +91,7 @@ class Capture:
 
     def tensors(self, dependencies: Dependencies, joint: bool = False) -> list[Tensor]:
         """The captured tensors, as they are now."""
-        slots = self.joint_slots if joint else self.slots
+        slots = self.joint_slots if joint else self.slots_in(dependencies)
         found: list[Tensor] = []
         for slot in slots:
             if isinstance(slot, int):

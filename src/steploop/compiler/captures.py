@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import warn
 from . import making
 from .capture import Leaf, Signature
-from .captured import Capture, hint, is_batch, lock, same_float, sizes_of
+from .captured import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
 from .dependencies import Dependencies, Number, ambient
 from .memory_operator import all_step_by_step
 from .program import Call, Program
-from .reads import EVERYTHING, Reads
+from .reads import EVERYTHING, Reads, kind_of_file, trusted
 from .stages import looking
 
 _CHECK = os.environ.get("STEPLOOP_CHECK", "") not in ("", "0")
@@ -45,6 +45,7 @@ def walk_of(program: Program, reads: Reads) -> Dependencies:
         with lock, _disable_current_modes():  # (while a step is traced, symbols stand in the places of floats)
             walk = walks[reads] = Dependencies(making.roots_of(program), reads)
             walk.program = program
+    walk.reads = reads
     return walk
 
 
@@ -59,12 +60,13 @@ def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
     settings = (ambient(), symbolic_axes(program, call)) if all_step_by_step() else ambient()
     shapes = _quick_key(call)
     quick = program.kept.get("quick")
-    if quick is not None and quick[0] == (settings, shapes) and quick[2].unchanged():
-        capture, dependencies = quick[1:]
+    # (a capture gets another key when its gradient turns out to read more, maybe that of another step)
+    if quick is not None and quick[0] == (settings, shapes) and quick[3] is quick[1].key and quick[2].unchanged():
+        _, capture, dependencies, _ = quick
     else:
         with lock:
             capture, dependencies = _find(program, call, settings)
-        program.kept["quick"] = (settings, shapes), capture, dependencies
+        program.kept["quick"] = (settings, shapes), capture, dependencies, capture.key
     if _CHECK:
         _check_kept(program, call, capture, dependencies)
     return capture, dependencies
@@ -106,6 +108,9 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
             alike.append(capture)
             if _fits(capture, signature, call, program, dependencies):
                 return capture, dependencies
+    if (found := _of_an_equal_step(program, signature, call, family)) is not None:
+        known.append(found[0])
+        return found
     captured += 1
     if alike:
         signature.dynamic = signature.dynamic.union(
@@ -119,7 +124,51 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
         _warn(program, known[-1], capture)
     known.append(capture)
     del known[:-MOST]
+    _offer(program, capture, dependencies, family)
     return capture, dependencies
+
+
+# Captures by the class of their step: one may serve another step of the class. They go when their steps go.
+_BY_CLASS: weakref.WeakKeyDictionary[type, dict[Hashable, list[weakref.ref[Capture]]]] = weakref.WeakKeyDictionary()
+
+
+def _offer(program: Program, capture: Capture, dependencies: Dependencies, family: Hashable) -> None:
+    if isinstance(program.root, nn.Module) and not all_step_by_step() and _serves_others(capture, dependencies):
+        kept = _BY_CLASS.setdefault(type(program.root), {}).setdefault(family, [])
+        kept[:] = [r for r in kept if r() is not None][1 - MOST :] + [weakref.ref(capture)]
+
+
+def _serves_others(capture: Capture, dependencies: Dependencies) -> bool:
+    """Whether a capture says all that its step is: nothing in it is that step's alone, and the step's code does not ask
+    which of equal objects it has."""
+    trace = capture.forward
+    own = trace.keep_alive or capture.inline or capture.by_tracing or dependencies.caches
+    own = own or any(isinstance(slot, Tensor) for slot in capture.slots)
+    structure = capture.out_spec
+    if own or structure is None or structure.statics(""):
+        return False
+    codes = [c for c in dependencies.codes if not trusted(kind_of_file(c.co_filename))]
+    return not any({"id", "hash"} & set(c.co_names) for c in codes)
+
+
+def _of_an_equal_step(
+    program: Program, signature: Signature, call: Call, family: Hashable
+) -> tuple[Capture, Dependencies] | None:
+    """A capture of another step of the same class which holds for this one."""
+    if looking() or all_step_by_step() or not isinstance(program.root, nn.Module):
+        return None
+    facts = Facts.of(program)
+    for capture in [r() for r in reversed(_BY_CLASS.get(type(program.root), {}).get(family, []))]:
+        if capture is None or capture.program != facts:
+            continue
+        known = capture.reads in program.kept.get("walks", {})
+        dependencies = walk_of(program, capture.reads)
+        if dependencies.key == capture.key and capture.has_floats(dependencies):
+            if _fits(capture, signature, call, program, dependencies):
+                return capture, dependencies
+        if not known:
+            program.kept["walks"].pop(capture.reads, None)
+    return None
 
 
 def _changed_floats(capture: Capture, dependencies: Dependencies) -> list[Number]:

@@ -130,6 +130,11 @@ class Dependencies:
         self.unchanged: Callable[[], bool] = self._guards.unchanged
         self._seen.clear()
 
+    @property
+    def caches(self) -> bool:
+        """Whether functions are among them that keep what they gave."""
+        return bool(self._guards.caches)
+
     def float_values(self) -> dict[str, float]:
         """The floats by their paths."""
         return {number.path: number.value for number in self.floats}

@@ -336,6 +336,7 @@ def _with_more_reads(
             walk = Dependencies(roots_of(dependencies.program), reads)
         walk.program = dependencies.program
         free = capture.free(dependencies)
+        capture.earlier[old] = capture.slots
         capture.slots = _renumbered(capture.slots, dependencies, walk)
         capture.forward.tensors = capture.slots
         capture.reads, capture.key, capture.facts = reads, walk.key, walk.facts
