@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
+    SLoc,
     StatelessSymbolicContext,
 )
 from torch.overrides import TorchFunctionMode
@@ -255,13 +256,21 @@ def _no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
+class Sizes(ShapeEnv):
+    """Symbols for sizes, which do not note where in the code each came up: torch would import all of torch.export for
+    it, and look at every frame of the stack."""
+
+    def _get_stack_summary(self, *_args: Any, **_options: Any) -> tuple[SLoc, str]:
+        return SLoc(None, None), ""
+
+
 class _Tracer:
     def __init__(
         self, program: Program, signature: Signature, symbolic: bool, wanted: Wanted | None, observed: Observed
     ):
         self.program, self.signature, self.wanted = program, signature, wanted
         self.recorder = observed.recorder
-        self.env = ShapeEnv(duck_shape=False, allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+        self.env = Sizes(duck_shape=False, allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.symbols: dict[sympy.Symbol, tuple[str, int, int]] = {}
         self.sizes: dict[sympy.Symbol, torch.SymInt] = {}

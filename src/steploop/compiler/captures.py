@@ -23,7 +23,8 @@ from .capture import Leaf, Signature
 from .captured import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
 from .dependencies import Dependencies, Number, ambient
 from .memory_operator import all_step_by_step
-from .program import Call, Program
+from .patience import long_part
+from .program import Call, Program, name_of
 from .reads import EVERYTHING, Reads, kind_of_file, trusted
 from .stages import looking
 
@@ -119,7 +120,8 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
     if all_step_by_step():  # an exported program has no Python floats that could change
         near = []
     free = [] if not near else alike[0].free(near[0][1]) if alike else _changed_floats(*near[0])
-    capture, dependencies = making.make(program, signature, call, [c.reads for c in known], free)
+    with long_part(f"capturing {name_of(program)}"):
+        capture, dependencies = making.make(program, signature, call, [c.reads for c in known], free)
     if not alike and len(known) >= MANY - 1 and not all_step_by_step():
         _warn(program, known[-1], capture)
     known.append(capture)
@@ -186,12 +188,11 @@ def _warn(program: Program, before: Capture, now: Capture) -> None:
     old, new = dict(before.facts), dict(now.facts)
     paths = [path for path in new if not _equal(new[path], old.get(path, new[path]))]
     changed = [f"{path} ({old[path]!r}, then {new[path]!r})" for path in paths]
-    name = getattr(program.root, "__name__", None) or type(program.root).__name__
     what = ", ".join(changed[:3]) or "an object that it reads"
     warn(
-        f"{name} was captured again because something that it reads has changed: {what}. Each capture takes about as "
-        "long as the first call did. Give the step what changes as a tensor (a sequence, a constant or a buffer), or "
-        "do what depends on it outside the step."
+        f"{name_of(program)} was captured again because something that it reads has changed: {what}. Each capture takes "
+        "about as long as the first call did. Give the step what changes as a tensor (a sequence, a constant or a "
+        "buffer), or do what depends on it outside the step."
     )
 
 

@@ -21,6 +21,7 @@ from .batch import OncePiece, Piece, Rowwise, StackedPiece
 from .ir.graph import Rows, expression, op_name, size_at
 from .memory_operator import SequenceRunner
 from .partition import Batched, Loop, Partition
+from .patience import long_part
 from .schedule import Schedule, Span, Unpacked
 
 # Bytes of batched values that a span may hold before it is cut shorter: what stays in the caches between a
@@ -87,6 +88,7 @@ class Executable:
     down: bool = False
     runners: dict[Loop, Any] = field(default_factory=dict)
     clock: Any = None
+    _settled: bool = False
 
     def __post_init__(self) -> None:
         problem = self.partition.problem
@@ -115,8 +117,12 @@ class Executable:
 
     def settle(self) -> None:
         """Waits for the kernels: afterwards it is known what runs each loop."""
-        for runner in self.runners.values():
-            runner.settle()
+        if self._settled:
+            return
+        with long_part("building native loops"):
+            for runner in self.runners.values():
+                runner.settle()
+        self._settled = True
 
     @property
     def stops(self) -> bool:
@@ -233,6 +239,7 @@ class Executable:
         """given: placeholders -> packed sequences (or stacked) and constants, in the schedule's row order.
         initial, reset_to: by the states' prev.  longest: steps of a span, None: by memory.
         outward: wanted values that may be given `Unpacked`.  held: see `Call`."""
+        self.settle()
         # Autocast has had its say when the step was captured.
         with torch.no_grad(), torch._C._DisableAutocast():
             return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest, outward, held)

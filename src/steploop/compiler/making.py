@@ -25,7 +25,8 @@ from .ops.table import operation_of
 from .partition import needed_nodes, problem_of, recurrent_components
 from .passes.histories import use_whole_histories
 from .passes.manager import find_mixing, simplify
-from .program import Call, Program
+from .patience import long_part
+from .program import Call, Program, name_of
 from .reads import Reads
 from .recorder import Recorder
 from .refusals import KEEP
@@ -283,7 +284,10 @@ def _settled_floats(dependencies: Dependencies, free: Sequence[Number]) -> list[
 def with_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:
     """Captures the gradient too, if it has not been. Gives the walk that the captured tensors are found in."""
     with lock:
-        return dependencies if capture.joint is not None else _add_joint(capture, dependencies)
+        if capture.joint is not None:
+            return dependencies
+        with long_part(f"capturing {name_of(dependencies.program)} with its gradient"):
+            return _add_joint(capture, dependencies)
 
 
 def _add_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:

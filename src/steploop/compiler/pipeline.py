@@ -41,7 +41,7 @@ from .passes.histories import use_whole_histories
 from .passes.manager import mixing_reasons
 from .plan import Plan, describe
 from .profile import timed
-from .program import Call, Program, Result
+from .program import Call, Program, Result, name_of
 from .recorder import working
 from .stages import as_text, recorded_stages
 
@@ -346,7 +346,7 @@ def _planned(program: Program, call: Call, backend: str, save: str) -> tuple[Pla
             dependencies = with_joint(capture, dependencies)
             tensors = tensors_of(call, capture, dependencies, joint=True)
         invocation = _invocation(capture, call, backend, save, training, False, tensors)
-    name = getattr(program.root, "__name__", None) or type(program.root).__name__
+    name = name_of(program)
     notes = [*_inlined_notes(capture), *_saved_note(invocation)]
     executables = [invocation.forward.executable]
     executables[0].settle()

@@ -58,6 +58,11 @@ class Program:
     kept: dict[str, Any] = field(init=False, default_factory=dict)
 
 
+def name_of(program: Program) -> str:
+    """What a person calls a step: its class or its function."""
+    return getattr(program.root, "__name__", None) or type(program.root).__name__.lstrip("_")
+
+
 @dataclass(eq=False)
 class Call:
     """One run of a Program over a sequence. All sequences are time-major.
