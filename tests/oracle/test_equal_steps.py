@@ -161,7 +161,7 @@ def test_steps_that_ask_which_they_are_share_nothing():
 
 
 def test_a_gradient_that_reads_more():
-    """The first is captured with its gradient only after the second has taken its capture; a stream is open meanwhile."""
+    """The gradient is captured by the second of two that share a capture, while the first has a stream open."""
     first, other, third = Growing(0.5), Growing(0.5), Growing(0.75)
     assert [run(c, gradients=False) for c in (first, other)] == [1, 0]
     x = torch.randn(3, 4)

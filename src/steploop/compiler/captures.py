@@ -190,8 +190,8 @@ def _warn(program: Program, before: Capture, now: Capture) -> None:
     changed = [f"{path} ({old[path]!r}, then {new[path]!r})" for path in paths]
     what = ", ".join(changed[:3]) or "an object that it reads"
     warn(
-        f"{name_of(program)} was captured again because something that it reads has changed: {what}. Each capture takes "
-        "about as long as the first call did. Give the step what changes as a tensor (a sequence, a constant or a "
+        f"{name_of(program)} was captured again because something that it reads has changed: {what}. Each capture "
+        "takes about as long as the first call did. Give the step what changes as a tensor (a sequence, a constant or a "
         "buffer), or do what depends on it outside the step."
     )
 
