@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from pathlib import Path
 
 import devices
@@ -14,6 +15,7 @@ from toy_backend import Toy
 
 import steploop as sl
 from steploop.backends import choose
+from steploop.compiler import captures
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -68,6 +70,12 @@ def pytest_runtest_call(item: pytest.Item):
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_captures_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of other tests that are not collected yet serve no step of this one: tests count captures."""
+    monkeypatch.setattr(captures, "_BY_CLASS", weakref.WeakKeyDictionary())
 
 
 @pytest.fixture(autouse=True)

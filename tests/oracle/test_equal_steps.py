@@ -13,11 +13,6 @@ from steploop.compiler import captures
 REGISTRY: dict[int, float] = {}
 
 
-@pytest.fixture(autouse=True)
-def no_steps_of_other_tests():
-    gc.collect()
-
-
 class Cell(sl.Step):
     """Reads what the tests change."""
 

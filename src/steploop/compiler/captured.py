@@ -58,6 +58,7 @@ class Capture:
     batch: the only B it holds for, or None.
     like: for B = 0 and B = 1, whether the step does the same as with several rows, once that was asked.
     by_tracing: the paths of Python values that a trace changes, and no run of the step for real.
+    family: what calls must have in common with that for which it was made, sizes apart; set where it may serve others.
     earlier: the slots as they were numbered for what the step was known to read before its gradient was captured.
     """
 
@@ -78,6 +79,7 @@ class Capture:
     plans: dict[Hashable, Any] = field(default_factory=dict)
     like: dict[int, bool] = field(default_factory=dict)
     by_tracing: frozenset[str] = frozenset()
+    family: Hashable = None
     earlier: dict[Reads, list[Slot]] = field(default_factory=dict)
 
     def slots_in(self, dependencies: Dependencies) -> list[Slot]:

@@ -131,12 +131,13 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
 
 
 # Captures by the class of their step: one may serve another step of the class. They go when their steps go.
-_BY_CLASS: weakref.WeakKeyDictionary[type, dict[Hashable, list[weakref.ref[Capture]]]] = weakref.WeakKeyDictionary()
+_BY_CLASS: weakref.WeakKeyDictionary[type, list[weakref.ref[Capture]]] = weakref.WeakKeyDictionary()
 
 
 def _offer(program: Program, capture: Capture, dependencies: Dependencies, family: Hashable) -> None:
     if isinstance(program.root, nn.Module) and not all_step_by_step() and _serves_others(capture, dependencies):
-        kept = _BY_CLASS.setdefault(type(program.root), {}).setdefault(family, [])
+        capture.family = family
+        kept = _BY_CLASS.setdefault(type(program.root), [])
         kept[:] = [r for r in kept if r() is not None][1 - MOST :] + [weakref.ref(capture)]
 
 
@@ -160,8 +161,8 @@ def _of_an_equal_step(
     if looking() or all_step_by_step() or not isinstance(program.root, nn.Module):
         return None
     facts = Facts.of(program)
-    for capture in [r() for r in reversed(_BY_CLASS.get(type(program.root), {}).get(family, []))]:
-        if capture is None or capture.program != facts:
+    for capture in [r() for r in reversed(_BY_CLASS.get(type(program.root), []))]:
+        if capture is None or capture.family != family or capture.program != facts:
             continue
         known = capture.reads in program.kept.get("walks", {})
         dependencies = walk_of(program, capture.reads)
@@ -191,8 +192,8 @@ def _warn(program: Program, before: Capture, now: Capture) -> None:
     what = ", ".join(changed[:3]) or "an object that it reads"
     warn(
         f"{name_of(program)} was captured again because something that it reads has changed: {what}. Each capture "
-        "takes about as long as the first call did. Give the step what changes as a tensor (a sequence, a constant or a "
-        "buffer), or do what depends on it outside the step."
+        "takes about as long as the first call did. Give the step what changes as a tensor (a sequence, a constant or "
+        "a buffer), or do what depends on it outside the step."
     )
 
 
