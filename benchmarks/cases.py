@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .data import Workload
+from .data import DEEP, Workload
 
 Job = dict[str, Any]
 OURS = ("steploop", "steploop-cpu", "steploop-eager")
@@ -174,6 +174,9 @@ def first(scale: Scale) -> list[Job]:
             peers = ("steploop", "jax") if kind == "lstm" else ("steploop",)
             for peer in peers:
                 jobs += [_first_call("first", scale, work, peer, cache) for cache in ("cold", "warm")]
+    for kind in (DEEP if len(scale.kinds) > 1 else DEEP[:1]):
+        work = replace(FIRST_CALL, kind=kind, B=min(FIRST_CALL.B, scale.B))
+        jobs += [_first_call("first", scale, work, "steploop", cache) for cache in ("cold", "warm")]
     return jobs
 
 

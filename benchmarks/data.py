@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 GATES = {"lstm": 4, "stranger": 4, "lnlstm": 4, "decoder": 4, "gru": 3}
+DEEP = ("4 layer-norm LSTMs", "3 bidirectional layer-norm LSTMs", "8 GRUs")  # see deep.py
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import steploop as sl
 
-from .data import Data, Workload, make_data
+from .data import DEEP, Data, Workload, make_data
 from .models import STATES, make_model
 
 Arrays = dict[str, np.ndarray]
@@ -467,6 +467,10 @@ def make_runner(name: str, work: Workload, data: Data, mode: str) -> Runner:
                 from . import seq2seq
 
                 return seq2seq.make_runner(PEERS[name], work, data, mode)
+            if work.kind in DEEP:
+                from . import deep
+
+                return deep.make_runner(work, data, mode)
             return PEERS[name].make(work, data, mode)
     except Blank:
         raise

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .data import DEEP
 from .measure import paired_ratio
 
 Results = list[dict[str, Any]]
@@ -87,9 +88,12 @@ def _least_share_on_grid(mode: str) -> Callable[[Results], float | None]:
     return value
 
 
-def _first(cache: str) -> Callable[[Results], float | None]:
+def _first(cache: str, kind: str = "") -> Callable[[Results], float | None]:
+    """Seconds of the first call of a model of several layers, or the most among single steps."""
+
     def value(results: Results) -> float | None:
         found = pick(results, case="first", peer="steploop", cache=cache)
+        found = [r for r in found if (r["work"]["kind"] if r["work"]["kind"] in DEEP else "") == kind]
         return max((r["first"] for r in found), default=None)
 
     return value
@@ -171,9 +175,12 @@ def _all() -> list[Target]:
         made.append(Target(text, 0.65, _ratio("ragged", mode, "steploop-padded")))
         text = f"ragged lengths / PackedSequence in torch.nn: {mode}"
         made.append(Target(text, 0.3, _ratio("ragged", mode, "torch.nn")))
-    for cache, limit in (("cold", 3.5), ("warm", 1.5)):
+    for cache, limit in (("cold", 2.0), ("warm", 0.5)):
         text = f"first call without imports, {cache} cache, worst of steps and T"
         made.append(Target(text, limit, _first(cache), unit=" s"))
+    for kind, limits in zip(DEEP, ((3.0, 1.5), (4.0, 2.0), (4.0, 2.0)), strict=True):
+        for cache, limit in zip(("cold", "warm"), limits, strict=True):
+            made.append(Target(f"the same, {cache} cache, {kind}", limit, _first(cache, kind), unit=" s"))
     text = "first call beyond a usual one: longest T / shortest T, worst"
     made.append(Target(text, 1.25, _growth_with_time))
     made.append(Target("kernels compiled for a new T or B", 0, _compiled_anew, unit=""))
