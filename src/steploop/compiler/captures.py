@@ -33,6 +33,7 @@ MOST = 64  # captures that are kept of one step for inputs of one kind
 MANY = 3  # captures because of a changed value, after which a warning says so
 
 
+_TORCH = ("aten", "prims")  # namespaces of operations
 _BY_ROOT: weakref.WeakKeyDictionary[Any, dict[Hashable, list[Capture]]] = weakref.WeakKeyDictionary()
 _OTHERS: dict[Hashable, list[Capture]] = {}
 captured = 0  # how many captures were made in this process; tests look at it
@@ -147,6 +148,8 @@ def _serves_others(capture: Capture, dependencies: Dependencies) -> bool:
     trace = capture.forward
     own = trace.keep_alive or capture.inline or capture.by_tracing or dependencies.caches
     own = own or any(isinstance(slot, Tensor) for slot in capture.slots)
+    # (more may be known of a user's operation by then)
+    own = own or any(getattr(n.target, "namespace", "aten") not in _TORCH for n in trace.graph.graph.nodes)
     structure = capture.out_spec
     if own or structure is None or structure.statics(""):
         return False
