@@ -51,7 +51,7 @@ def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
 def _stops(program: Program, call: Call, backend: str, save: str) -> bool:
     """Whether the loop of a program whose rows end by themselves looks itself whether any row is left. Asked once: the
     same call is cut into the same pieces each time, and draws the same random numbers."""
-    known = program.kept.setdefault("stops", {})
+    known = program.kept.stops
     if backend not in known:
         from .compiler import pipeline
 

@@ -188,9 +188,9 @@ def freezing(
     own: the States' own initial values where they are known. initial: else these.
     """
     start = list(own if own is not None else initial)
-    frozen = program.kept.get(("until", until))
+    frozen = program.kept.until.get(until)
     if frozen is None:
-        frozen = program.kept["until", until] = _frozen(program, until, len(start))
+        frozen = program.kept.until[until] = _frozen(program, until, len(start))
     return frozen, start
 
 

@@ -41,6 +41,28 @@ class Facts:
                      program.batched)  # fmt: skip
 
 
+@dataclass(eq=False)
+class Made:
+    """What has been made of a capture so far.
+
+    invocations: what runs a call, by the options of the call.
+    lowered: the executables, which calls of several options share.
+    bytes: of all that a backward may keep of a row and step, by which tensors require gradients.
+    texts: the loop as text in exported programs (or the key of an invocation, where it has none).
+    streams: a step as one kernel call, by backend; None where the backend does not take it.
+    rowwise: whether all that it gives has its rows in front and does not mix them; None: nobody asked.
+    calls: how many there were; counted where kept captures are checked.
+    """
+
+    invocations: dict[Hashable, Any] = field(default_factory=dict)
+    lowered: dict[Hashable, Any] = field(default_factory=dict)
+    bytes: dict[tuple[bool, ...], int] = field(default_factory=dict)
+    texts: dict[Hashable, Any] = field(default_factory=dict)
+    streams: dict[str, Any] = field(default_factory=dict)
+    rowwise: bool | None = None
+    calls: int = 0
+
+
 # Where a captured tensor comes from: its number in the walk, itself, or free floats.
 Slot = int | Tensor | FreeNumber
 
@@ -76,7 +98,7 @@ class Capture:
     inline: frozenset[int] = frozenset()
     joint: Trace | None = None
     joint_slots: list[Slot] = field(default_factory=list)
-    plans: dict[Hashable, Any] = field(default_factory=dict)
+    made: Made = field(default_factory=Made)
     like: dict[int, bool] = field(default_factory=dict)
     by_tracing: frozenset[str] = frozenset()
     family: Hashable = None

@@ -41,7 +41,7 @@ captured = 0  # how many captures were made in this process; tests look at it
 
 def walk_of(program: Program, reads: Reads) -> Dependencies:
     """The walk for what a capture has read, kept on the Program: in a table it would keep its own key alive."""
-    walks = program.kept.setdefault("walks", {})
+    walks = program.kept.walks
     walk = walks.get(reads)
     if walk is None or not walk.unchanged():
         with lock, _disable_current_modes():  # (while a step is traced, symbols stand in the places of floats)
@@ -61,14 +61,14 @@ def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
     """The capture for a call, made now if there is none."""
     settings = (ambient(), symbolic_axes(program, call)) if all_step_by_step() else ambient()
     shapes = _quick_key(call)
-    quick = program.kept.get("quick")
+    quick = program.kept.quick
     # (a capture gets another key when its gradient turns out to read more, maybe that of another step)
     if quick is not None and quick[0] == (settings, shapes) and quick[3] is quick[1].key and quick[2].unchanged():
         _, capture, dependencies, _ = quick
     else:
         with lock:
             capture, dependencies = _find(program, call, settings)
-        program.kept["quick"] = (settings, shapes), capture, dependencies, capture.key
+        program.kept.quick = (settings, shapes), capture, dependencies, capture.key
     if _CHECK:
         _check_kept(program, call, capture, dependencies)
     return capture, dependencies
@@ -76,7 +76,7 @@ def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
 
 def _check_kept(program: Program, call: Call, capture: Capture, dependencies: Dependencies) -> None:
     """Compares a kept capture with a new one, at its calls number 1, 2, 4, 8, ...: for tests of this library."""
-    count = capture.plans["calls"] = capture.plans.get("calls", 0) + 1
+    count = capture.made.calls = capture.made.calls + 1
     if count & (count - 1) == 0:
         with lock:
             making.check_kept(program, call, capture, dependencies)
@@ -167,13 +167,13 @@ def _of_an_equal_step(
     for capture in [r() for r in reversed(_BY_CLASS.get(type(program.root), []))]:
         if capture is None or capture.family != family or capture.program != facts:
             continue
-        known = capture.reads in program.kept.get("walks", {})
+        known = capture.reads in program.kept.walks
         dependencies = walk_of(program, capture.reads)
         if dependencies.key == capture.key and capture.has_floats(dependencies):
             if _fits(capture, signature, call, program, dependencies):
                 return capture, dependencies
         if not known:
-            program.kept["walks"].pop(capture.reads, None)
+            program.kept.walks.pop(capture.reads, None)
     return None
 
 

@@ -257,7 +257,7 @@ def read_by(program: Program, recorder: Recorder, known: Sequence[Reads]) -> Dep
     if same is not None:
         dependencies.reads = same
     dependencies.program = program
-    program.kept.setdefault("walks", {})[dependencies.reads] = dependencies
+    program.kept.walks[dependencies.reads] = dependencies
     return dependencies
 
 
@@ -345,8 +345,8 @@ def _with_more_reads(
         capture.forward.tensors = capture.slots
         capture.reads, capture.key, capture.facts = reads, walk.key, walk.facts
         capture.floats, capture.pinned = _settled_floats(walk, free), walk.pinned
-        walk.program.kept["walks"][reads] = walk
-        walk.program.kept.pop("quick", None)
+        walk.program.kept.walks[reads] = walk
+        walk.program.kept.quick = None
     else:
         walk = dependencies
     capture.joint = joint

@@ -44,7 +44,7 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
 
 
 def _program(program: Program, xs: int, constants: int, states: int) -> Program:
-    known = program.kept.setdefault("masked", {})
+    known = program.kept.masked
     if (xs, constants, states) in known:
         return known[xs, constants, states]
 

@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 def native(step: StreamStep, call: Call, backend: Backend) -> NativeStep | None:
     """The step as one kernel call; None where the backend does not take it."""
-    key = ("stream", backend.name)
-    plans = step.capture.plans
-    if key not in plans:
-        plans[key] = _native_plan(step.capture, backend)
-    found = plans[key]
+    streams = step.capture.made.streams
+    if backend.name not in streams:
+        streams[backend.name] = _native_plan(step.capture, backend)
+    found = streams[backend.name]
     if found is None or found[2].left_to_torch(step.sizes):
         return None
     return NativeStep(step, *found, call, backend)

@@ -48,7 +48,7 @@ from .stages import as_text, recorded_stages
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
     """Runs a call that nobody else traces. Differentiable; see `Loop` for what the arguments mean."""
-    if "quick" not in program.kept:
+    if program.kept.quick is None:
         choice(backend).prepare(_weights(program))
     program, call = batch_guessed(program, call)
     capture, dependencies = captures.find(program, call)
@@ -110,16 +110,16 @@ def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
     firsts |= {captures.hint(t.shape[0]) if t.dim() > 0 else None for t in call.initial}
     if len(firsts) != 1 or not (size := firsts.pop()) or size < 2:
         return program, call
-    guess = program.kept.get("rowwise") or _with_batch(program)
-    program.kept["rowwise"] = guess
+    guess = program.kept.rowwise or _with_batch(program)
+    program.kept.rowwise = guess
     guessed = replace(call, batch=call.initial[0].shape[0])
     try:
         capture, _ = captures.find(guess, guessed)
     except Exception:
         return program, call  # the plain way has the better message, or works
-    if "rowwise" not in capture.plans:
-        capture.plans["rowwise"] = _is_rowwise(capture)
-    return (guess, guessed) if capture.plans["rowwise"] else (program, call)
+    if capture.made.rowwise is None:
+        capture.made.rowwise = _is_rowwise(capture)
+    return (guess, guessed) if capture.made.rowwise else (program, call)
 
 
 def _with_batch(program: Program) -> Program:
@@ -178,10 +178,11 @@ def _invocation(
         backend, policy, training, nested, ragged, call.reverse, call.on_masked, call.lengths is not None,
         call.mask is not None, call.resets is not None, _required(tensors) if training else None,
     )  # fmt: skip
-    found = capture.plans.get(key)
+    invocations = capture.made.invocations
+    found = invocations.get(key)
     if found is None:
         with captures.lock, _alone(), torch.no_grad():
-            found = capture.plans[key] = compiled(capture, call, backend, policy, training, nested, tensors)
+            found = invocations[key] = compiled(capture, call, backend, policy, training, nested, tensors)
     return found
 
 
@@ -200,14 +201,14 @@ def policy_of(capture: Capture, save: str, training: bool, rows: int, tensors: S
     """"states" or "all" """
     if not training or save != "auto":
         return save
-    key = ("bytes", _required(tensors))
-    if key not in capture.plans:
+    key, known = _required(tensors), capture.made.bytes
+    if key not in known:
         joint = capture.joint.graph
         needs = _needs(capture, tensors)
         with captures.lock:
             everything = choose_saved(joint, needs, "all", 1)
-        capture.plans[key] = sum(row_bytes(n) for n in everything.nodes)
-    return "all" if capture.plans[key] * rows <= SAVE_LIMIT else "states"
+        known[key] = sum(row_bytes(n) for n in everything.nodes)
+    return "all" if known[key] * rows <= SAVE_LIMIT else "states"
 
 
 def _needs(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
@@ -229,11 +230,11 @@ def compiled(
     one_loop = mixing and (call.lengths is not None or call.mask is not None)
     needs = _as_needs(layout, tensors) if training else None
     # What is lowered does not depend on the direction, nor on masks, unless rows mix: calls share it.
-    key = ("lowered", backend, save, nested, one_loop, needs)
-    lowered = capture.plans.get(key)
+    key, made = (backend, save, nested, one_loop, needs), capture.made.lowered
+    lowered = made.get(key)
     if lowered is None:
         names = capture.program.state_names
-        lowered = capture.plans[key] = Lowered(graph, names, backend, save, nested, one_loop, needs)
+        lowered = made[key] = Lowered(graph, names, backend, save, nested, one_loop, needs)
         if needs is not None and not nested and lowered.forward.executable.building:
             lowered.backward(needs, layout.resets)  # while the forward's kernels are being built
     return Invocation(

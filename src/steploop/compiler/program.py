@@ -40,7 +40,7 @@ class Program:
     ends: which state, (B,) bool, ends a row: where it is set, no state changes any more, and what the step gives is of
         no interest.
     stands_alone: it is the root's own step and nothing more, so that the root may run it in another form.
-    kept: what the compiler keeps of its last call; opaque to everybody else.
+    kept: what is kept between its calls.
     """
 
     run: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], StepOutput]
@@ -55,7 +55,27 @@ class Program:
     out_spec: Any = None
     ends: int | None = None
     stands_alone: bool = True
-    kept: dict[str, Any] = field(init=False, default_factory=dict)
+    kept: Kept = field(init=False, default_factory=lambda: Kept())
+
+
+@dataclass(eq=False)
+class Kept:
+    """What is kept of a Program between its calls.
+
+    quick: the last call's capture, with all that tells whether the next may use it (`captures.find`).
+    walks: walks over what it depends on, by what they follow (`captures.walk_of`).
+    rowwise: the same program with a batch axis, which a scan may turn out to have (`pipeline.batch_guessed`).
+    masked: with masks as a part of the step (`masking`), by its numbers of sequences, constants and states.
+    until: with rows frozen that have ended, by the state that ends them (`until.freezing`).
+    stops: by backend, whether its loop looks itself whether any row is left (`dispatch`).
+    """
+
+    quick: tuple[Any, ...] | None = None
+    walks: dict[Any, Any] = field(default_factory=dict)
+    rowwise: Program | None = None
+    masked: dict[tuple[int, int, int], Program] = field(default_factory=dict)
+    until: dict[int, Program] = field(default_factory=dict)
+    stops: dict[str, bool] = field(default_factory=dict)
 
 
 def name_of(program: Program) -> str:

@@ -73,19 +73,19 @@ def _text(
     captured = layout.split(tensors)["captured"]
     flags = [t.requires_grad for t in captured]
     options = (layout, call.reverse, call.on_masked, backend, policy, training)
-    key = ("text", *options, *flags, *(t.device for t in tensors))
-    if key not in capture.plans:
+    key = (*options, *flags, *(t.device for t in tensors))
+    if key not in capture.made.texts:
         with captures.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
             ones = allowed_ones(program, capture, dependencies, training)
             options = Options(call.reverse, call.on_masked, training, backend, policy, flags, ones)
             hints = hints_of(trace, capture.signature)
             try:
-                capture.plans[key] = to_text(trace, capture.program, layout, options, hints, tensors)
+                capture.made.texts[key] = to_text(trace, capture.program, layout, options, hints, tensors)
             except UnsupportedError:
                 if torch.compiler.is_exporting():
                     raise
-                capture.plans[key] = pipeline.compiled(capture, call, backend, policy, training, True, tensors)
-    found = capture.plans[key]
+                capture.made.texts[key] = pipeline.compiled(capture, call, backend, policy, training, True, tensors)
+    found = capture.made.texts[key]
     return found if isinstance(found, str) else found.key
 
 
