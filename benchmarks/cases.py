@@ -177,6 +177,8 @@ def first(scale: Scale) -> list[Job]:
     for kind in (DEEP if len(scale.kinds) > 1 else DEEP[:1]):
         work = replace(FIRST_CALL, kind=kind, B=min(FIRST_CALL.B, scale.B))
         jobs += [_first_call("first", scale, work, "steploop", cache) for cache in ("cold", "warm")]
+    if len(scale.kinds) > 1:
+        jobs += [_first_call("first", scale, scale.sized(DECODER), "steploop", cache) for cache in ("cold", "warm")]
     return jobs
 
 
