@@ -62,27 +62,36 @@ class Difference:
         )
 
 
+def tolerance(kind: str, dtype: torch.dtype, computed_of: Iterable[torch.dtype] = ()) -> float:
+    """What is allowed for a tensor of a dtype: a float64 that was computed of float32 numbers has their precision."""
+    own = TOLERANCES.get(dtype)
+    if own is None:
+        return 0.0
+    return max(found[kind == "gradient"] for found in (own, *(TOLERANCES.get(d, own) for d in computed_of)))
+
+
 def compare(
-    name: str, kind: str, reference: Tensor, optimised: Tensor, axes: Iterable[str] = ()
-) -> Difference:
+    name: str, kind: str, reference: Tensor, optimised: Tensor, axes: Iterable[str] = (),
+    computed_of: Iterable[torch.dtype] = (),
+) -> Difference:  # fmt: skip
     """Compare one tensor. NaN agrees with NaN, an infinity with the same infinity.
 
-    Another shape or dtype is an infinite error.
+    Another shape or dtype is an infinite error.  computed_of: the dtypes of what it was computed of.
     """
     axes = tuple(axes)
     if reference.shape != optimised.shape or reference.dtype != optimised.dtype:
         shapes = f"reference {tuple(reference.shape)} {reference.dtype}, optimised "
         shapes += f"{tuple(optimised.shape)} {optimised.dtype}"
         return Difference(name, kind, float("inf"), 0.0, axes=axes, shapes=shapes)
-    tolerance = TOLERANCES.get(reference.dtype, (0.0, 0.0))[kind == "gradient"]
+    allowed = tolerance(kind, reference.dtype, computed_of)
     a, b = reference.detach(), optimised.detach()
     if a.numel() == 0:
-        return Difference(name, kind, 0.0, tolerance, axes=axes)
+        return Difference(name, kind, 0.0, allowed, axes=axes)
     distance = _distance(a, b)
     worst = int(distance.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst, device="cpu"), a.shape))
     error = float(distance.flatten()[worst])
-    return Difference(name, kind, error, tolerance, index, axes, a[index].item(), b[index].item())
+    return Difference(name, kind, error, allowed, index, axes, a[index].item(), b[index].item())
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

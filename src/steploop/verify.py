@@ -72,10 +72,11 @@ def verify(what: Any, *arguments: Any, **options: Any) -> Report:
 
     Outputs, states and the gradients (of a fixed random cotangent) of sequences, constants, a given state and
     parameters are compared, each relative to its largest entry: float64 to 1e-9, float32 to 1e-5 and 1e-4
-    (gradients). Forward only where nothing requires a gradient. A step that takes discrete decisions (argmax,
-    spikes, integer states), where rounding can change everything that follows, is compared one step at a time
-    from the reference's states. A step that draws random numbers is run with the same ones both ways, given to it
-    as inputs; where that is impossible, only shapes, dtypes and finiteness are compared. The report says so.
+    (gradients), and float64 as float32 where a step computes with both. Forward only where nothing requires a
+    gradient. A step that takes discrete decisions (argmax, spikes, integer states), where rounding can change
+    everything that follows, is compared one step at a time from the reference's states. A step that draws random
+    numbers is run with the same ones both ways, given to it as inputs; where that is impossible, only shapes, dtypes
+    and finiteness are compared. The report says so.
 
     Returns a Report. Raises MismatchError with the worst tensor, row, step and both values.
     """
@@ -145,7 +146,8 @@ def _compare_runs(
             return report
         calls = alike
         report.notes.append("the step draws random numbers: both ways were given the same ones")
-    report.differences = list(_differences(*runs))
+    dtypes = _dtypes(subject.root, calls[0].call)
+    report.differences = list(_differences(*runs, dtypes))
     if not report.ok and _is_discrete(calls[0]):
         buffers.restore()
         report.step_by_step = True
@@ -270,11 +272,17 @@ def _gradients(result: Result, targets: list[tuple[str, Tensor]]) -> list[tuple[
     ]
 
 
-def _differences(first: _Run, second: _Run) -> Iterator[Difference]:
+def _dtypes(root: Any, call: Call) -> set[torch.dtype]:
+    """Those of what a call computes with."""
+    own = [*root.parameters(), *root.buffers()] if isinstance(root, nn.Module) else []
+    return {t.dtype for t in (*call.xs, *call.constants, *call.initial, *own)}
+
+
+def _differences(first: _Run, second: _Run, dtypes: set[torch.dtype]) -> Iterator[Difference]:
     for kind, a, b, axes in _pairs(first, second):
         for (name, x), (_, y) in zip(a, b, strict=True):
             own_axes = ("step", "row") if kind == "gradient" and name.startswith("xs") else axes
-            yield compare(name, kind, x, y, own_axes)
+            yield compare(name, kind, x, y, own_axes, dtypes)
 
 
 def _pairs(first: _Run, second: _Run) -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
@@ -352,14 +360,14 @@ def _step_by_step(
     """Each step alone, both ways, from the state that the reference has reached. The worst per tensor."""
     worst: dict[tuple[str, str], Difference] = {}
     program, call = prepared.program, prepared.call
-    states = [state.detach() for state in call.initial]
+    states, dtypes = [state.detach() for state in call.initial], _dtypes(subject.root, call)
     for t in reversed(range(call.steps)) if call.reverse else range(call.steps):
         runs = []
         for run in (_run_reference, _run_optimised(subject)):
             one, targets = _one_step(program, call, t, states)
             wanted = None if parameters is None else [*targets, *parameters]
             runs.append(_Run.of(program, one, run, wanted))
-        for difference in _differences(*runs):
+        for difference in _differences(*runs, dtypes):
             if difference.kind != "output":
                 difference.name += f" after step {t}"
             elif difference.index:

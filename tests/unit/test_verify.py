@@ -263,3 +263,26 @@ def test_closed_over_tensors_are_found_wherever_python_shows_them():
     found = {id(tensor) for _, tensor in trainable(Holder().fn)}
     assert found >= {id(b), id(c)}
     assert {id(tensor) for _, tensor in trainable(inner)} == {id(a), id(linear.weight), id(linear.bias)}
+
+
+class Precise(sl.Step):
+    """Sums in float64 what it computes in float32."""
+
+    def __init__(self, discrete=False):
+        super().__init__()
+        self.linear, self.h, self.discrete = nn.Linear(3, 3), sl.State(3), discrete
+        self.total = sl.State(3, dtype=torch.float64)
+
+    def step(self, x):
+        self.h.next = torch.tanh(self.linear(self.h.prev) + x)
+        self.total.next = self.total.prev + self.h.next.double()
+        return self.total.next.argmax(-1) if self.discrete else self.total.next
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_float64_that_is_computed_of_float32_has_its_precision(discrete):
+    report = sl.verify(Precise(discrete), torch.randn(40, 3, 3))
+    assert report.ok
+    assert {d.tolerance for d in report.differences if d.kind == "state"} == {1e-5}
+    xs = torch.randn(40, 3, 3, dtype=torch.float64)
+    assert {d.tolerance for d in sl.verify(Cell().double(), xs[..., :2]).differences} == {1e-9}
