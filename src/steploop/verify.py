@@ -147,7 +147,7 @@ def _compare_runs(
         calls = alike
         report.notes.append("the step draws random numbers: both ways were given the same ones")
     dtypes = _dtypes(subject.root, calls[0].call)
-    report.differences = list(_differences(*runs, dtypes))
+    report.differences = list(_differences(runs[0], runs[1], dtypes))
     if not report.ok and _is_discrete(calls[0]):
         buffers.restore()
         report.step_by_step = True
@@ -367,7 +367,7 @@ def _step_by_step(
             one, targets = _one_step(program, call, t, states)
             wanted = None if parameters is None else [*targets, *parameters]
             runs.append(_Run.of(program, one, run, wanted))
-        for difference in _differences(*runs, dtypes):
+        for difference in _differences(runs[0], runs[1], dtypes):
             if difference.kind != "output":
                 difference.name += f" after step {t}"
             elif difference.index:
