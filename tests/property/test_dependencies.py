@@ -74,6 +74,22 @@ def test_every_kind(kind, gradients):
     try_out([kind], [0, 0, 0], gradients)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=[k.name for k in KINDS])
+def test_another_step_of_the_class(kind):
+    """A second step of the class, changed before its first call, may find the first one's capture; then a third, equal
+    to the first, and the first itself once more."""
+    gradients = bool(KINDS.index(kind) % 2)
+    with module_of([kind]) as made, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, steps = made.step, [made.Cell(), made.Cell()]
+        for k, step in enumerate([first, *steps, first]):
+            made.step = step
+            if k == 1:
+                made.change(0, 1)
+            loop, plain = sl.Loop(step, backend="eager"), sl.Loop(step, backend="reference")
+            agree(loop, plain, step, gradients, f"step {k}, {kind.name}\n{made.text}")
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_several_at_once(seed):
     try_random(seed)
