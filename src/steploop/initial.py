@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def require(values: list[Tensor | None], names: list[str]) -> list[Tensor]:
                 fix="def begin(self, ...): self.<name>.prev = ...",
             )
         )
-    return values
+    return cast("list[Tensor]", values)
 
 
 def dtype_and_device(

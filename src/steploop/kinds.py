@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stubs
 
 from .compiler.program import Call, Program
 from .errors import InputError, UnsupportedError, describe, describe_type, message, without_memory
 
 _PLAIN = (Tensor, nn.Parameter)
-_own_function = Tensor.__torch_function__.__func__
+_own_function = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]  # a class method; the stubs say function
 _own_dispatch = Tensor.__torch_dispatch__
 
 
@@ -68,7 +68,7 @@ def refuse_layout(tensor: Tensor, name: str) -> None:
     )
 
 
-def is_plain(kind: type) -> bool:
+def is_plain(kind: type[Tensor]) -> bool:
     """Whether a class of tensors leaves torch's operations as they are, or is one of those of torch's tracers."""
     own = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     if kind.__module__.startswith("torch._subclasses"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def unpack(xs: tuple[Any, ...], lengths: Any) -> tuple[tuple[Any, ...], Tensor, 
         if isinstance(x, PackedSequence):
             x, own_lengths = pad_packed_sequence(x)
         padded.append(x)
-    return tuple(padded), own_lengths, first
+    return tuple(padded), cast(Tensor, own_lengths), first
 
 
 def _same_rows(a: PackedSequence, b: PackedSequence) -> bool:
@@ -49,7 +49,7 @@ def _same_rows(a: PackedSequence, b: PackedSequence) -> bool:
     if (orders[0] is None) != (orders[1] is None):
         return False
     same = a.batch_sizes.tolist() == b.batch_sizes.tolist()
-    return same and (orders[0] is None or bool((orders[0] == orders[1]).all()))
+    return same and (orders[0] is None or bool(cast(Tensor, orders[0] == orders[1]).all()))
 
 
 def pack(output: Tensor, like: PackedSequence, lengths: Tensor) -> PackedSequence:

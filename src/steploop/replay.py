@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def replayed(program: Program, call: Call) -> Replayed | None:
     given = dataclasses.replace(
         program, run=_Step(program, draws), x_names=[*program.x_names, *names], key=(program.key, *draws)
     )
-    given.run.given = given
+    cast(_Step, given.run).given = given
     return Replayed(given, dataclasses.replace(call, xs=[*call.xs, *numbers]))
 
 
@@ -94,7 +94,7 @@ def _record(program: Program, call: Call) -> list[_Draw]:
 
 def _with_rows(program: Program, call: Call, rows: int) -> Call:
     """The call on another number of rows, copies of its own."""
-    index = torch.arange(rows, device="cpu") % call.batch
+    index = torch.arange(rows, device="cpu") % cast(int, call.batch)
     constants = [
         c[index] if batched else c for c, batched in zip(call.constants, program.constant_batched, strict=True)
     ]
@@ -168,7 +168,7 @@ class _Draws(TorchDispatchMode):
 
 class _Recording(_Draws):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
         self.draws: list[_Draw] = []
 
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,21 +178,21 @@ class _Recording(_Draws):
 
 class _Answers(_Draws):
     def __init__(self, answers: Iterator[tuple[_Draw, Tensor]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
         self.answers = answers
 
     def draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         draw, value = next(self.answers, (None, None))
         if draw is None or draw.kind != _kind(func):
             raise Unlike(f"the step draws {func} where it did not before")
-        return _answer(func, args, draw.of_step(value))
+        return _answer(func, args, draw.of_step(cast(Tensor, value)))
 
 
 def _answer(func: Any, args: tuple[Any, ...], given: Tensor) -> Any:
     """The result of a draw whose standard numbers are given."""
     kind, name = _kind(func), func.overloadpacket.__name__
     if name == "native_dropout":
-        return _dropout(*args, given)
+        return _dropout(*cast("tuple[Tensor, float, bool | None]", args), given)
     if kind == "multinomial":
         scores = args[0] / given
         return scores.argmax(-1, keepdim=True) if args[1] == 1 else scores.topk(args[1]).indices
@@ -227,5 +227,5 @@ class _Step:
         own = len(xs) - len(self.draws)
         with _Answers(iter(zip(self.draws, xs[own:], strict=True))):
             results = self.program.run(xs[:own], constants, prevs)
-        self.given.out_spec = self.program.out_spec
+        cast(Program, self.given).out_spec = self.program.out_spec
         return results

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def start(state: State, sizes: Sizes, batch: Any, room: Any, device: torch.devic
         shape = (room, *shape)
     if state not in sizes:
         return torch.zeros(batch, 0, dtype=dtype, device=device)
-    return state.start(batch, dtype, device, shape)
+    return cast(Tensor, state.start(batch, dtype, device, shape))
 
 
 Place = tuple[str, int, int]  # "x" or "constant", which one, which axis of what one step sees
@@ -149,6 +149,7 @@ def find_sizes(
         return sizing.found, None
     try:
         env = ShapeEnv(duck_shape=False) if free else None
+        symbols: dict[Place, Any]
         mode, symbols = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env), {}
         with mode, enable_python_dispatcher() if free else nullcontext():  # torch's kernels would fix symbols
             run(lambda t, place: _fake(mode, t, place, free, symbols))
@@ -162,8 +163,8 @@ def find_sizes(
     axes = axes_of(arguments)
     fixed = {place: size for place, size in axes.items() if place not in symbols}
     sizes = {state: (tuple(map(expression, shape)), kind) for state, (shape, kind) in sizing.found.items()}
-    general = General(sizes, symbols, fixed, [guard.expr for guard in env.guards])
-    return general.at(axes), general
+    general = General(sizes, symbols, fixed, [guard.expr for guard in cast(ShapeEnv, env).guards])
+    return cast(Sizes, general.at(axes)), general
 
 
 def _fake(mode: Any, tensor: Tensor, place: Any, free: frozenset[Place], symbols: dict[Place, Any]) -> Tensor:
@@ -281,7 +282,7 @@ def begin(
         before = room_of(tree.states, values)
         room = _larger(_larger(_used(tree.states, values, before) + steps, before), room)
         if isinstance(given, Mapping):
-            padded = with_room(tree.states, values, room)
+            padded = with_room(tree.states, cast("list[Tensor]", values), room)
             given = {**given, **{n: v for n, v in zip(tree.names, padded, strict=True) if v is not None}}
     for i, state in enumerate(tree.states):
         if state.unsized and own[i] is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -93,7 +93,7 @@ class StepFunction:
             )
         if isinstance(returned, (tuple, list)) and any(isinstance(value, States) for value in returned):
             raise StepError(_returned_states(type(self.step).__name__))
-        outputs, self.program.out_spec = flatten(returned)
+        outputs, cast(Program, self.program).out_spec = flatten(returned)
         self._check_rows(outputs, [*xs, *prevs])
         return outputs, frame.nexts(self.states)
 
@@ -103,7 +103,7 @@ class StepFunction:
         batch = batched[0].shape[0]
         for i, output in enumerate(outputs):
             if output.dim() == 0 or output.shape[0] != batch:
-                name = self.program.out_spec.names("output")[i]
+                name = cast(Program, self.program).out_spec.names("output")[i]
                 raise StepError(
                     message(
                         f"{type(self.step).__name__}.step returned {name} without the batch axis first.",

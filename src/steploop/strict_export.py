@@ -21,7 +21,7 @@ from .tracked import module_of
 _FORMS: dict[int, Any] = {}  # of what a call returned
 
 
-@allow_in_graph
+@allow_in_graph  # type: ignore[untyped-decorator]  # torch's function has no annotations
 def _run(number: int, weights: dict[str, Tensor], method: str, arguments: Any, named: Any) -> list[Tensor]:
     module = module_of(number)
     with _reparametrize_module(module, dict(weights)):
@@ -31,7 +31,7 @@ def _run(number: int, weights: dict[str, Tensor], method: str, arguments: Any, n
     return tensors
 
 
-@assume_constant_result
+@assume_constant_result  # type: ignore[untyped-decorator]  # torch's function has no annotations
 def _form_of(number: int) -> Any:
     return _FORMS[number]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def refuse_proxy(value: Any) -> None:
 
 def asks() -> bool:
     """Whether torch.jit is looking at a module's attributes, one after the other."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.startswith(_JIT):
             return True

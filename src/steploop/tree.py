@@ -130,12 +130,12 @@ def flatten_arguments(arguments: tuple[Any, ...]) -> tuple[list[Tensor], Structu
     return list(arguments), structure
 
 
-def unflatten(tensors: Iterable[Tensor], structure: Structure) -> Any:
+def unflatten(tensors: Iterable[object], structure: Structure) -> Any:
     """The pytree again, with new containers and other tensors."""
     if structure is _LEAF:
         (tensor,) = tensors
         return tensor
-    values: Iterator[Tensor] = iter(tensors)
+    values: Iterator[object] = iter(tensors)
     leaves = [next(values) if leaf is _TENSOR else leaf for leaf in structure.leaves]
     return pytree.tree_unflatten(leaves, structure.spec)
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .backends.reference import last_of, valid_steps
-from .compiler.program import Call, Program, Result
+from .compiler.program import Call, Program, Result, StepOutput
 from .errors import StateError, UnsupportedError, describe, message
 from .marks import latest, repeated, wide
 
@@ -84,7 +84,7 @@ def run(
 
 def _again(program: Program, call: Call, found: Result, run_piece: Run) -> Result:
     """The same steps once more, which are known now."""
-    taken = found.taken
+    taken = cast(Tensor, found.taken)
     steps = len(taken)
     inside = (taken[1:] <= taken[:-1]).all()  # no row pauses
     lengths, mask = (taken.sum(0), None) if bool(inside) else (None, taken)
@@ -98,14 +98,14 @@ def _again(program: Program, call: Call, found: Result, run_piece: Run) -> Resul
 
 
 def _in_pieces(program: Program, call: Call, run_piece: Run, stops: Callable[[Program, Call], bool]) -> Result:
-    frozen, constants = freezing(program, call.until, call.initial, call.reset_to)
+    frozen, constants = freezing(program, cast(int, call.until), call.initial, call.reset_to)
     constants = [*call.constants, *constants]
     probe = replace(call, constants=constants, lengths=None, mask=None, resets=None, reset_to=None, until=None)
     by_itself = not torch.is_grad_enabled() and call.resets is None and call.steps > 0 and stops(frozen, probe)
     plan = _Pieces(call, LONG_PIECE if by_itself else FIRST_PIECE)
     states, pieces = call.initial, []
     held: dict[Any, Any] = {}
-    while (piece := plan.next(states[call.until])) is not None:
+    while (piece := plan.next(states[cast(int, call.until)])) is not None:
         part = replace(
             call, xs=[x[piece] for x in call.xs], constants=constants, initial=states, steps=piece.stop - piece.start,
             lengths=None, mask=plan.mask, resets=plan.resets, on_masked="zero", until=None, held=held,
@@ -116,7 +116,7 @@ def _in_pieces(program: Program, call: Call, run_piece: Run, stops: Callable[[Pr
     if not pieces:
         empty = replace(call, xs=[x[:0] for x in call.xs], steps=0, lengths=None, mask=None, resets=None, reset_to=None)
         result = run_piece(program, replace(empty, until=None))
-        return replace(result, states=list(call.initial), taken=plan.nothing(states[call.until]))
+        return replace(result, states=list(call.initial), taken=plan.nothing(states[cast(int, call.until)]))
     *outputs, taken = [torch.cat(steps) for steps in zip(*pieces, strict=True)]
     steps = last_of(taken)
     outputs = [output[:steps] for output in outputs]
@@ -130,7 +130,7 @@ class _Pieces:
     """The pieces of a call, one after the other, and which of their steps are valid."""
 
     def __init__(self, call: Call, first: int) -> None:
-        self.steps, self.batch, self.first = call.steps, call.batch, first
+        self.steps, self.batch, self.first = call.steps, cast(int, call.batch), first
         self.stop = 0
         self.valid = valid_steps(call)
         self.all_resets = None
@@ -173,7 +173,7 @@ class _Pieces:
 
 def whole(program: Program, call: Call) -> tuple[Program, Call]:
     """A program and call that stand for all pieces of a call: what its plan is made of."""
-    frozen, constants = freezing(program, call.until, call.initial, call.reset_to)
+    frozen, constants = freezing(program, cast(int, call.until), call.initial, call.reset_to)
     return frozen, replace(call, constants=[*call.constants, *constants], until=None)
 
 
@@ -195,7 +195,7 @@ def freezing(
 
 
 def _frozen(program: Program, until: int, states: int) -> Program:
-    def run(xs: Sequence[Tensor], constants: Sequence[Tensor], prevs: Sequence[Tensor]) -> tuple[list, list]:
+    def run(xs: Sequence[Tensor], constants: Sequence[Tensor], prevs: Sequence[Tensor]) -> StepOutput:
         ended = prevs[until]
         count = len(constants) - states
         safe = [torch.where(wide(ended, p), s, p) for s, p in zip(constants[count:], prevs, strict=True)]

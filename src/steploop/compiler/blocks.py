@@ -16,13 +16,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LEAST = 1 << 20  # bytes; smaller blocks the allocator keeps itself
 KEPT = int(os.environ.get("STEPLOOP_KEEP_MB", "512")) << 20
-_count = getattr(torch._C, "_storage_Use_Count", None)  # not a public interface: without it nothing is kept
+_count: Any = getattr(torch._C, "_storage_Use_Count", None)  # not a public interface: without it nothing is kept
 
 
 class Block:
@@ -46,7 +47,8 @@ class Block:
         return _count(self.address), sys.getrefcount(storage)
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(0, dtype=dtype, device="cpu").set_(self.keeper.untyped_storage(), 0, tuple(shape))
+        # torch's stubs ask for the strides, which may be left out.
+        return torch.empty(0, dtype=dtype, device="cpu").set_(self.keeper.untyped_storage(), 0, tuple(shape))  # type: ignore[call-overload]
 
 
 @dataclass

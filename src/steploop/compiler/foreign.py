@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -24,7 +25,7 @@ def hidden() -> Iterator[None]:
         _replace(modes)
 
 
-def _replace(modes: list) -> None:
+def _replace(modes: list[Any]) -> None:
     for _ in _get_current_function_mode_stack():
         _pop_mode()
     for mode in modes:

@@ -108,6 +108,6 @@ def _rows(node: fx.Node, batch: sympy.Symbol) -> Rows:
     return Rows(0, 1, int(expression(node.meta["val"].shape[0]) / batch))
 
 
-PRODUCTS: set[Callable] = {history_scores, history_sums, history_cotangent}
+PRODUCTS: set[Callable[..., Any]] = {history_scores, history_sums, history_cotangent}
 for product in PRODUCTS:
     put(product, Operation(product.__name__, rows=_rows))

@@ -7,7 +7,7 @@ tensors alone (`scale = self.scale.clone(); scale.add_(1)`), which is rewritten.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -87,9 +87,9 @@ def _rewrite(graph: fx.Graph, node: fx.Node, changed: fx.Node, position: dict[fx
     line = node.meta.get("line", "")
     if origin.op != "call_function":
         raise changes_in_place(line)
-    name = node.target.overloadpacket.__name__
+    name = cast(torch._ops.OpOverload, node.target).overloadpacket.__name__
     functional = getattr(aten, name[:-1], None) if name.endswith("_") else None
-    overload = getattr(functional, node.target._overloadname, None)
+    overload = getattr(functional, cast(torch._ops.OpOverload, node.target)._overloadname, None)
     viewed = any(_is_view(u) for u in origin.users if _changed(u) is None)
     if overload is None or origin is not changed or viewed or overload._schema.is_mutable:
         raise StepError(

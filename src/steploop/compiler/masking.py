@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..marks import at_steps, latest, repeated, valid_at, wide
-from .program import Call, Program, Result
+from .program import Call, Program, Result, StepOutput
 
 
 def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[Result], Result]]:
     """The program and call with masks and resets inside, and what turns its result into the one asked for."""
     valid = valid_at(call.steps, call.lengths, call.mask)
     if valid is None:
-        valid = torch.ones(call.steps, call.batch, dtype=torch.bool, device="cpu")
+        valid = torch.ones(call.steps, cast(int, call.batch), dtype=torch.bool, device="cpu")
     valid = valid.to(call.device)
     resets = torch.zeros_like(valid) if call.resets is None else call.resets.to(call.device)
     source = latest(valid, call.reverse)
@@ -48,7 +49,7 @@ def _program(program: Program, xs: int, constants: int, states: int) -> Program:
     if (xs, constants, states) in known:
         return known[xs, constants, states]
 
-    def run(x: Sequence[Tensor], c: Sequence[Tensor], prevs: Sequence[Tensor]) -> tuple[list, list]:
+    def run(x: Sequence[Tensor], c: Sequence[Tensor], prevs: Sequence[Tensor]) -> StepOutput:
         valid, reset = x[xs], x[xs + 1]
         start = [torch.where(wide(reset, p), b, p) for p, b in zip(prevs, c[constants:])]
         outputs, nexts = program.run(list(x[:xs]), list(c[:constants]), [s.clone() for s in start])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..errors import BuildError
 from . import words
 from .captured import Capture
 from .guards import same_content
-from .ir.graph import Rows
+from .ir.graph import LoopProgram, Rows
 from .lower import lower_forward
 from .ops.table import is_view
 from .partition import Loop, extract
@@ -34,7 +34,7 @@ def native(step: StreamStep, call: Call, backend: Backend) -> NativeStep | None:
     found = streams[backend.name]
     if found is None or found[2].left_to_torch(step.sizes):
         return None
-    return NativeStep(step, *found, call, backend)
+    return NativeStep(step, *cast("tuple[Any, Loop, Any]", found), call, backend)
 
 
 class _Refused(Exception):
@@ -64,8 +64,8 @@ def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | 
     if not _plain(plan, loops[0]):
         return None
     loop = _with_views(plan.executable, loops[0])
-    if loop is not loops[0] and not backend.reasons_against(loop.program):
-        runner = backend.compile(loop.program)
+    if loop is not loops[0] and not backend.reasons_against(cast(LoopProgram, loop.program)):
+        runner = backend.compile(cast(LoopProgram, loop.program))
         runner.settle()
         return plan, loop, runner
     return plan, loops[0], plan.executable.runners[loops[0]]
@@ -152,7 +152,8 @@ class NativeStep:
         self, xs: Sequence[Tensor], states: Sequence[Tensor], mask: Tensor | None = None, resets: Tensor | None = None,
         back: Sequence[Tensor] = (),
     ) -> tuple[list[Tensor], list[Tensor]] | None:  # fmt: skip
-        if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:
+        # torch's stubs leave data_ptr without annotations.
+        if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:  # type: ignore[no-untyped-call]
             self._look_again()
         return self.run(xs, states, mask, resets, back)
 

@@ -7,14 +7,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx
 
 from ..errors import InputError
 from ..view import page, plan_table
 from .execute import Executable
-from .ir.graph import Rows, expression, line_of, op_name
+from .ir.graph import LoopProgram, Rows, expression, line_of, op_name
 from .memory_operator import is_memory, operation_name
 from .ops.table import is_view
 from .partition import Batched, Loop, Partition, State
@@ -204,7 +204,7 @@ class _Described:
                 why = "its whole sequence at once: nothing that it reads depends on it"
                 op = replace(op, name=operation_name(node), why=why, hop="its whole sequence at once")
             ops.append(op)
-        program = loop.program
+        program = cast(LoopProgram, loop.program)
         reasons = [f"{line}: {text}" if line else text for text, line in program.reasons]
         return PlannedLoop(
             number, ops, [s.name for s in loop.states], program.backend, reasons,
@@ -313,6 +313,7 @@ def _path(start: fx.Node, goals: dict[fx.Node, State], neighbours: _Neighbours) 
     """The shortest path from a node to one of the goals, both included."""
     came: dict[fx.Node, fx.Node | None] = {start: None}
     queue = deque([start])
+    node: fx.Node | None
     while queue:
         node = queue.popleft()
         if node in goals:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Clock:
 
     def now(self) -> float:
         """Seconds, when the device has done all that it was asked for."""
-        module = getattr(torch, self.device.type, None)
+        module: Any = getattr(torch, self.device.type, None)
         if self.device.type != "cpu" and hasattr(module, "synchronize"):
             module.synchronize()
         return time.perf_counter()
@@ -53,7 +53,7 @@ def timed(plan: Plan, executables: Sequence[Executable], tensors: list[Tensor], 
     while len(runs) < _LEAST or (time.perf_counter() < end and len(runs) < _MOST):
         found = _pass(executables, wanted, run, device)
         runs.append([(s, {n[p]: t for p, t in parts.items()}) for (s, parts), n in zip(found, names)])
-    for one, passes in zip([plan, plan.backward], zip(*runs)):
+    for one, passes in zip(cast("list[Plan]", [plan, plan.backward]), zip(*runs)):
         # One run as a whole, so that its parts add up.
         seconds, pieces = sorted(passes, key=lambda found: found[0])[len(passes) // 2]
         one.profile = Profile(len(runs), seconds, _without_nothing(one, pieces))

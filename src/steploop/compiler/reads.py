@@ -26,7 +26,7 @@ import types
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -49,7 +49,7 @@ _INSTALLED = [_PATHS[name] for name in ("purelib", "platlib") if name in _PATHS]
 _INSTALLED += [site.getusersitepackages(), os.path.dirname(_TORCH)]
 _PACKAGES = tuple({os.path.join(path, "") for path in _INSTALLED})
 _OF_TORCH = tuple(os.path.join(path, name, "") for path in _PACKAGES for name in ("sympy", "mpmath", "networkx"))
-_NUMPY = os.path.join(os.path.dirname(os.path.abspath(sys.modules["numpy"].__file__)), "")
+_NUMPY = os.path.join(os.path.dirname(os.path.abspath(cast(str, sys.modules["numpy"].__file__))), "")
 
 USER, PACKAGE, STDLIB, TORCH, STEPLOOP, TRACER = "user", "package", "stdlib", "torch", "steploop", "tracer"
 
@@ -211,10 +211,10 @@ class Reads:
 
     names: frozenset[str] | None = None
     modules: frozenset[str] = frozenset()
-    functions: frozenset[weakref.ref] = frozenset()
+    functions: frozenset[weakref.ref[Any]] = frozenset()
     loose: frozenset[tuple[types.CodeType, str]] = frozenset()
     library: frozenset[tuple[types.CodeType, str]] = frozenset()
-    variables: frozenset[contextvars.ContextVar] = frozenset()
+    variables: frozenset[contextvars.ContextVar[Any]] = frozenset()
     contents: frozenset[str] = frozenset()
 
     def joined(self, other: Reads) -> Reads:

@@ -60,7 +60,7 @@ class Recorder:
     def __init__(self) -> None:
         self.codes: dict[types.CodeType, str] = {}
         self.resumed: set[int] = set()  # frames of generators
-        self.variables: set[contextvars.ContextVar] = set()
+        self.variables: set[contextvars.ContextVar[Any]] = set()
         self.modules: set[str] = set()
         self.tensors: list[Tensor] = []
         self.inner: list[Reads] = []  # what the steps of inner loops have read
@@ -126,7 +126,7 @@ class Recorder:
             self._note_builtin(frame, argument)
 
     def _note_builtin(self, frame: types.FrameType, function: Any) -> None:
-        owner = getattr(function, "__self__", None)
+        owner: Any = getattr(function, "__self__", None)
         kind = type(owner)
         if kind is contextvars.ContextVar:
             if not owner.name.startswith("steploop"):
@@ -174,7 +174,7 @@ class Recorder:
             reads = reads.joined(inner)
         return reads
 
-    def unmet(self, met: Iterable[types.CodeType]) -> tuple[frozenset[weakref.ref], frozenset[Any]]:
+    def unmet(self, met: Iterable[types.CodeType]) -> tuple[frozenset[weakref.ref[Any]], frozenset[Any]]:
         """Functions that ran and are none of those that a walk met, and code that ran and has no function."""
         known = {inner for code in met for inner in with_inner(code)}
         missing = {
@@ -228,7 +228,7 @@ CONTENT = frozenset(
 )
 
 
-def tensors_read(function: Callable, arguments: tuple[Any, ...]) -> list[Tensor]:
+def tensors_read(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
     """The tensors of the user's whose content a call of torch's makes Python numbers of."""
     if getattr(function, "__name__", "") not in CONTENT:
         return []

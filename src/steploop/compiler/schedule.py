@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ class Schedule:
 
     def _spread(self, packed: Tensor) -> Tensor:
         """(N, ...) -> (T * B, ...), zero where no row runs."""
-        return self.blank(packed.shape[1:], packed.dtype).index_copy_(0, self.source, packed)
+        return self.blank(packed.shape[1:], packed.dtype).index_copy_(0, cast(Tensor, self.source), packed)
 
     def blank(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """(T * B, *shape), zero where no row runs, and not yet written elsewhere."""
@@ -152,7 +153,7 @@ class Schedule:
     def missing(self) -> Tensor:
         """Where in the caller's sequence no row runs."""
         runs = torch.zeros(self.time * self.batch, dtype=torch.bool, device=self.device)
-        return (~runs.index_fill_(0, self.source, True)).nonzero()[:, 0]
+        return (~runs.index_fill_(0, cast(Tensor, self.source), True)).nonzero()[:, 0]
 
     def given(self, sequence: Tensor) -> Tensor | Unpacked:
         """(T, B, ...) -> (N, ...), or the sequence as it is, to be packed where it is read."""
@@ -317,7 +318,7 @@ class Span:
         batch = self.schedule.batch
         if self.schedule.full:
             return torch.arange(self.total, device=self.schedule.device)
-        index = self.schedule.previous[self.first : self.first + self.total]
+        index = cast(Tensor, self.schedule.previous)[self.first : self.first + self.total]
         inside = index >= batch + self.first
         return torch.where(inside, index - self.first, self.row)
 
@@ -412,8 +413,8 @@ class Unpacked:
     values: Tensor
 
     def cut(self, span: Span) -> Tensor:
-        return self.values.index_select(0, span.schedule.source[span.first : span.first + span.total])
+        return self.values.index_select(0, cast(Tensor, span.schedule.source)[span.first : span.first + span.total])
 
     def put(self, span: Span, packed: Tensor) -> Unpacked:
-        self.values.index_copy_(0, span.schedule.source[span.first : span.first + span.total], packed)
+        self.values.index_copy_(0, cast(Tensor, span.schedule.source)[span.first : span.first + span.total], packed)
         return self

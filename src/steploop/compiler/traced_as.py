@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     return tensor.new_zeros((*tensor.shape, num_classes)).scatter(-1, tensor.unsqueeze(-1), 1)
 
 
-def _lstm_cell(x: Tensor, hx: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None) -> Any:
+def _lstm_cell(
+    x: Tensor, hx: tuple[Tensor, ...] | list[Tensor], w_ih: Tensor, w_hh: Tensor, *biases: Tensor | None
+) -> Any:
     """torch's own formula on the CPU. Elsewhere torch has one kernel for it, of which no part can leave the loop."""
     if x.device.type == "cpu":
         return torch.lstm_cell(x, hx, w_ih, w_hh, *biases)

@@ -7,8 +7,8 @@ arguments are not all of one floating dtype is tried once on real zeros, each co
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -61,7 +61,7 @@ def _try(node: fx.Node, sizes: Mapping[str, int]) -> str:
     args, kwargs = tree_map_only(Size, lambda size: size_at(size.expr, sizes), (args, kwargs))
     try:
         with torch.no_grad():
-            node.target(*args, **kwargs)
+            cast("Callable[..., Any]", node.target)(*args, **kwargs)
     except Exception as error:
         return str(error) if _OF_DTYPES.search(str(error)) else ""
     return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ class CausalConv1d(Memory):
     conv(x): x (B, in) -> (B, out).  Whole sequence: one conv1d; with resets, one product over the windows.
     Raises InputError for sizes that are no whole numbers >= 1 or channels that `groups` does not divide.
     """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    dilation: int
+    groups: int
 
     def __init__(
         self,
@@ -55,7 +61,7 @@ class CausalConv1d(Memory):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if bias:
             bound = 1 / math.sqrt(self.weight[0].numel())
-            nn.init.uniform_(self.bias, -bound, bound)
+            nn.init.uniform_(cast(Tensor, self.bias), -bound, bound)
         if kernel_size > 1:
             self.past = State((kernel_size - 1) * dilation, in_channels)
 
@@ -80,7 +86,15 @@ class CausalConv1d(Memory):
         y = torch.einsum("...wgi,goiw->...go", parts, weight).flatten(-2)
         return y if self.bias is None else y + self.bias
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         x = cleaned(xs[0], lengths)
         none = x.new_zeros(x.shape[1], 0, self.in_channels)
         frames = Frames(x, state.get("past", none), reset_to.get("past", none), lengths, resets)

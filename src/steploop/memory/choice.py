@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,11 +92,19 @@ class Choice(Memory):
 
     def _label(self, scores: Tensor | None, target: Tensor | None, where: Tensor | None) -> Tensor:
         if target is None:
-            return self.choose(scores)
+            return self.choose(cast(Tensor, scores))
         given = target.to(torch.int64)
-        return given if where is None else torch.where(where, given, self.choose(scores))
+        return given if where is None else torch.where(where, given, self.choose(cast(Tensor, scores)))
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         labels = self._label(*xs, *[None] * (3 - len(xs)))
         return labels, {"last": final(labels, state["last"], lengths)}
 

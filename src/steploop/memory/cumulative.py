@@ -46,7 +46,15 @@ class Cumulative(Memory):
         self.total.next = after
         return before.clone() if self.exclusive else after
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         x = _counted(xs[0])
         x = cleaned(x, lengths, _neutral_of(self.neutral, x.dtype))
         start = state["total"]

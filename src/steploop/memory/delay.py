@@ -36,7 +36,15 @@ class Delay(Memory):
         self.past.next = torch.cat([past[:, 1:], x.unsqueeze(1)], 1) if self.n > 1 else x.unsqueeze(1)
         return past[:, 0]
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         frames = Frames(cleaned(xs[0], lengths), state["past"], reset_to["past"], lengths, resets)
         return frames.back(self.n), {"past": frames.last()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,15 @@ class History(Memory):
         self.count.next = self.count.prev + 1
         return Past(values, self.count.next)
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         x = cleaned(xs[0], lengths)
         index, after = counting(state["count"], reset_to["count"], len(x), lengths, resets)
         slots = Slots(state["count"], state["frames"].shape[1], len(x), lengths, resets)
@@ -123,10 +131,17 @@ class RelativePositions(Memory):
         return self._positions(entries.shape[1], count)
 
     def sequence(
-        self, xs, constants, state, reset_to, lengths, resets, steps=None
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        steps: int | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         steps = xs[0].shape[0] if xs else steps
-        index, after = counting(state["count"], reset_to["count"], steps, lengths, resets)
+        index, after = counting(state["count"], reset_to["count"], cast(int, steps), lengths, resets)
         positions = self._positions(state["entries"].shape[1], index)
         return positions, {"count": after, "entries": state["entries"]}
 

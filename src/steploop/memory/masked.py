@@ -93,7 +93,15 @@ class Masked(Memory):
             states.append(self._modules[name])
         return states[:count]
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         *xs, where = xs
         steps, batch = where.shape
         plan = _Kept(where, lengths, resets)

@@ -43,6 +43,18 @@ class NGramScorer(Memory):
     tensor.
     """
 
+    # The buffers: the file's number of each word of the vocabulary, and the columns of `_Tables`.
+    word_of: Tensor
+    unknown_word: Tensor
+    edge: Tensor
+    edge_to: Tensor
+    in_file: Tensor
+    log_probability: Tensor
+    backoff: Tensor
+    shorter: Tensor
+    as_context: Tensor
+    context: Tensor
+
     def __init__(
         self,
         arpa: str | Path,
@@ -112,7 +124,15 @@ class NGramScorer(Memory):
         word = self.word_of.unsqueeze(0).expand(len(node), -1)
         return self._score(node.unsqueeze(1).expand_as(word), word)[0]
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         word = self._word(cleaned(xs[0], lengths))
         past, fresh = self.context[state["node"]], self.context[reset_to["node"]]
         frames = Frames(word, past, fresh, lengths, resets)

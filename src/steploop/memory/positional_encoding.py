@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class PositionalEncoding(Memory):
     """
 
     takes_steps = True
+    frequency: Tensor
 
     def __init__(self, size: int, layout: str = "halves", base: float = 10000.0) -> None:
         super().__init__()
@@ -50,11 +51,18 @@ class PositionalEncoding(Memory):
         return self._added(x, count)
 
     def sequence(
-        self, xs, constants, state, reset_to, lengths, resets, steps=None
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        steps: int | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         x = xs[0] if xs else None
         steps = steps if x is None else len(x)
-        index, after = counting(state["count"], reset_to["count"], steps, lengths, resets)
+        index, after = counting(state["count"], reset_to["count"], cast(int, steps), lengths, resets)
         return self._added(x, index), {"count": after}
 
     def _added(self, x: Tensor | None, count: Tensor) -> Tensor:

@@ -74,7 +74,15 @@ class SequenceRNN(Memory):
         y = _last_of_torch_layer(self.loop, x, constants)
         return y if inner_lengths is None else torch.where(inner_lengths[:, None] > 0, y, torch.zeros_like(y))
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         steps, batch = xs[0].shape[:2]
         valid = None
         if lengths is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,10 +30,17 @@ class StepIndex(Memory):
         return index.clone()
 
     def sequence(
-        self, xs, constants, state, reset_to, lengths, resets, steps=None
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+        steps: int | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         index, after = counting(
-            state["count"], reset_to["count"], xs[0].shape[0] if xs else steps, lengths, resets
+            state["count"], reset_to["count"], xs[0].shape[0] if xs else cast(int, steps), lengths, resets
         )
         return index, {"count": after}
 

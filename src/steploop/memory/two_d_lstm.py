@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class TwoDLSTM(Memory):
 
     Raises InputError for sizes, a pooling or a source that do not fit.
     """
+
+    source_size: int
+    target_size: int
+    hidden_size: int
 
     def __init__(
         self,
@@ -146,9 +150,17 @@ class TwoDLSTM(Memory):
 
     def _energies(self, h: Tensor, target: Tensor) -> Tensor:
         """(..., B, S)."""
-        return torch.matmul(h, torch.matmul(target, self.weight_pool).unsqueeze(-1)).squeeze(-1)
+        return torch.matmul(h, torch.matmul(target, cast(Tensor, self.weight_pool)).unsqueeze(-1)).squeeze(-1)
 
-    def sequence(self, xs, constants, state, reset_to, lengths, resets) -> tuple[Any, dict[str, Tensor]]:
+    def sequence(
+        self,
+        xs: tuple[Any, ...],
+        constants: dict[str, Any],
+        state: dict[str, Tensor],
+        reset_to: dict[str, Tensor],
+        lengths: Tensor | None,
+        resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
         target = cleaned(xs[0], lengths)
         source, source_lengths = constants["source"], constants.get("source_lengths")
         steps, batch = target.shape[:2]
@@ -220,8 +232,8 @@ class _Diagonal(Step):
         c = self.c.sized(gates.shape[1], gates.shape[2] // 5, like=gates)
         above_h, above_c = h, c
         if reset is not None:
-            above_h = torch.where(reset.unsqueeze(-1), fresh_h, h)
-            above_c = torch.where(reset.unsqueeze(-1), fresh_c, c)
+            above_h = torch.where(reset.unsqueeze(-1), cast(Tensor, fresh_h), h)
+            above_c = torch.where(reset.unsqueeze(-1), cast(Tensor, fresh_c), c)
         left_h = torch.cat([torch.zeros_like(h[:, :1]), h[:, :-1]], 1)
         left_c = torch.cat([torch.zeros_like(c[:, :1]), c[:, :-1]], 1)
         new_h, new_c = _cell(gates + F.linear(torch.cat([left_h, above_h], -1), weight), left_c, above_c)

@@ -33,7 +33,7 @@ Raises InputError for an unknown kind, for shapes that do not fit, and for what 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ def from_onnx(kind: str, arrays: Sequence[Any], layer: int | None = None) -> Wei
         shown = ", ".join(describe(array) for array in given)
         raise InputError(message("ONNX: W and R have three axes.", expected="(D, gates H, I)", found=shown))
     parts = []
-    for direction in range(len(given[0])):
+    for direction in range(len(cast(Tensor, given[0]))):
         w, r, b = (None if array is None else array[direction] for array in given)
         biases = (None, None) if b is None else b.chunk(2)
         parts.append(_ours("onnx", kind, [w, r, *biases], order))
@@ -174,7 +174,7 @@ def to_onnx(kind: str, weights: Mapping[str, Tensor], layer: int | None = None) 
 
 def _ours(owner: str, kind: str, part: Sequence[Tensor | None], order: str) -> list[Tensor]:
     """[weight_ih, weight_hh, bias_ih, bias_hh] with our gates, of the same with gates in `order`."""
-    w, r, bias_ih, bias_hh = part
+    w, r, bias_ih, bias_hh = cast("tuple[Tensor, Tensor, Tensor | None, Tensor | None]", part)
     hidden, gates = r.shape[1], len(order)
     zeros = torch.zeros(gates * hidden, dtype=r.dtype, device=r.device)
     found = [w, r, zeros if bias_ih is None else bias_ih, zeros if bias_hh is None else bias_hh]

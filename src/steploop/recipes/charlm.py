@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,7 @@ class Checkpoint:
     shape: Shape
     vocabulary: Vocabulary
     history: list[dict[str, float]]
-    content: dict
+    content: dict[str, Any]
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
@@ -146,7 +146,7 @@ class Checkpoint:
         return cls(path, Shape(**card["shape"]), Vocabulary(card["characters"]), card["history"], content)
 
     @staticmethod
-    def card(shape: Shape, vocabulary: Vocabulary, history: list[dict[str, float]]) -> dict:
+    def card(shape: Shape, vocabulary: Vocabulary, history: list[dict[str, float]]) -> dict[str, Any]:
         """What `read` looks for, as plain values."""
         return {
             "format": FORMAT,
@@ -155,7 +155,7 @@ class Checkpoint:
             "history": history,
         }
 
-    def model(self, backend: str = "auto") -> sl.Loop:
+    def model(self, backend: str = "auto") -> sl.Loop[Tensor]:
         """The trained model, ready to read text."""
         loop = sl.Loop(CharModel(len(self.vocabulary), self.shape), backend=backend)
         loop.load_state_dict(self.weights)
@@ -207,7 +207,7 @@ class Choice:
     top_k: int = 0
     top_p: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.temperature < 0:
             raise DataError(f"--temperature is 0 or more, got {self.temperature}")
         if self.top_k < 0:
@@ -235,7 +235,7 @@ class Writer:
     The same seed, prompts and lengths give the same text.
     """
 
-    def __init__(self, model: sl.Loop, vocabulary: Vocabulary, choice: Choice, seed: int = 0):
+    def __init__(self, model: sl.Loop[Tensor], vocabulary: Vocabulary, choice: Choice, seed: int = 0):
         self.vocabulary, self.choice = vocabulary, choice
         self.generator = torch.Generator().manual_seed(seed)
         self.stream = model.stream(1)
@@ -254,5 +254,5 @@ class Writer:
             raise DataError("The prompt is empty: the model needs at least one character to go on from.")
         for _ in range(length):
             drawn = torch.multinomial(self.choice.probabilities(self.logits), 1, generator=self.generator)
-            yield self.vocabulary.characters[drawn.item()]
+            yield self.vocabulary.characters[cast(int, drawn.item())]
             self.logits = self.stream(drawn)[0]

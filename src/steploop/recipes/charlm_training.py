@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as L
 import matplotlib
 import torch
 from rich.console import Console
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import steploop as sl
 
@@ -50,11 +51,11 @@ class Settings:
     backend: str = "auto"
     device: str = "cpu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self, ("streams", "steps", "learning_rate", "minutes", "max_steps"))
 
 
-class Endless(IterableDataset):
+class Endless(IterableDataset[Window]):
     """Window after window, beginning with the one that the trainer has not yet taken a step on."""
 
     def __init__(self, streams: Streams, module: L.LightningModule):
@@ -133,19 +134,19 @@ class CharTraining(Training):
 
     # -- data
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Window]:
         return DataLoader(Endless(self.train_streams, self), batch_size=None)
 
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(list(self.validation_streams.one_pass()), batch_size=None)
+    def val_dataloader(self) -> DataLoader[Window]:
+        return DataLoader(cast("Dataset[Window]", list(self.validation_streams.one_pass())), batch_size=None)
 
     # -- checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["charlm"] = Checkpoint.card(self.shape, self.vocabulary, self.history)
         checkpoint["charlm"]["state"] = None if self.state is None else dict(self.state)
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         card = checkpoint["charlm"]
         self.history = list(card["history"])
         self.state = None if card["state"] is None else sl.States(card["state"])

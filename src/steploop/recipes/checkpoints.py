@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import DataError
 
 
-def read_checkpoint(path: Path, recipe: str, format: str) -> dict:
+def read_checkpoint(path: Path, recipe: str, format: str) -> dict[str, Any]:
     """All that the file holds; its entry `recipe` is a card of this format.
 
     Raises DataError if there is no such file or it is not a checkpoint of this recipe.

@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class Checkpoint:
         return cls(path, Shape(**card["shape"]), symbols, card["history"], weights)
 
     @staticmethod
-    def card(shape: Shape, symbols: Symbols, history: list[dict[str, float]]) -> dict:
+    def card(shape: Shape, symbols: Symbols, history: list[dict[str, float]]) -> dict[str, Any]:
         """What `read` looks for, as plain values."""
         return {
             "format": FORMAT,
@@ -168,7 +169,7 @@ class Checkpoint:
             )
 
 
-def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(card, weights)."""
     from safetensors import SafetensorError, safe_open
 

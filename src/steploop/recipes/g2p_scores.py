@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from rapidfuzz.distance import Levenshtein
 
 from .lexicon import Phonemes
+
+if TYPE_CHECKING:
+    from matplotlib.ticker import MaxNLocator
 
 NOTHING = "-"  # in a confusion: a phoneme that is not there
 
@@ -26,7 +30,7 @@ class Scores:
     wrong: int = 0
     edits: int = 0
     phonemes: int = 0
-    confusions: Counter = field(default_factory=Counter)  # (reference's phoneme, what was said): how often
+    confusions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (reference's phoneme, said): how often
     by_length: dict[int, list[int]] = field(default_factory=dict)  # letters: [words, wrong]
 
     @property
@@ -84,7 +88,7 @@ def draw_by_length(scores: dict[str, Scores], path: Path) -> None:
     axes.set_ylabel("word error rate (%)")
     counts.set_ylabel("words")
     axes.set_ylim(0, 100)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    cast("MaxNLocator", axes.xaxis.get_major_locator()).set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)

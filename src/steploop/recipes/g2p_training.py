@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import torch
@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import steploop as sl
 
@@ -55,11 +55,11 @@ class Settings:
     backend: str = "auto"
     device: str = "cpu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_settings(self, ("batch", "learning_rate", "minutes", "max_steps"))
 
 
-class Endless(IterableDataset):
+class Endless(IterableDataset[Any]):
     """Batch after batch, beginning with the one that the trainer has not yet taken a step on.
 
     Each pass has batches of its own, a function of seed and pass: a resumed run reads what the interrupted one
@@ -100,7 +100,12 @@ class G2PTraining(Training):
         self.batches = Endless(pairs, settings, self)
         self.dev = parts["dev"].entries
 
-    def _average(self, averages: list[Tensor], weights: list[Tensor], count: Tensor | int) -> None:
+    def _average(
+        self,
+        averages: tuple[Tensor, ...] | list[Tensor],
+        weights: tuple[Tensor, ...] | list[Tensor],
+        count: Tensor | int,
+    ) -> None:
         count = int(count)
         kept = min(self.settings.averaging, (1 + count) / (10 + count))
         torch._foreach_lerp_(averages, weights, 1 - kept)
@@ -128,7 +133,7 @@ class G2PTraining(Training):
             self.trainer.should_stop = True
 
     def pronouncer(self) -> Pronouncer:
-        return Pronouncer(self.average.module.eval(), self.symbols)
+        return Pronouncer(cast(Model, self.average.module.eval()), self.symbols)
 
     def on_validation_epoch_start(self) -> None:
         self.scores = Scores()
@@ -197,19 +202,21 @@ class G2PTraining(Training):
 
     # -- data
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.batches, batch_size=None)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[list[str]]:
         words = sorted(self.dev, key=len)
-        return DataLoader([words[k : k + 256] for k in range(0, len(words), 256)], batch_size=None)
+        return DataLoader(
+            cast("Dataset[list[str]]", [words[k : k + 256] for k in range(0, len(words), 256)]), batch_size=None
+        )
 
     # -- checkpoints
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["g2p"] = Checkpoint.card(self.shape, self.symbols, self.history)
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = list(checkpoint["g2p"]["history"])
 
 

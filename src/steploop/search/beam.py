@@ -44,7 +44,7 @@ class Beam(Search):
 
     def __init__(
         self,
-        model: Step | Loop,
+        model: Step | Loop[Any],
         start: int,
         end: int | None,
         max_steps: int,
@@ -255,7 +255,7 @@ def _ends_to_stop(stop: Any, size: int) -> int | None:
 
 @ends_at_the_call
 def beam(
-    model: Step | Loop,
+    model: Step | Loop[Any],
     *,
     start: int | Tensor,
     end: int | None,

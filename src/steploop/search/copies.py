@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Copies:
     def __post_init__(self) -> None:
         found = survey(self.step)
         self.states, self.names = found.states, found.names
-        self.frame = running()
+        self.frame = cast(Frame, running())
         self.after: dict[State, Tensor] = {}
 
     def run(self, *xs: Any, constants: dict[str, Any]) -> Any:
@@ -38,7 +38,7 @@ class Copies:
         own = constants_for(self.step, constants)
         inner = Frame(
             {state: f"{self.frame.names[state]}" for state in self.states},
-            {state: self._flat(state, self.frame.prev[state]) for state in self.states},
+            {state: self._flat(state, cast(Tensor, self.frame.prev[state])) for state in self.states},
             "step",
         )
         inner.inlined = True
@@ -50,7 +50,7 @@ class Copies:
     def keep(self, where: Tensor) -> None:
         """Put States back to what they were before the step where (B, K) says so."""
         for state in self.states:
-            before = self.frame.prev[state]
+            before = cast(Tensor, self.frame.prev[state])
             self.after[state] = torch.where(self._wide(where, state, before), before, self.after[state])
 
     def write(self, parent: Tensor | None) -> None:
@@ -69,7 +69,7 @@ class Copies:
         return value.movedim(self._axis(state), 1).flatten(0, 1)
 
     def _back(self, state: State, value: Tensor) -> Tensor:
-        like = self.frame.prev[state]
+        like = cast(Tensor, self.frame.prev[state])
         wide = value.reshape(like.shape[0], self.count, *value.shape[1:])
         return wide.movedim(1, self._axis(state))
 

@@ -21,7 +21,7 @@ class Greedy(Search):
     sl.Loop(Greedy(model, start=bos, end=eos, max_steps=60), until="done"); see `Search` for the options.
     """
 
-    def __init__(self, model: Step | Loop, start: int, end: int | None, max_steps: int, **options: Any) -> None:
+    def __init__(self, model: Step | Loop[Any], start: int, end: int | None, max_steps: int, **options: Any) -> None:
         super().__init__(model, start, end, max_steps, copies=1, **options)
 
     def choose(self, gains: Tensor, output: Any) -> Choice:
@@ -38,7 +38,7 @@ def going_on(search: Search, gains: Tensor, label: Tensor) -> Choice:
 
 @ends_at_the_call
 def greedy(
-    model: Step | Loop,
+    model: Step | Loop[Any],
     *,
     start: int | Tensor,
     end: int | None,

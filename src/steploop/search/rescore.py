@@ -19,7 +19,7 @@ from .started import taken_apart
 
 @ends_at_the_call
 def rescore(
-    model: Step | Loop,
+    model: Step | Loop[Any],
     labels: Tensor,
     lengths: Tensor,
     *,

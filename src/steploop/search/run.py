@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -81,12 +82,12 @@ class _Run:
             result = dispatch.run(prepared.program, prepared.call, self.backend)
             outputs, state = prepared.finish(result)
         self._check_nan(outputs["nan"])
-        return self._found(outputs, state, result.taken)
+        return self._found(outputs, state, cast(Tensor, result.taken))
 
     # before
 
     def _first_states(self, own: States, prepared: Prepared) -> States:
-        batch = prepared.call.batch
+        batch = cast(int, prepared.call.batch)
         label = own["label"]
         device, shape = label.device, label.shape
         start = torch.as_tensor(self.start, device=device, dtype=torch.int64)
@@ -122,13 +123,13 @@ class _Run:
         return {n[len(start) :]: (i, whole) for i, n in enumerate(whole.names) if n.startswith(start)}
 
     def _read_prefix(self, own: States, start: Tensor, batch: int) -> None:
-        prefix = self.prefix
+        prefix = cast(_Prefix, self.prefix)
         device = own["label"].device
         labels, lengths = prefix.labels.to(device), prefix.lengths.to(device)
         first = _rows("start", start, batch, device).unsqueeze(0)
         inputs = torch.cat([first, labels])[: len(labels)]  # the last label of the prefix is read by the search
         parts = [("model", self.search.model)]
-        parts += [(f"scorers.{i}", scorer) for i, scorer in enumerate(self.search.scorers)]
+        parts += [(f"scorers.{i}", scorer) for i, scorer in enumerate(cast("Iterable[Step]", self.search.scorers))]
         parts += [("constraint", self.search.constraint)] if self.search.constraint is not None else []
         for path, step in parts:
             begun = {n: v for n, v in self.given.items()} if path == "model" and self.given is not None else None
@@ -291,7 +292,7 @@ def _key(value: Any, by_code: bool) -> Any:
     return value.__code__ if by_code and _is_function(value) else id(value)
 
 
-def _kept_loop(search: Search, backend: str) -> Loop:
+def _kept_loop(search: Search, backend: str) -> Loop[Any]:
     loops = search._kept.setdefault("loops", {})
     if backend not in loops:
         loops[backend] = Loop(search, until="done", backend=backend)

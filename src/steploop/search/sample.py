@@ -34,7 +34,7 @@ class Sample(Search):
 
     def __init__(
         self,
-        model: Step | Loop,
+        model: Step | Loop[Any],
         start: int,
         end: int | None,
         max_steps: int,
@@ -89,7 +89,7 @@ class SampleWithoutReplacement(Sample):
     """
 
     def __init__(
-        self, model: Step | Loop, start: int, end: int | None, max_steps: int, samples: int = 1, **options: Any
+        self, model: Step | Loop[Any], start: int, end: int | None, max_steps: int, samples: int = 1, **options: Any
     ) -> None:
         first = torch.full((whole("samples", samples, 1),), NEVER, device="cpu")
         first[0] = 0.0
@@ -144,7 +144,7 @@ def check_filters(temperature: float, top_p: float | None, min_p: float | None) 
 
 @ends_at_the_call
 def sample(
-    model: Step | Loop,
+    model: Step | Loop[Any],
     *,
     start: int | Tensor,
     end: int | None,

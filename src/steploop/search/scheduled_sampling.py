@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,9 +46,12 @@ class ScheduledSampling(Step):
     Raises InputError for a p outside [0, 1] and unknown choices, StepError for a model that is no Step.
     """
 
+    updates: Tensor
+    probability: Tensor
+
     def __init__(
         self,
-        model: Step | Loop,
+        model: Step | Loop[Any],
         p: float | Tensor | Callable[[int], float],
         choose: str = "argmax",
         *,
@@ -83,7 +86,7 @@ class ScheduledSampling(Step):
             self.register_buffer("probability", probability)
         self.own = State(init=-1, dtype=torch.int64)
         if straight_through:
-            self.vector = State(labels)
+            self.vector = State(cast(int, labels))
 
     @property
     def p(self) -> float:
@@ -122,7 +125,7 @@ class ScheduledSampling(Step):
         return output
 
     def _one_hot(self, label: Tensor) -> Tensor:
-        places = torch.arange(self.labels, device=label.device)
+        places = torch.arange(cast(int, self.labels), device=label.device)
         return (label.unsqueeze(-1) == places).to(self.vector.prev.dtype)
 
     def _chosen(self, scores: Tensor) -> Tensor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, StepError, describe, message
-from ..frame import running
+from ..frame import Frame, running
 from ..loop import Loop
 from ..nn._constants import constants_for
 from ..state import State
 from ..step import Step
 from .copies import Copies, picked, spread
+
+if TYPE_CHECKING:
+    from ..memory.ngram_scorer import NGramScorer
 
 NEVER = float("-inf")
 
@@ -51,7 +54,7 @@ class Search(Step):
 
     def __init__(
         self,
-        model: Step | Loop,
+        model: Step | Loop[Any],
         start: int,
         end: int | None,
         max_steps: int,
@@ -80,7 +83,7 @@ class Search(Step):
         self.scorers = nn.ModuleList(as_scorer(scorer) for _, scorer in scorers)
         self.weights = tuple(float(weight) for weight, _ in scorers)
         is_step = isinstance(allowed, Step)
-        self.constraint = allowed if is_step else None
+        self.constraint = cast("Step | None", allowed if is_step else None)
         self.permits = None if is_step else allowed
         count = self.copies
         self.label = State(count, init=start, dtype=torch.int64)
@@ -104,7 +107,7 @@ class Search(Step):
     # one step
 
     def step(self, *xs: Any, **constants: Any) -> Any:
-        if running().sizing is not None:
+        if cast(Frame, running()).sizing is not None:
             return self._sized(xs, constants)
         rows = self.label.prev.flatten(0, 1)
         output, held = self._run(self.model, rows, spread(xs, self.copies), constants)
@@ -114,7 +117,7 @@ class Search(Step):
         log_probs = self._by_row(torch.where(torch.isnan(log_probs), NEVER, log_probs)).to(self.score.prev.dtype)
         gains = log_probs
         everything = [held]
-        for weight, scorer in zip(self.weights, self.scorers, strict=True):
+        for weight, scorer in zip(self.weights, cast("Iterable[Step]", self.scorers), strict=True):
             more, its = self._run(scorer, rows, (), constants)
             gains = gains + weight * self._by_row(more).to(gains.dtype)
             everything.append(its)
@@ -294,7 +297,7 @@ class Search(Step):
 class NextLabels(Step):
     """An n-gram scorer as a scorer of a search: of the labels that may come after the one before."""
 
-    def __init__(self, scorer: Step) -> None:
+    def __init__(self, scorer: NGramScorer) -> None:
         super().__init__()
         self.scorer = scorer
         self.begun = State(init=False, dtype=torch.bool)
@@ -310,7 +313,7 @@ class NextLabels(Step):
 
 def as_scorer(scorer: Any) -> Step:
     step = checked_step(scorer, "a scorer")
-    return NextLabels(step) if hasattr(step, "all_next") else step
+    return NextLabels(cast("NGramScorer", step)) if hasattr(step, "all_next") else step
 
 
 def checked_step(model: Any, what: str) -> Step:

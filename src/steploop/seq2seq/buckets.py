@@ -83,7 +83,7 @@ def bucket_by_length(dataset: Sequence[Any], buckets: Sequence[int | Size], pad:
     lengths = lengths_of(dataset)
     _check(sizes, lengths)
     indices: list[list[int]] = [[] for _ in sizes]
-    left_out = []
+    left_out: list[int] = []
     for index, row in enumerate(lengths.tolist()):
         found = next((k for k, size in enumerate(sizes) if _holds(size, row)), None)
         (left_out if found is None else indices[found]).append(index)

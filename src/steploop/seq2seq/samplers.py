@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ class LengthBatchSampler(_BatchSampler):
     The other arguments are those of every sampler here:
     """
 
-    __doc__ += _BatchSampler.__doc__.split("\n\n", 1)[1]
+    __doc__ += cast(str, _BatchSampler.__doc__).split("\n\n", 1)[1]
 
     def __init__(self, lengths: Any, batch_size: int, *, pool: int = 50, **options: Any) -> None:
         super().__init__(batch_size, **options)
@@ -129,7 +129,7 @@ class BucketBatchSampler(_BatchSampler):
     The other arguments are those of every sampler here:
     """
 
-    __doc__ += _BatchSampler.__doc__.split("\n\n", 1)[1]
+    __doc__ += cast(str, _BatchSampler.__doc__).split("\n\n", 1)[1]
 
     def __init__(self, indices: Sequence[Sequence[int]], batch_size: int, **options: Any) -> None:
         super().__init__(batch_size, **options)

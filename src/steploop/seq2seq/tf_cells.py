@@ -10,7 +10,7 @@ Any other Step may stand in their place (sl.nn.LSTMCell, your own) if it has Sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -289,7 +289,7 @@ class MultiRNNCell(TFCell):
             self.build(input_size)
 
     def _make(self, input_size: int) -> None:
-        for cell in self.children():
+        for cell in cast("Iterator[Step]", self.children()):
             build(cell, input_size)
             input_size = output_size(cell)
 

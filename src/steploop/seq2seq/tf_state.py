@@ -101,6 +101,7 @@ def unpack(cell: Step, state: Any) -> list[Tensor]:
     )
     if not fits:
         raise StateError(_does_not_fit(cell, [describe(leaf) for leaf in leaves]))
+    values: list[Tensor]
     widths, values = state_widths(cell), []
     for leaf, size in zip(leaves, sizes):
         count = _how_many(widths, size)

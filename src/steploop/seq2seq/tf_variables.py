@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def variables_of(module: nn.Module, scope: str) -> Iterator[Variable]:
                 fix="model.load_state_dict(...) loads any model's own state_dict",
             )
         )
-    return module.tf_variables(scope)
+    return cast(HasTFVariables, module).tf_variables(scope)
 
 
 def joined(scope: str, name: str) -> str:

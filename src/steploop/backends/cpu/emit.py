@@ -12,6 +12,7 @@ Kernels know no number of steps, rows or threads, so new ones need no new kernel
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,7 +292,7 @@ class Printer:
         self.line("return Where{p, active < 0 ? 0 : active < rows ? active : rows, at, at - call.first};", 2)
         self.line("};", 1)
 
-    def _rows_function(self, name: str, ends) -> None:
+    def _rows_function(self, name: str, ends: Callable[[Buffer], tuple[str, str]]) -> None:
         self.line(f"auto {name} = [&](long from, long stop) {{", 1)
         self.line("for (long r = from; r < stop; ++r) {", 2)
         for b in self.program.prevs:

@@ -10,7 +10,7 @@ import torch
 
 from ...errors import BuildError
 from .fuse import Nest
-from .language import Const, Dim, Expr, Iota, Load, Reduce, Scan, Scatter, Statement, Store, same, walk
+from .language import Buffer, Const, Dim, Expr, Iota, Load, Reduce, Scan, Scatter, Statement, Store, same, walk
 from .lowering import RESERVED
 from .scalars import SCALARS
 
@@ -55,7 +55,7 @@ class NestPrinter:
     """One nest. `base` names the row pointer of a buffer."""
 
     def __init__(
-        self, nest: Nest, base: Callable[[object], str], names: dict[int, str], taken: set[str], indent: int
+        self, nest: Nest, base: Callable[[Buffer], str], names: dict[int, str], taken: set[str], indent: int
     ):
         self.nest, self.base, self.names, self.indent = nest, base, names, indent
         self.lines: list[str] = []

@@ -5,7 +5,8 @@ Sharing equal objects is what makes common subexpressions of a fused nest be com
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,12 +17,15 @@ from .language import Const, Dim, Expr, Iota, Load, Op, contiguous, same
 FLOATS = (torch.float32, torch.float64)
 
 
+_E = TypeVar("_E", bound=Expr)
+
+
 class Expressions:
     def __init__(self) -> None:
-        self._made: dict[tuple, Expr] = {}
+        self._made: dict[tuple[Hashable, ...], Any] = {}
         self.names: dict[int, str] = {}  # id of an expression -> the user's name for it
 
-    def _share(self, key: tuple, make: Any) -> Expr:
+    def _share(self, key: tuple[Hashable, ...], make: Callable[[], _E]) -> _E:
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = make()

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -108,11 +108,11 @@ def _of_value(node: fx.Node) -> Iterator[str]:
     if getattr(node.target, "namespace", "aten") != "aten" or not hasattr(node.target, "_schema"):
         return
     fakes = [v for v in tree_leaves([i.meta.get("val") for i in node.all_input_nodes]) if hasattr(v, "fake_mode")]
-    if not fakes or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if not fakes or torch.Tag.nondeterministic_seeded in cast(torch._ops.OpOverload, node.target).tags:
         return
     mode = fakes[0].fake_mode
     # Copies are left out of a graph, so that the strides of what a view reads may be others: it is run as a reshape.
-    target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
+    target: Any = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
     try:
         with _disable_current_modes(), enable_python_dispatcher(), mode, torch.no_grad():
             found = target(*values(node.args, mode), **values(node.kwargs, mode))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -75,7 +75,7 @@ def symbols_of(node: fx.Node) -> set[sympy.Symbol]:
     for leaf in tree_leaves((node.meta.get("val"), node.args, node.kwargs)):
         for size in leaf.shape if isinstance(leaf, Tensor) else [leaf]:
             if isinstance(size, (torch.SymInt, Size)):
-                found |= expression(size).free_symbols
+                found |= cast(sympy.Expr, expression(size)).free_symbols
     return found
 
 

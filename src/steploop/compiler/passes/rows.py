@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 from torch import Tensor, fx
@@ -59,7 +59,7 @@ def _needed_each_step(mixing: dict[fx.Node, str], per_step: Sequence[fx.Node]) -
     while stack:
         node = stack.pop()
         if node.target is operator.getitem and node.meta["contracted"] is True:
-            node = node.args[0]
+            node = cast(fx.Node, node.args[0])
         contracted = node.meta["contracted"]
         if node not in found and (contracted is True or (isinstance(contracted, tuple) and any(contracted))):
             found.add(node)
@@ -75,7 +75,7 @@ def _annotate_call(node: fx.Node, step: StepGraph, mixing: dict[fx.Node, str], f
         return
     if node.target is operator.getitem:
         rows, contracted = inputs[0].meta["rows"], inputs[0].meta["contracted"]
-        index = node.args[1]
+        index = cast(int, node.args[1])
         node.meta["rows"] = rows[index] if isinstance(rows, tuple) else rows
         node.meta["contracted"] = contracted[index] if isinstance(contracted, tuple) else contracted
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class DecoderWithAttention(Step):
         return {"scores": scores, "weights": weights} if self.return_weights else scores
 
     def _embedded(self, label: Tensor) -> Tensor:
-        return label @ self.embedding.weight if label.is_floating_point() else self.embedding(label)
+        return label @ cast(Tensor, self.embedding.weight) if label.is_floating_point() else self.embedding(label)
 
     def extra_repr(self) -> str:
         return "" if self.fed is not None else "input_feeding=False"

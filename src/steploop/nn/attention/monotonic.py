@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -94,7 +96,7 @@ def first_stop(stops: Tensor, before: Tensor) -> Tensor:
 def expected_stop(stop: Tensor, before: Tensor) -> Tensor:
     """a_j = p_j q_j, q_j = (1 - p_{j-1}) q_{j-1} + a'_j: p (B, S) and a' (B, S) -> a (B, S)."""
     passed = F.pad(1 - stop[:, :-1], (1, 0))
-    return stop * _Recurrence.apply(passed, before)
+    return stop * _Recurrence.apply(passed, before)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
 
 
 class _Recurrence(torch.autograd.Function):
@@ -104,13 +106,13 @@ class _Recurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, keep: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, keep: Tensor, x: Tensor) -> Tensor:
         q = _scanned(keep, x, forward=True)
         ctx.save_for_backward(keep, q)
         return q
 
     @staticmethod
-    def backward(ctx, dq: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dq: Tensor) -> tuple[Tensor, Tensor]:
         keep, q = ctx.saved_tensors
         g = _scanned(F.pad(keep[:, 1:], (0, 1)), dq, forward=False)
         return g * F.pad(q[:, :-1], (1, 0)), g

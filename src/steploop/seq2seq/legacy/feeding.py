@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class FeedPrevious(Step):
 
     def next_input(self, output: Tensor, i: Tensor | None) -> Tensor:
         """What the next step reads."""
-        return self.loop_function(output, i)
+        return cast("Callable[[Tensor, Any], Tensor]", self.loop_function)(output, i)
 
     def _checked(self, fed: Any) -> Tensor:
         wanted = self.fed.prev

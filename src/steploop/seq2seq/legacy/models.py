@@ -285,6 +285,8 @@ class EmbeddingAttentionSeq2Seq(_FromLabels):
     encoder_lengths, decoder_lengths: (B,), an extension: rows end there.
     """
 
+    decoder: EmbeddingAttentionDecoder
+
     def __init__(
         self,
         cell: Step,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class One2ManyRNNSeq2Seq(Model):
         for name, cell in dec_cells_dict.items():
             symbols = num_decoder_symbols_dict[name]
             cell = OutputProjectionWrapper(cell, symbols)
-            options = {"backend": backend, "save": save}
+            options: dict[str, Any] = {"backend": backend, "save": save}
             self.decoders.append(EmbeddingRNNDecoder(cell, symbols, embedding_size, **options))
         self.feed_previous = feed_previous
         self.update_embedding_for_previous = update_embedding_for_previous
@@ -87,11 +87,14 @@ class One2ManyRNNSeq2Seq(Model):
         """Each decoder after these inputs, by name, for searches; see EmbeddingRNNSeq2Seq."""
         inputs = sequences.labels(encoder_inputs, "encoder_inputs")
         _, values = self.encode(self.encoder, inputs, encoder_lengths)
-        return {name: started(decoder, values, {}) for name, decoder in zip(self.names, self.decoders, strict=True)}
+        return {
+            name: started(decoder, values, {})
+            for name, decoder in zip(self.names, cast("Iterable[EmbeddingRNNDecoder]", self.decoders), strict=True)
+        }
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         yield from self.encoder.tf_variables(joined(scope, "rnn"))
-        for name, decoder in zip(self.names, self.decoders):
+        for name, decoder in zip(self.names, cast("Iterable[EmbeddingRNNDecoder]", self.decoders)):
             yield from decoder.tf_variables(joined(scope, f"one2many_decoder_{name}/{decoder.scope}"))
 
 
