@@ -7,13 +7,11 @@ not positive definite a Cholesky factor of nan.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from . import geometry
 from .language import Dim, Expr, Load, Routine, contiguous, whole
@@ -180,8 +178,6 @@ def _solve_ex(low: Lowering, node: fx.Node) -> list[Expr]:
     wanted = node.meta["val"]
     like = wanted[1]
     matrix = low.expand(matrix, low.sizes(like.shape))
-    if _stored_transposed("_linalg_solve_ex", node.args[0].meta["val"]):
-        raise Unsupported("linalg.solve as this version of torch factors matrices")
     factors = Factors(low, matrix)
     vector = wanted[0].dim() == like.dim() - 1
     if vector:
@@ -283,29 +279,7 @@ def _parity(low: Lowering, factors: Factors) -> Expr:
 
 
 def _of_determinant(low: Lowering, node: fx.Node, first: int) -> Factors:
-    """The factors, of the transpose where torch gives those and somebody reads them.
-
-    The gradient is captured with the factors that torch has for the strides of that moment.
-    """
-    matrix = low.args(node)[0]
-    read = any(u.args[1] >= first and (u.users or u in low.loop.kept) for u in node.users)
-    name = node.target.overloadpacket.__name__
-    flip = read and _stored_transposed(name, node.args[0].meta["val"])
-    return Factors(low, _flipped(low, matrix) if flip else matrix)
-
-
-def _stored_transposed(name: str, like: Tensor) -> bool:
-    """Whether torch's operation gives the factors of the transpose for a matrix of such strides."""
-    return _gives_transposed(name, like.is_contiguous())
-
-
-@functools.cache
-def _gives_transposed(name: str, is_contiguous: bool) -> bool:
-    with _disable_current_modes(), torch.no_grad():
-        matrix = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64, device="cpu")
-        matrix = matrix if is_contiguous else matrix.t().contiguous().t()
-        if name == "_linalg_solve_ex":
-            lu = torch.ops.aten._linalg_solve_ex(matrix, matrix)[1]
-        else:
-            lu = getattr(torch.ops.aten, name)(matrix)[-2]
-        return lu[0, 0].item() == 2.0  # the largest of the first row, not of the first column
+    if any(user.args[1] >= first and (user.users or user in low.loop.kept) for user in node.users):
+        # They may be those of the transpose: `factor_for_gradients` factors for those who want some.
+        raise Unsupported(f"the factors that {low.operation} leaves")
+    return Factors(low, low.args(node)[0])
