@@ -48,6 +48,7 @@ from .forget import forget_dispatch, forget_shapes, forget_with
 from .free_numbers import FUNCTIONS, FreeFloat, FreeNumber, NotFree, Symbols, has_symbols, is_float, lift
 from .inplace import changes_in_place, make_functional, writes_real_tensor
 from .ir.graph import Size, StepGraph, expression
+from .passes.gradients import FIRST_FACTOR, factor_for_gradients
 from .program import Program
 from .recorder import Recorder, tensors_read
 from .refusals import asks_for_gradient, is_user_file, own_operations, refusal, refused_call
@@ -443,6 +444,7 @@ class _Tracer:
         if self.wanted is not None:
             self._add_gradients(step, inputs[x + c + s :], results[len(step.outputs) + s :], captured, len(made))
         paths = self.floats.paths
+        factor_for_gradients(step)
         holds = condition(conditions_of(self.env, {*self.symbols, *paths}), paths)
         sizes = conditions_of(self.env, set(self.symbols))
         tensors = [*captured.tensors, *numbers]
@@ -589,6 +591,8 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
         else:
             call = new.call_function(node.target, convert(node.args), convert(dict(node.kwargs)))
             call.meta.update(val=value, line=node.meta.get("line", ""))
+            if node.target in FIRST_FACTOR:  # by its strides, which a copy may have changed
+                call.meta["contiguous"] = node.args[0].meta["val"].is_contiguous()
             made[node] = call
     return new
 

@@ -22,7 +22,7 @@ from .fuse import Phase, Plan
 from .language import Buffer, Load, Product, Program, loads
 
 KERNELS = Path(__file__).parent / "kernels"
-HEADERS = ("vector.h", "math.h", "tiles.h", "product.h")
+HEADERS = ("vector.h", "math.h", "tiles.h", "product.h", "linalg.h")
 NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team", "ahead")
 TAIL = ("sizes", "offsets", "resets", "fault")
 

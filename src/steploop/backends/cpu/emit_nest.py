@@ -10,7 +10,9 @@ import torch
 
 from ...errors import BuildError
 from .fuse import Nest
-from .language import Buffer, Const, Dim, Expr, Iota, Load, Reduce, Scan, Scatter, Statement, Store, same, walk
+from .language import (
+    Buffer, Const, Dim, Expr, Iota, Load, Reduce, Routine, Scan, Scatter, Statement, Store, same, walk,
+)  # fmt: skip
 from .lowering import RESERVED
 from .scalars import SCALARS
 
@@ -74,7 +76,8 @@ class NestPrinter:
                 widths.add(expr.dtype.itemsize)
 
         for statement in self.nest.statements:
-            walk(statement.value, visit)
+            if not isinstance(statement, Routine):
+                walk(statement.value, visit)
         lanes = 8 if widths == {8} else 16
         size = self.nest.shape[self.axis] if self.rank else 1
         while isinstance(size, int) and lanes > 4 and size <= lanes // 2:
@@ -352,12 +355,28 @@ class NestPrinter:
     def _serial(self, statement: Statement) -> None:
         """One element after the other: vectors of one lane."""
         self.lanes = 1
+        if isinstance(statement, Routine):
+            self._routine(statement)
+            return
         opened = self._open(range(max(self.rank - 1, 0)))
         if isinstance(statement, Scan):
             self._scan(statement)
         else:
             assert isinstance(statement, Scatter)
             self._scatter(statement)
+        self._close(opened)
+
+    def _routine(self, routine: Routine) -> None:
+        """A call for every matrix: where the results go, then every operand with its strides and columns."""
+        self.axis = self.rank  # no axis runs in vectors
+        opened = self._open(range(self.rank))
+        target, lead = routine.target, self.rank
+        arguments = [f"{self.base(target.buffer)} + {self.address(target.strides[:lead], target.offset)}"]
+        for operand in routine.operands:
+            arguments.append(f"{self.base(operand.buffer)} + {self.address(operand.strides[:lead], operand.offset)}")
+            arguments += [size_text(n) for n in (*operand.strides[lead:], operand.shape[-1])]
+        options = ", ".join(map(str, routine.options))
+        self.line(f"{routine.name}<{options}>({', '.join(arguments)});")
         self._close(opened)
 
     def _scan(self, scan: Scan) -> None:

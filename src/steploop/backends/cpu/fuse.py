@@ -22,6 +22,7 @@ from .language import (
     Product,
     Program,
     Reduce,
+    Routine,
     Scan,
     Scatter,
     Statement,
@@ -37,7 +38,7 @@ class Nest:
     """Statements over one index space of `shape`. `reduced` trailing axes are summed away (0: none).
 
     across: the vectors run along the last axis that stays, not along the reduced one.
-    serial: a scan or scatter, one element after the other.
+    serial: a scan, a scatter or a routine, one element (or matrix) after the other.
     """
 
     shape: tuple[Dim, ...]
@@ -137,7 +138,7 @@ def _alive(program: Program) -> list[Statement]:
 
 def _squeeze(make: Expressions, statement: Statement) -> None:
     """Drops axes of size 1, so that equal index spaces look equal."""
-    if isinstance(statement, Product):
+    if isinstance(statement, (Product, Routine)):
         return
     value = statement.value
     kept = [d for d, n in enumerate(value.shape) if not same(n, 1)]
@@ -215,7 +216,7 @@ class _Placement:
 
     def _join(self, statement: Statement, level: int, first: int) -> int | None:
         """Puts the statement into a nest with its index space."""
-        if isinstance(statement, (Scan, Scatter)):
+        if isinstance(statement, (Scan, Scatter, Routine)):
             return None
         wanted = _nest(statement)
         for number in range(first, len(self.nests)):
@@ -241,6 +242,8 @@ def _schedule(statements: list[Statement]) -> list[Phase]:
 
 
 def _nest(statement: Statement) -> Nest:
+    if isinstance(statement, Routine):
+        return Nest(statement.lead, [statement], serial=True)
     shape = statement.value.shape
     if isinstance(statement, (Scan, Scatter)):
         return Nest(shape, [statement], serial=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.schedule import Span
 from .fuse import Plan
-from .language import Buffer, Const, Dim, Expr, Iota, Load, Product, Reduce, Scan, Scatter, Statement
+from .language import Buffer, Const, Dim, Expr, Iota, Load, Product, Reduce, Routine, Scan, Scatter, Statement
+from .ops_linalg import MEANINGS
 from .scalars import SCALARS
 
 _REDUCE = {
@@ -115,6 +116,9 @@ class Step:
     def _result(self, statement: Statement) -> Tensor:
         if isinstance(statement, Product):
             return self.value(statement.left) @ self.value(statement.right)
+        if isinstance(statement, Routine):
+            operands = (self.value(o) for o in statement.operands)
+            return MEANINGS[statement.name](*operands, *statement.options)
         value = self.value(statement.value).expand(self.rows, *self._shape(statement.value.shape))
         if isinstance(statement, Reduce):
             outer = value.dim() - statement.axes

@@ -9,6 +9,7 @@ a list of statements over buffers:
     Product  target[i, n] = sum over k of left[i, k] * right[k, n], `right` the same for all rows and steps
     Scan     target[i, j] = target[i, j-1] (+) expression(i, j)
     Scatter  target[.., index(i, j), ..] = expression(i, j)   (or +=), one after the other
+    Routine  target[i, :] = a routine of kernels/linalg.h on the matrices i of some buffers
 
 An expression is a tree of pointwise operations over loads; a load addresses its buffer by an affine function
 of the statement's indices, so slices, transposes and broadcasts cost nothing. `interpret.py` gives the
@@ -142,6 +143,23 @@ class Scatter(Statement):
     add: bool
 
 
+@dataclass(eq=False)
+class Routine(Statement):
+    """Linear algebra on small matrices, one after the other.
+
+    operands: (*lead, rows, columns) each, `lead` being all axes of the target but its last, which holds the results of
+    one matrix. options: numbers, known when a kernel is built, that choose the variant. `ops_linalg.py` lists them all.
+    """
+
+    name: str
+    operands: tuple[Load, ...]
+    options: tuple[int, ...]
+
+    @property
+    def lead(self) -> tuple[Dim, ...]:
+        return self.target.shape[:-1]
+
+
 @dataclass(frozen=True)
 class Check:
     """Indices that must be inside an axis of `size`: what took them (an ATen name), and where it stands."""
@@ -225,6 +243,8 @@ def expressions(statement: Statement) -> list[Expr]:
     found: list[Expr] = [index for index, _ in statement.target.at]
     if isinstance(statement, Product):
         return [*found, statement.left, statement.right]
+    if isinstance(statement, Routine):
+        return [*found, *statement.operands]
     return [*found, statement.value]
 
 

@@ -81,7 +81,8 @@ RESERVED = frozenset(
     inside_from_end fault     batch start down tile_rows threads first offsets active linux unix
     end team relax spin half Barrier Member Work Start Denormals FloatBits kFlush float_bits set_float_bits
     take_tiles join_team Where where now early used ahead make_early Products Weight together
-    next nearer parallel me share wait size packed prepare bytes padded store_mask pow aligned_alloc""".split()
+    next nearer parallel me share wait size packed prepare bytes padded store_mask pow aligned_alloc magnitude root_of
+    copy_matrix swap_rows divide_by_triangle lu_factor lu_solved triangle_solved cholesky_factor""".split()
 )
 
 
@@ -99,11 +100,12 @@ class Lowering:
         self.values: dict[fx.Node, Lowered] = {}
         self.reasons: list[tuple[str, str]] = []
         self.pieces: dict[int, list[Load]] = {}  # load of a concatenation -> where its parts were written
+        self.routines: dict[tuple, Load] = {}  # what a routine works on -> where its results are
         self._symbols: set[sympy.Symbol] = set()
         self._taken: set[str] = set()
         self._line = ""
         self._name = "value"
-        self._operation = ""
+        self.operation = ""
 
     # Sizes and arguments
 
@@ -251,7 +253,7 @@ class Lowering:
 
     def check(self, size: Dim) -> int:
         """The number of a new check of indices into an axis, by the operation at hand."""
-        self.program.checks.append(Check(self._operation, size, self._line))
+        self.program.checks.append(Check(self.operation, size, self._line))
         return len(self.program.checks)
 
     # The walk
@@ -312,7 +314,7 @@ class Lowering:
             value = self.value(node.args[0])[node.args[1]]
             self.values[node] = self._settle(node, value)
             return
-        name = self._operation = op_name(node)
+        name = self.operation = op_name(node)
         self._check_batch(node, name)
         try:
             value = TABLE.get(name, self.otherwise)(self, node)

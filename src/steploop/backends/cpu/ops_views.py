@@ -130,6 +130,19 @@ def _diagonal(low: Lowering, node: fx.Node) -> Expr:
     return low.view(value, change)
 
 
+@lowers("diagonal_backward")
+def _diagonal_backward(low: Lowering, node: fx.Node) -> Expr:
+    grad, _, offset, first, second = low.args(node)
+    shape, rank = low.shape(node), len(low.shape(node))
+    first, second = low.inner(node, first), low.inner(node, second)
+    if offset or (first, second) != (rank - 2, rank - 1) or shape[first] != shape[second]:
+        return low.otherwise(low, node)
+    apart = low.make.iota(shape, (*(0,) * first, 1, -1))
+    mask = low.make.op("eq", [apart, low.const(0, torch.int64, shape)], torch.bool)
+    spread = low.expand(low.view(grad, geometry.unsqueeze(second)), shape)
+    return low.make.op("where", [mask, spread, low.const(0, grad.dtype, shape)], grad.dtype)
+
+
 @lowers("unfold")
 def _unfold(low: Lowering, node: fx.Node) -> Expr:
     value, dim, size, step = low.args(node)

@@ -14,6 +14,7 @@ from .language import (
     Op,
     Product,
     Reduce,
+    Routine,
     Scan,
     Scatter,
     Statement,
@@ -78,6 +79,9 @@ def _nest(nest: Nest) -> list[str]:
 
 
 def _statement(s: Statement, nest: Nest) -> str:
+    if isinstance(s, Routine):
+        operands = ", ".join(map(_place, s.operands))
+        return f"{_place(s.target)} = {s.name}<{', '.join(map(str, s.options))}>({operands}){_at(s)}"
     value = expression(s.value)
     if isinstance(s, Reduce):
         text = f"{_place(s.target)} = {s.kind}({value})"

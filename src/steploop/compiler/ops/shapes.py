@@ -172,6 +172,15 @@ def _diagonal(node: fx.Node, batch: sympy.Symbol) -> Axis:
     return Rows(rows.dim - sum(d < rows.dim for d in (a, b)), rows.outer, rows.inner)
 
 
+def _diagonal_backward(node: fx.Node, batch: sympy.Symbol) -> Axis:
+    """The batch axis is where the result has it, among the axes that are not the diagonal's."""
+    rows, rank = node.args[0].meta["rows"], len(shape_of(node))
+    a, b = (d % rank for d in node.args[3:5])
+    if rows.dim == rank - 2:
+        raise Mixed("spreads the batch over a diagonal")
+    return Rows([d for d in range(rank) if d not in (a, b)][rows.dim], rows.outer, rows.inner)
+
+
 def _diagonal_scatter(node: fx.Node, batch: sympy.Symbol) -> Axis:
     base, part = node.args[0].meta["rows"], node.args[1].meta["rows"]
     a, b = (d % len(shape_of(node)) for d in (*node.args[3:], *(0, 1)[len(node.args[3:]) :]))
@@ -242,6 +251,7 @@ add("repeat", rows=_repeat, linear=FIRST)
 add("constant_pad_nd", rows=_pad, linear=((0, 2),))
 add("diag_embed", rows=_diag_embed, linear=FIRST)
 add("select_backward slice_backward", rows=_grown, sizes=(1,), linear=FIRST)
+add("diagonal_backward", rows=_diagonal_backward, sizes=(1,), linear=FIRST)
 add("unfold_backward", rows=_unfold_backward, sizes=(1,), linear=FIRST)
 add("select_scatter", rows=_select_scatter, linear=((0, 1),))
 add("slice_scatter", rows=_slice_scatter, linear=((0, 1),))

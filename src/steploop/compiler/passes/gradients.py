@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ir.edit import call, calls, remove_dead, replace
 from ..ir.graph import StepGraph, shape_of
@@ -22,6 +25,44 @@ def free_of_buffers(step: StepGraph) -> None:
             slope = call(node, aten.sigmoid.default, call(node, aten.neg.default, x))
             replace(step, node, call(node, aten.mul.Tensor, grad, slope))
     remove_dead(step)
+
+
+def factor_for_gradients(step: StepGraph) -> None:
+    """What the gradients of det, slogdet and solve read of the forward is factored by a call of its own.
+
+    torch leaves them the LU factors of the matrix or of its transpose, whichever suits its strides, and the gradient
+    was captured for the strides of that moment. Loops and batched pieces have others, and a capture has no copies.
+    """
+    for node in calls(step, *FIRST_FACTOR):
+        first, matrix = FIRST_FACTOR[node.target], node.args[0]
+        items = [u for u in node.users if u.target is operator.getitem and first <= u.args[1] < first + 2]
+        transposed = _leaves_transposed(node.target, node.meta["contiguous"])
+        if not items or (node.target is aten._linalg_solve_ex.default and not transposed):
+            continue
+        if transposed:
+            matrix = call(node, aten.transpose.int, matrix, -2, -1)
+        factors = call(node, aten.linalg_lu_factor_ex.default, matrix)
+        for item in items:
+            which = item.args[1] - first
+            item.args = (factors, which)
+            item.meta["val"] = factors.meta["val"][which]
+    remove_dead(step)
+
+
+FIRST_FACTOR: dict[Any, int] = {
+    aten._linalg_det.default: 1, aten._linalg_slogdet.default: 2, aten._linalg_solve_ex.default: 1
+}  # fmt: skip
+
+
+@functools.cache
+def _leaves_transposed(target: Any, is_contiguous: bool) -> bool:
+    """Whether the factors are those of the transpose, in this version of torch."""
+    with _disable_current_modes(), torch.no_grad():
+        matrix = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64, device="cpu")
+        matrix = matrix if is_contiguous else matrix.t().contiguous().t()
+        given = (matrix, matrix) if target is aten._linalg_solve_ex.default else (matrix,)
+        lu = target(*given)[FIRST_FACTOR[target]]
+        return lu[0, 0].item() == 2.0  # the largest number of the first row, not of the first column
 
 
 def expose_fixed_statistics(step: StepGraph) -> None:
