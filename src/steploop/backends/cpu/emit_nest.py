@@ -11,7 +11,20 @@ import torch
 from ...errors import BuildError
 from .fuse import Nest
 from .language import (
-    Buffer, Const, Dim, Expr, Iota, Load, Reduce, Routine, Scan, Scatter, Statement, Store, same, walk,
+    Buffer,
+    Const,
+    Dim,
+    Expr,
+    Iota,
+    Load,
+    Reduce,
+    Routine,
+    Scan,
+    Scatter,
+    Statement,
+    Store,
+    same,
+    walk,
 )  # fmt: skip
 from .lowering import RESERVED
 from .scalars import SCALARS
