@@ -38,6 +38,9 @@ def check(program: Program, call: Call) -> None:
 
 def _has_memory(tensor: Tensor) -> bool:
     try:
+        if torch._C._len_torch_function_stack():
+            with torch._C.DisableTorchFunction():  # (a trace around this call would take it for a look at the numbers)
+                return tensor.data_ptr() != 0 or tensor.numel() == 0
         return tensor.data_ptr() != 0 or tensor.numel() == 0
     except RuntimeError:  # one of a tracer's
         return True

@@ -526,3 +526,50 @@ def test_the_schedule_of_another_thread(monkeypatch):
 
         monkeypatch.setattr(loop_operator._Known, "fits", fits)
         assert torch.equal(loop(xs, lengths=mine)[0], wanted)
+
+
+class Inner(sl.Step):
+    def __init__(self):
+        super().__init__()
+        self.h = sl.State(HIDDEN)
+
+    def step(self, x, *, table):
+        self.h.next = torch.tanh(self.h.prev + x @ table)
+        return self.h.next
+
+
+class HoldsALoop(sl.Step):
+    """Runs a loop at every step, over a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(INPUT, HIDDEN) * 0.3)
+        self.inner, self.h = sl.Loop(Inner()), sl.State(HIDDEN)
+
+    def step(self, x):
+        outputs, _ = self.inner(x.unsqueeze(0).expand(3, *x.shape), table=sl.unbatched(self.table))
+        self.h.next = torch.tanh(self.h.prev + outputs[-1])
+        return self.h.next
+
+
+def test_a_loop_in_a_step_does_not_look_at_weights():
+    """Its call of the compiler runs while the outer step is traced: what the compiler does then is not the step's."""
+    step = HoldsALoop()
+    loop, optimizer = sl.Loop(step), torch.optim.SGD(step.parameters(), 0.1)
+    made = []
+    for _ in range(4):
+        before = captures.captured
+        outputs, _ = loop(data(T, B, INPUT))
+        optimizer.zero_grad()
+        outputs.square().sum().backward()
+        optimizer.step()
+        made.append(captures.captured - before)
+    assert made[0] > 0 and made[1:] == [0, 0, 0]
+    right(step)
+    reads = next(iter(captures._store(_program_of(loop)).values()))[0].reads
+    assert not {f().__module__.split(".")[0] for f in reads.functions if f() is not None} & {"steploop", "torch"}
+    assert not reads.contents
+
+
+def _program_of(loop):
+    return loop.prepare(data(T, B, INPUT)).program

@@ -20,7 +20,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import StepError
-from .reads import PACKAGE, STDLIB, STEPLOOP, TORCH, USER, Reads, computes_names, kind_of_file, names_of
+from .reads import (
+    PACKAGE,
+    STDLIB,
+    STEPLOOP,
+    TORCH,
+    USER,
+    Reads,
+    computes_names,
+    kind_of_file,
+    kind_of_module,
+    names_of,
+)
 from .refusals import reads_what_changes
 
 _CLOCKS = [
@@ -160,15 +171,15 @@ class Recorder:
 
     def reads(self, met: Iterable[types.CodeType] = (), **more: Any) -> Reads:
         """What the code that ran, and the code that a walk met, may have read."""
-        own = {c: m for c, m in self.codes.items() if kind_of_file(c.co_filename) in (USER, PACKAGE)}
-        library = {c: m for c, m in self.codes.items() if kind_of_file(c.co_filename) in (STDLIB, TORCH, STEPLOOP)}
+        own = {c: m for c, m in self.codes.items() if _whose(c, m) in (USER, PACKAGE)}
+        library = {c: m for c, m in self.codes.items() if _whose(c, m) in (STDLIB, TORCH, STEPLOOP)}
         met = set(met)
         computed = any(map(computes_names, {*own, *met}))
         computed |= any(m.split(".")[0] in _BY_NAME and computes_names(c) for c, m in library.items())
         names: frozenset[str] | None = None
         if not computed:
             names = frozenset().union(*map(names_of, {*own, *library, *met}))
-        torchs = frozenset((c, m) for c, m in library.items() if kind_of_file(c.co_filename) == TORCH)
+        torchs = frozenset((c, m) for c, m in library.items() if _whose(c, m) == TORCH)
         reads = Reads(names, frozenset(self.modules), library=torchs, variables=frozenset(self.variables), **more)
         for inner in self.inner:
             reads = reads.joined(inner)
@@ -179,7 +190,7 @@ class Recorder:
         known = {inner for code in met for inner in with_inner(code)}
         missing = {
             c: m for c, m in self.codes.items()
-            if c not in known and kind_of_file(c.co_filename) in (USER, PACKAGE)
+            if c not in known and _whose(c, m) in (USER, PACKAGE)
         }  # fmt: skip
         for code in list(missing):  # what was made while the step ran is inside code that ran
             for inner in with_inner(code):
@@ -189,6 +200,13 @@ class Recorder:
         loose = {(c, m) for c, m in missing.items() if all(f.__code__ is not c for f in functions)}
         loose |= {(c, m) for c, m in self.codes.items() if m == "os" and "environ" in c.co_names}
         return frozenset(map(weakref.ref, functions)), frozenset(loose)
+
+
+def _whose(code: types.CodeType, module: str) -> str:
+    """Whose code this is. What was generated for a class, as a dataclass's methods are, is that of the class's module:
+    where a step holds a loop, this library's own classes are made while the step is traced."""
+    generated = code.co_filename.startswith("<") and kind_of_file(code.co_filename) == USER
+    return kind_of_module(module) if generated else kind_of_file(code.co_filename)
 
 
 def _is_import(code: types.CodeType) -> bool:
