@@ -180,8 +180,8 @@ def _all() -> list[Target]:
         made.append(Target(text, limit, _first(cache), unit=" s"))
     for kind, limits in zip(DEEP, ((3.0, 1.5), (4.0, 2.0), (4.0, 2.0)), strict=True):
         for cache, limit in zip(("cold", "warm"), limits, strict=True):
-            made.append(Target(f"the same, {cache} cache, {kind}", limit, _first(cache, kind), unit=" s"))
-    text = "the same, warm cache, attention decoder with input feeding"
+            made.append(Target(f"first call, {cache} cache: {kind}", limit, _first(cache, kind), unit=" s"))
+    text = "first call, warm cache: attention decoder with input feeding"
     made.append(Target(text, 1.5, _first("warm", "decoder"), unit=" s"))
     text = "first call beyond a usual one: longest T / shortest T, worst"
     made.append(Target(text, 1.25, _growth_with_time))
