@@ -41,14 +41,9 @@ class Memory(Step):
     takes_steps: ClassVar[bool] = False  # `sequence` may be called without xs, and then gets `steps=`
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         """All steps at once, in differentiable torch code, without a loop over T where the operation allows.
 
         xs:        the positional arguments of `step`, (T, B, ...) each, in running order, valid steps first.

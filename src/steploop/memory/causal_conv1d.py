@@ -87,14 +87,9 @@ class CausalConv1d(Memory):
         return y if self.bias is None else y + self.bias
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         x = cleaned(xs[0], lengths)
         none = x.new_zeros(x.shape[1], 0, self.in_channels)
         frames = Frames(x, state.get("past", none), reset_to.get("past", none), lengths, resets)

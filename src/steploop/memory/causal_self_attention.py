@@ -206,14 +206,9 @@ class CausalSelfAttention(Memory):
     # whole sequence
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         x, k, v, seed = (*xs, *[None] * (4 - len(xs)))
         q, k, v = self._heads(*(None if part is None else cleaned(part, lengths) for part in (x, k, v)))
         count, steps = state["count"], len(q)  # q (T, B, heads, n)

@@ -97,14 +97,9 @@ class Choice(Memory):
         return given if where is None else torch.where(where, given, self.choose(cast(Tensor, scores)))
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         labels = self._label(*xs, *[None] * (3 - len(xs)))
         return labels, {"last": final(labels, state["last"], lengths)}
 

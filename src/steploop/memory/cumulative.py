@@ -47,14 +47,9 @@ class Cumulative(Memory):
         return before.clone() if self.exclusive else after
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         x = _counted(xs[0])
         x = cleaned(x, lengths, _neutral_of(self.neutral, x.dtype))
         start = state["total"]

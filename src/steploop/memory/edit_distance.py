@@ -59,14 +59,9 @@ class EditDistance(Memory):
         return _ended(new, target_lengths)
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         a = cleaned(xs[0], lengths)
         target = constants["target"]
         counts = torch.ones_like(a, dtype=torch.bool) if self.blank is None else a != self.blank

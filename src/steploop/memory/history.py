@@ -60,14 +60,9 @@ class History(Memory):
         return Past(values, self.count.next)
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         x = cleaned(xs[0], lengths)
         index, after = counting(state["count"], reset_to["count"], len(x), lengths, resets)
         slots = Slots(state["count"], state["frames"].shape[1], len(x), lengths, resets)
@@ -131,15 +126,9 @@ class RelativePositions(Memory):
         return self._positions(entries.shape[1], count)
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        steps: int | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None, steps: int | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         steps = xs[0].shape[0] if xs else steps
         index, after = counting(state["count"], reset_to["count"], cast(int, steps), lengths, resets)
         positions = self._positions(state["entries"].shape[1], index)

@@ -94,14 +94,9 @@ class Masked(Memory):
         return states[:count]
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         *xs, where = xs
         steps, batch = where.shape
         plan = _Kept(where, lengths, resets)

@@ -125,14 +125,9 @@ class NGramScorer(Memory):
         return self._score(node.unsqueeze(1).expand_as(word), word)[0]
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         word = self._word(cleaned(xs[0], lengths))
         past, fresh = self.context[state["node"]], self.context[reset_to["node"]]
         frames = Frames(word, past, fresh, lengths, resets)

@@ -51,15 +51,9 @@ class PositionalEncoding(Memory):
         return self._added(x, count)
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        steps: int | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None, steps: int | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         x = xs[0] if xs else None
         steps = steps if x is None else len(x)
         index, after = counting(state["count"], reset_to["count"], cast(int, steps), lengths, resets)

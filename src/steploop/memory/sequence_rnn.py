@@ -75,14 +75,9 @@ class SequenceRNN(Memory):
         return y if inner_lengths is None else torch.where(inner_lengths[:, None] > 0, y, torch.zeros_like(y))
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         steps, batch = xs[0].shape[:2]
         valid = None
         if lengths is not None:

@@ -30,15 +30,9 @@ class StepIndex(Memory):
         return index.clone()
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        steps: int | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None, steps: int | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         index, after = counting(
             state["count"], reset_to["count"], xs[0].shape[0] if xs else cast(int, steps), lengths, resets
         )

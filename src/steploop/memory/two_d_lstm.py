@@ -153,14 +153,9 @@ class TwoDLSTM(Memory):
         return torch.matmul(h, torch.matmul(target, cast(Tensor, self.weight_pool)).unsqueeze(-1)).squeeze(-1)
 
     def sequence(
-        self,
-        xs: tuple[Any, ...],
-        constants: dict[str, Any],
-        state: dict[str, Tensor],
-        reset_to: dict[str, Tensor],
-        lengths: Tensor | None,
-        resets: Tensor | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
+        self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
+        lengths: Tensor | None, resets: Tensor | None,
+    ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
         target = cleaned(xs[0], lengths)
         source, source_lengths = constants["source"], constants.get("source_lengths")
         steps, batch = target.shape[:2]
