@@ -35,7 +35,7 @@ class Scale:
     unrolled_limit: float
     calls: int
     modes: tuple[str, ...] = ("forward", "training", "training_x")
-    kinds: tuple[str, ...] = ("lstm", "lnlstm")  # of first calls
+    kinds: tuple[str, ...] = ("lstm", "lnlstm", *DEEP, "decoder")  # of first calls
 
     def sized(self, work: Workload) -> Workload:
         """A workload of the tables at this scale."""
@@ -65,7 +65,7 @@ SCALES = {
         60.0,
         5,
         ("training_x",),
-        ("lstm",),
+        ("lstm", DEEP[0]),
     ),
 }
 
@@ -169,16 +169,13 @@ def first(scale: Scale) -> list[Job]:
     jobs = []
     for kind in scale.kinds:
         base = replace(FIRST_CALL, kind=kind, B=min(FIRST_CALL.B, scale.B))
-        for time in scale.first:
+        if kind == "decoder":
+            base = scale.sized(DECODER)
+        for time in scale.first if kind in ("lstm", "lnlstm") else (base.T,):
             work = replace(base, T=time)
             peers = ("steploop", "jax") if kind == "lstm" else ("steploop",)
             for peer in peers:
                 jobs += [_first_call("first", scale, work, peer, cache) for cache in ("cold", "warm")]
-    for kind in (DEEP if len(scale.kinds) > 1 else DEEP[:1]):
-        work = replace(FIRST_CALL, kind=kind, B=min(FIRST_CALL.B, scale.B))
-        jobs += [_first_call("first", scale, work, "steploop", cache) for cache in ("cold", "warm")]
-    if len(scale.kinds) > 1:
-        jobs += [_first_call("first", scale, scale.sized(DECODER), "steploop", cache) for cache in ("cold", "warm")]
     return jobs
 
 

@@ -189,3 +189,13 @@ def test_layers_of_a_bidirectional_stack():
         x, _ = layer(x)
     x.sum().backward()
     assert captures.captured - before == 1
+
+
+def test_a_step_takes_no_more_captures_than_are_kept(monkeypatch):
+    monkeypatch.setattr(captures, "MOST", 2)
+    first, other = Cell(), Cell()
+    for cell in (first, other):
+        for scale in (2, 3, 4, 5):
+            cell.scale = scale
+            run(cell, gradients=False)
+            assert len(next(iter(other._kept.get("captures", {0: []}).values()))) <= 2

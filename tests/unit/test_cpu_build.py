@@ -14,6 +14,7 @@ import pytest
 import torch
 from cpu_loops import assert_same, make_case
 
+import steploop as sl
 from steploop.backends import cpu
 from steploop.backends.cpu import build as building
 from steploop.backends.cpu import cache as keeping
@@ -284,3 +285,35 @@ def test_doctor():
     told = cpu.doctor()
     assert told["builds"] == "yes" and told["cache"] == str(building.folder())
     assert "-O3" in told["flags"] and told["compiler"] and told["threads"]
+
+
+class Sums(sl.Step):
+    """A loop that is known as a whole: it runs as it stands only where there are resets."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = sl.State(3)
+
+    def step(self, x):
+        self.total.next = self.total.prev + x
+        return self.total.next
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_a_kernel_that_can_not_be_built(backend, monkeypatch):
+    compile = building._compile
+
+    def failing(source, library, using):
+        if "steploop_run" in source.read_text():
+            raise BuildError("no luck today")
+        compile(source, library, using)
+
+    monkeypatch.setattr(building, "_compile", failing)
+    loop, xs = sl.Loop(Sums(), backend=backend), torch.randn(5, 2, 3)
+    resets = torch.rand(5, 2) < 0.4
+    if backend == "cpu":
+        with pytest.raises(BuildError, match="no luck"):
+            loop(xs, resets=resets)
+    else:
+        expected, _ = sl.Loop(Sums(), backend="reference")(xs, resets=resets)
+        torch.testing.assert_close(loop(xs, resets=resets)[0], expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import steploop as sl
+from steploop.backends import choose
 
 Pair = namedtuple("Pair", "left right")
 
@@ -142,3 +143,16 @@ def test_transforms_work_over_the_reference():
     xs = torch.randn(4, 3)
     batched = torch.func.vmap(lambda x: scan(lambda c, v: (c + v, None), torch.zeros(()), x)[0])(xs)
     torch.testing.assert_close(batched, xs.sum(1))
+
+
+def test_only_a_call_that_captures_prepares_backends(monkeypatch):
+    """Every call of scan makes a Program: what is begun for a first call must not be begun by each."""
+    asked = []
+    monkeypatch.setattr(choose.Chosen, "prepare", lambda self, dtypes: asked.append(self.name))
+
+    def add(carry, x):
+        return carry * 0.5 + x, carry
+
+    for batch in (3, 3, 4, 3):
+        sl.scan(add, torch.zeros(batch, 2), torch.randn(5, batch, 2))
+    assert asked == ["auto"]

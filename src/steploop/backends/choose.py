@@ -52,8 +52,12 @@ def backend_of(name: str) -> Backend:
     return _made[name]
 
 
+def _not_built(error: BuildError) -> tuple[str, str]:
+    return f"its kernel could not be built: {error}", ""
+
+
 def _gave_up(loop: LoopProgram, error: BuildError) -> None:
-    loop.backend, loop.reasons = _order[-1], [*loop.reasons, (f"its kernel could not be built: {error}", "")]
+    loop.backend, loop.reasons = _order[-1], [*loop.reasons, _not_built(error)]
 
 
 @dataclass(frozen=True)
@@ -84,22 +88,24 @@ class Chosen:
                 'Use backend="auto", which chooses a backend for every loop.'
             )
         try:
-            runner = backend.compile(backend.wider(loop, widen))
+            runner = self._compiled(backend, backend.wider(loop, widen))
         except BuildError as error:
             if self.name != "auto":
                 raise
-            backend, reasons = backend_of(_order[-1]), [*reasons, (f"its kernel could not be built: {error}", "")]
+            backend, reasons = backend_of(_order[-1]), [*reasons, _not_built(error)]
             runner = backend.compile(loop)
-        if self.name == "auto":
-            runner.otherwise = partial(_gave_up, loop)
         if (self.name, backend.name) == ("auto", "eager") and cuda_graphs.takes(loop):
             runner, loop.launched = cuda_graphs.recorded(loop), "in CUDA graphs"
         loop.backend, loop.reasons = backend.name, reasons
         return runner
 
     def plain(self, loop: LoopProgram) -> Runner:
-        runner = (self.select(loop)[0] or backend_of(_order[-1])).compile(loop)
-        runner.otherwise = partial(_gave_up, loop)
+        return self._compiled(self.select(loop)[0] or backend_of(_order[-1]), loop)
+
+    def _compiled(self, backend: Backend, loop: LoopProgram) -> Runner:
+        runner = backend.compile(loop)
+        if self.name == "auto":
+            runner.otherwise = partial(_gave_up, loop)
         return runner
 
     def prepare(self, dtypes: set[torch.dtype]) -> None:

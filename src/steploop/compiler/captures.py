@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import types
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -57,8 +57,10 @@ def everything_of(program: Program) -> Hashable:
     return walk.key, tuple(number.value for number in walk.floats)
 
 
-def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
-    """The capture for a call, made now if there is none."""
+def find(
+    program: Program, call: Call, before_making: Callable[[], None] | None = None
+) -> tuple[Capture, Dependencies]:
+    """The capture for a call, made now if there is none. before_making: called before it is made."""
     settings = (ambient(), symbolic_axes(program, call)) if all_step_by_step() else ambient()
     shapes = _quick_key(call)
     quick = program.kept.quick
@@ -67,7 +69,7 @@ def find(program: Program, call: Call) -> tuple[Capture, Dependencies]:
         _, capture, dependencies, _ = quick
     else:
         with lock:
-            capture, dependencies = _find(program, call, settings)
+            capture, dependencies = _find(program, call, settings, before_making)
         program.kept.quick = (settings, shapes), capture, dependencies, capture.key
     if _CHECK:
         _check_kept(program, call, capture, dependencies)
@@ -94,7 +96,9 @@ def _quick_key(call: Call) -> Hashable:
     )  # fmt: skip
 
 
-def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, Dependencies]:
+def _find(
+    program: Program, call: Call, settings: Hashable, before_making: Callable[[], None] | None
+) -> tuple[Capture, Dependencies]:
     global captured
     signature = signature_of(program, call)
     family = (program.key, program.batched, settings, _kinds(signature))
@@ -110,9 +114,11 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
             alike.append(capture)
             if _fits(capture, signature, call, program, dependencies):
                 return capture, dependencies
-    if (found := _of_an_equal_step(program, signature, call, family)) is not None:
-        known.append(found[0])
+    if (found := _of_an_equal_step(program, signature, call, family, known)) is not None:
+        _keep(known, found[0])
         return found
+    if before_making is not None:
+        before_making()
     captured += 1
     if alike:
         signature.dynamic = signature.dynamic.union(
@@ -125,10 +131,14 @@ def _find(program: Program, call: Call, settings: Hashable) -> tuple[Capture, De
         capture, dependencies = making.make(program, signature, call, [c.reads for c in known], free)
     if not alike and len(known) >= MANY - 1 and not all_step_by_step():
         _warn(program, known[-1], capture)
-    known.append(capture)
-    del known[:-MOST]
+    _keep(known, capture)
     _offer(program, capture, dependencies, family)
     return capture, dependencies
+
+
+def _keep(known: list[Capture], capture: Capture) -> None:
+    known.append(capture)
+    del known[:-MOST]
 
 
 # Captures by the class of their step: one may serve another step of the class. They go when their steps go.
@@ -158,21 +168,21 @@ def _serves_others(capture: Capture, dependencies: Dependencies) -> bool:
 
 
 def _of_an_equal_step(
-    program: Program, signature: Signature, call: Call, family: Hashable
+    program: Program, signature: Signature, call: Call, family: Hashable, known: list[Capture]
 ) -> tuple[Capture, Dependencies] | None:
-    """A capture of another step of the same class which holds for this one."""
+    """A capture of another step of the same class which holds for this one. known: those that this one has."""
     if looking() or all_step_by_step() or not isinstance(program.root, nn.Module):
         return None
     facts = Facts.of(program)
     for capture in [r() for r in reversed(_BY_CLASS.get(type(program.root), []))]:
-        if capture is None or capture.family != family or capture.program != facts:
+        if capture is None or capture.family != family or capture.program != facts or capture in known:
             continue
-        known = capture.reads in program.kept.walks
+        walked = capture.reads in program.kept.walks
         dependencies = walk_of(program, capture.reads)
         if dependencies.key == capture.key and capture.has_floats(dependencies):
             if _fits(capture, signature, call, program, dependencies):
                 return capture, dependencies
-        if not known:
+        if not walked:
             program.kept.walks.pop(capture.reads, None)
     return None
 

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,10 +49,9 @@ from .stages import as_text, recorded_stages
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
     """Runs a call that nobody else traces. Differentiable; see `Loop` for what the arguments mean."""
-    if program.kept.quick is None:
-        choice(backend).prepare(_weights(program))
-    program, call = batch_guessed(program, call)
-    capture, dependencies = captures.find(program, call)
+    prepare = partial(_prepare, program, backend)
+    program, call = batch_guessed(program, call, prepare)
+    capture, dependencies = captures.find(program, call, prepare)
     if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
         return run_masked(program, call, backend, save)
     tensors = tensors_of(call, capture, dependencies)
@@ -78,11 +78,10 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     return Result(list(results[:count]), list(results[count : count + states]), capture.out_spec)
 
 
-def _weights(program: Program) -> set[torch.dtype]:
-    """The dtypes of what a step may multiply with."""
-    if not isinstance(program.root, nn.Module):
-        return set()
-    return {p.dtype for p in program.root.parameters() if p.dim() > 1}
+def _prepare(program: Program, backend: str) -> None:
+    """Lets backends begin what they need for a step that is about to be captured: it may multiply with its weights."""
+    weights = program.root.parameters() if isinstance(program.root, nn.Module) else ()
+    choice(backend).prepare({p.dtype for p in weights if p.dim() > 1})
 
 
 def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
@@ -101,7 +100,9 @@ def stops(program: Program, call: Call, backend: str, save: str) -> bool:
     return invocation.forward.executable.stops
 
 
-def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
+def batch_guessed(
+    program: Program, call: Call, before_making: Callable[[], None] | None = None
+) -> tuple[Program, Call]:
     """A scan does not say where its batch is. If every leaf has the same first axis and rows turn out to be
     independent along it, that axis is the batch, and the outside pieces run on all rows of all steps at once."""
     if program.batched or not call.initial:
@@ -114,7 +115,7 @@ def batch_guessed(program: Program, call: Call) -> tuple[Program, Call]:
     program.kept.rowwise = guess
     guessed = replace(call, batch=call.initial[0].shape[0])
     try:
-        capture, _ = captures.find(guess, guessed)
+        capture, _ = captures.find(guess, guessed, before_making)
     except Exception:
         return program, call  # the plain way has the better message, or works
     if capture.made.rowwise is None:
@@ -350,12 +351,10 @@ def _planned(program: Program, call: Call, backend: str, save: str) -> tuple[Pla
     name = name_of(program)
     notes = [*_inlined_notes(capture), *_saved_note(invocation)]
     executables = [invocation.forward.executable]
-    executables[0].settle()
     forward = describe(executables[0], f"{name} forward", notes)
     if training:
         needs = _as_needs(invocation.layout, tensors)
         executables.append(invocation.lowered.backward(needs, call.resets is not None).executable)
-        executables[1].settle()
         forward.backward = describe(executables[1], f"{name} backward")
     forward.again = lambda: _stages(program, call, backend, save)
     return forward, executables, tensors

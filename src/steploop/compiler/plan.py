@@ -148,6 +148,7 @@ class Plan:
 
 def describe(executable: Executable, title: str, notes: Sequence[str] = ()) -> Plan:
     """The plan of a graph whose loops have been given their backends."""
+    executable.settle()
     return _Described(executable).plan(title, list(notes))
 
 

@@ -27,7 +27,8 @@ NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "p
 TAIL = ("sizes", "offsets", "resets", "fault")
 
 # What stands before and after a buffer's name in names that are made of it.
-_AROUND = (("", ""), ("in_", ""), ("to_", ""), ("out_", ""), ("", "_at"), ("", "_row"), ("", "_tile"), ("", "_early"))
+_AROUND = (("", ""), ("in_", ""), ("to_", ""), ("out_", ""), ("", "_at"), ("", "_row"), ("", "_tile"), ("", "_early"),
+           ("", "_last"))  # fmt: skip
 _NAME = re.compile(r"\b[A-Za-z_]\w*")
 _REMARK = re.compile(r"[ \t]*//[^\n]*")
 

@@ -25,7 +25,7 @@ from .language import (
     Store,
     same,
     walk,
-)  # fmt: skip
+)
 from .lowering import RESERVED
 from .scalars import SCALARS
 

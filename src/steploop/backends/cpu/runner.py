@@ -105,7 +105,6 @@ class Runner(contract.Runner):
             if self.otherwise is None:
                 raise
             self.otherwise(error)
-            self._kernel = None
         self._building = None
 
     @property
