@@ -8,7 +8,8 @@ from torch import nn
 
 import steploop as sl
 from steploop.backends.cpu import runner as running
-from steploop.backends.cpu.emit import canonical
+from steploop.backends.cpu.emit import Printer, canonical
+from steploop.backends.cpu.reserved import reserved, words
 
 
 @pytest.fixture
@@ -65,6 +66,7 @@ class Named(sl.Step):
         ("me", "share", "size", "wait"), ("next", "nearer", "parallel", "packed"), ("v0", "v1", "v2", "x"),
         ("prepare", "bytes", "padded", "store_mask"), ("h", "h_tile", "h_row", "in_h"), ("rows", "early", "here", "p"),
         ("pow", "sum", "value", "lanes"), ("count", "w", "f", "index"), ("weight0_h", "h_at", "x_2", "x_i"),
+        ("C", "default", "extern", "visibility"), ("I", "NAN", "INFINITY", "E"),
     ],
     ids="-".join,
 )  # fmt: skip
@@ -75,3 +77,48 @@ def test_names_that_kernels_use_themselves(names, built):
         assert sl.verify(step, x).ok
     assert built
     assert {loop.backend for loop in sl.Loop(step).plan(x).loops} == {"cpu"}
+
+
+@pytest.fixture
+def printers(monkeypatch):
+    """What printed every kernel."""
+    found, text = [], Printer.text
+
+    def noting(self):
+        found.append((self, text(self)))
+        return found[-1][1]
+
+    monkeypatch.setattr(Printer, "text", noting)
+    return found
+
+
+class EveryKind(sl.Step):
+    """Products made early and late, reductions both ways, scans, look-ups, writes at an index, linear algebra."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5) * 0.3)
+        self.h, self.at = sl.State(5), sl.State((), dtype=torch.int64)
+        self.table = sl.State((5, 5))
+
+    def step(self, x):
+        h = torch.tanh(x @ self.weight + self.h.prev @ self.weight)
+        table = 0.9 * self.table.prev + h.unsqueeze(-1) * x.unsqueeze(-2)
+        best = table.gather(1, self.at.prev.view(-1, 1, 1).expand(-1, 1, 5)).squeeze(1)
+        spread = torch.linalg.solve(table + 5 * torch.eye(5), best.cumsum(-1).unsqueeze(-1)).squeeze(-1)
+        self.h.next = h + table.sum(1) + table.amax(2) + spread
+        self.table.next = table.scatter_add(2, self.at.prev.view(-1, 1, 1).expand(-1, 5, 1), h.unsqueeze(-1))
+        self.at.next = self.h.next.argmax(-1)
+        return self.h.next
+
+
+def test_every_word_of_a_kernel_is_a_name_or_reserved(printers):
+    """A word that is neither could be what a user calls a state."""
+    for step, width in ((EveryKind(), 5), (sl.nn.LayerNormLSTMCell(8, 8), 8), (Named(["h", "c"]), 5)):
+        for batch in (3, 1):
+            x = torch.randn(6, batch, width, requires_grad=True)
+            sl.Loop(step, backend="auto")(x, resets=torch.rand(6, batch) < 0.3)[0].sum().backward()
+    assert len(printers) >= 5
+    for printer, text in printers:
+        free = {word for word in words(text) - printer.names - reserved() if not re.fullmatch(r"j\d+|v\d+", word)}
+        assert not free

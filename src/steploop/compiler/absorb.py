@@ -1,5 +1,7 @@
 """A loop together with what it alone reads of the work before it: views, pointwise operations, reductions of rows, and
-products of sequences with weights; and with such operations (no products) on what it gives.
+products of sequences with weights; and with such operations (no products with weights) on what it gives. Of every row's
+own products it takes those with a vector: an outer product would be kept for all steps, and so would a matrix that is
+read once.
 
 None of it stands on the recurrence, so it is batched over time. A native loop does it as well, and what it gives is
 read while it is in the cache, or in a register; a product is made for some steps at a time. Rows are taken from where
@@ -36,15 +38,16 @@ def absorb(
     for follow in (operations, False):
         finder = _Finder(loop, result, earlier, products, operations)
         taken = finder.run(follow)
-        wider = _widened(loop, taken, result) if taken else None
+        wider = _widened(loop, taken, finder.shared, result) if taken else None
         if wider is None or all(map(finder.there_before, wider.inputs)):
             return wider if wider is not None and _readable(wider) else None
     return None
 
 
-def _widened(loop: Loop, taken: set[fx.Node], result: Partition) -> Loop:
+def _widened(loop: Loop, taken: set[fx.Node], shared: set[fx.Node], result: Partition) -> Loop:
     order = {n: i for i, n in enumerate(result.problem.graph.nodes)}
     wider = Loop(sorted([*taken, *loop.nodes], key=order.__getitem__), loop.states)
+    wider.also_outside = shared
     extract(wider, result.problem, result)
     return wider
 
@@ -70,20 +73,28 @@ class _Finder:
         self.wanted, self.delayed = set(problem.wanted), set(result.delayed)
         self.needed = {*problem.summed, *(s.next for s in problem.states), *self.delayed}
         self.taken: set[fx.Node] = set()
+        self.shared: set[fx.Node] = set()  # views that others read as well: computing nothing, they are there twice
         self.lefts: set[fx.Node] = set()  # what products read must be a sequence that is there
 
     def run(self, follow: bool) -> set[fx.Node]:
         following = self._following() if follow else set()
         self.taken |= following
         for node in reversed(self.outside):
-            if node in self.needed or node in self.lefts or node in self.taken or not self._alone(node):
+            if node in self.needed or node in self.lefts or node in self.taken:
                 continue
-            if self._is_view(node) or self._is_biased(node) or self._is_operation(node):
+            if self._is_view(node) and self._read_by_it(node):
+                self.taken.add(node)
+                if not self._alone(node):
+                    self.shared.add(node)
+            elif not self._alone(node):
+                continue
+            elif self._is_biased(node) or self._is_operation(node):
                 self.taken.add(node)
             elif self._is_product(node):
                 self.taken.add(node)
                 self.lefts.add(node.args[0])
         self._drop_idle(following)
+        self._drop_unreadable(following)
         return self.taken | self._repeats()
 
     def _repeats(self) -> set[fx.Node]:
@@ -114,7 +125,10 @@ class _Finder:
             if node in self.delayed:
                 continue
             if all(self.there_before(i) or i in known for i in sources):
-                known.add(node)
+                if node not in self.needed and self._reads_a_matrix(node):
+                    found[node] = None
+                else:
+                    known.add(node)
             elif node not in self.needed and self._comes_of(sources, {*found, *known}):
                 if self._follows(node):
                     found[node] = None
@@ -146,29 +160,42 @@ class _Finder:
         if is_view(node):
             return True
         known = operation_of(node)
+        if is_light_product(node):
+            return self.operations
         return self.operations and (known.row_pass or known.selects or known.pointwise) and not known.random
 
     def _is_readable(self, source: fx.Node) -> bool:
-        """Whether a loop can read a value: its own, or a sequence of which each row stands by itself."""
-        return not self.there_before(source) or _rows_in_front(source)
+        """Whether a loop can read a value: its own, or a sequence whose rows stand by themselves, or a view of one."""
+        if not self.there_before(source) or _rows_in_front(source):
+            return True
+        seen_through = source.op == "call_function" and is_view(source) and _leads(source)
+        return seen_through and all(map(self._is_readable, _sequences(source)))
 
     def _comes_of(self, sources: list[fx.Node], known: set[fx.Node]) -> bool:
         return all(i in self.inside or i in known or self.there_before(i) for i in sources)
 
+    def _reads_a_matrix(self, node: fx.Node) -> bool:
+        """Whether a product takes a vector of a matrix that is given at every step: the loop may well read it too."""
+        return is_light_product(node) and self._follows(node) and _narrows(node)
+
+    def _read_by_it(self, node: fx.Node) -> bool:
+        return any(u in self.inside or u in self.taken for u in node.users)
+
     def _alone(self, node: fx.Node) -> bool:
         """Whether the loop alone reads it."""
         users = [u for u in node.users if u in self.calls]
-        return bool(users) and all(u in self.inside or u in self.taken for u in users)
+        return bool(users) and all(u in self.inside or u in self.taken - self.shared for u in users)
 
     def _is_view(self, node: fx.Node) -> bool:
-        return is_view(node) and node not in self.wanted and _all_in_front(node)
+        return is_view(node) and node not in self.wanted and all(map(_leads, [node, *node.all_input_nodes]))
 
     def _is_operation(self, node: fx.Node) -> bool:
         """Pointwise, or a reduction of every row, over rows that are wide enough."""
         known = operation_of(node)
-        if not self.operations or not (known.row_pass or known.pointwise) or known.random or not _rows_in_front(node):
+        fits = known.row_pass or known.pointwise or is_light_product(node)
+        if not self.operations or not fits or known.random or not _leads(node):
             return False
-        return all(map(_rows_in_front, _sequences(node))) and _widest(node) >= WIDE
+        return all(map(_leads, _sequences(node))) and _widest(node) >= WIDE
 
     def _is_product(self, node: Any) -> bool:
         if not self.products or op_name(node) != "mm" or not _rows_in_front(node):
@@ -193,6 +220,27 @@ class _Finder:
             if node in self.taken - following and op_name(node) in ("add", "getitem"):
                 if not any(i in self.taken for i in node.all_input_nodes):
                     self.taken.discard(node)
+
+
+    def _drop_unreadable(self, following: set[fx.Node]) -> None:
+        """A loop reads sequences with one row of numbers per row: what needs another stays outside."""
+        before = None
+        while before != (before := (len(self.taken), len(self.shared))):
+            for node in self.taken - following:
+                sources = [i for i in _sequences(node) if i not in self.taken and i not in self.inside]
+                if not all(map(_rows_in_front, sources)) or not self._read_by_it(node):
+                    self.taken.discard(node)
+                    self.shared.discard(node)
+                elif not self._alone(node):
+                    (self.shared.add if is_view(node) else self.taken.discard)(node)
+
+
+def is_light_product(node: fx.Node) -> bool:
+    """A product of two matrices of every row, one of them a vector: memory is what it takes, not arithmetic."""
+    if op_name(node) != "bmm" or not all(i.meta["varies"] for i in node.args):
+        return False
+    (_, m, k), (_, _, n) = (map(expression, i.meta["val"].shape) for i in node.args)
+    return 1 in (m, k, n)
 
 
 def _width(node: fx.Node) -> int:
@@ -227,10 +275,6 @@ def _leads(node: fx.Node) -> bool:
         return False
     found = rows if isinstance(rows, (tuple, list)) else [rows]
     return all(isinstance(r, Rows) and (r.dim, r.outer) == (0, 1) and isinstance(r.inner, int) for r in found)
-
-
-def _all_in_front(node: fx.Node) -> bool:
-    return _rows_in_front(node) and all(map(_rows_in_front, node.all_input_nodes))
 
 
 def _rows_in_front(node: fx.Node) -> bool:

@@ -142,7 +142,7 @@ class Executable:
         runner = self.runners[loop] = self.choose(loop.program, widen)
         same = wider is None or getattr(runner, "loop", None) is not wider.program
         self.ran[loop] = loop if same else wider
-        self.absorbed |= {*self.ran[loop].nodes} - {*loop.nodes}
+        self.absorbed |= {*self.ran[loop].nodes} - {*loop.nodes} - self.ran[loop].also_outside
 
     def _left(self, segment: Batched) -> list[fx.Node]:
         return [n for n in segment.nodes if n not in self.absorbed]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from .absorb import is_light_product
 from .execute import Executable
 from .ir.edit import remove_dead
 from .ir.graph import GRADIENTS, ROLES, Size, StepGraph, expression
@@ -25,6 +26,7 @@ from .show_loops import show_loops
 from .stages import note, stage
 
 aten = torch.ops.aten
+SPREAD = 4  # a value of so many times the bytes of what it is made of is made again, not kept
 SAVE_LIMIT = 1 << 30  # bytes that save="auto" may keep beyond the states
 
 
@@ -209,13 +211,21 @@ def _savable(inputs: Iterable[fx.Node], step: StepGraph) -> list[fx.Node]:
         if node in seen or not node.meta["varies"] or node.op != "call_function":
             continue
         seen.add(node)
-        free = operation_of(node).cheap or is_whole(node)
+        free = operation_of(node).cheap or is_whole(node) or _is_spread(node)
         if isinstance(node.meta["val"], Tensor) and node not in nexts and not free:
             found[node] = None
         elif node not in nexts:
             stack.extend(node.all_input_nodes)
     order = {n: i for i, n in enumerate(step.graph.nodes)}
     return sorted(found, key=order.__getitem__)
+
+
+def _is_spread(node: fx.Node) -> bool:
+    """Whether a value has many more numbers than what it is made of, one operation each, as an outer product has."""
+    known = operation_of(node)
+    if not isinstance(node.meta["val"], Tensor) or known.random or not (known.pointwise or is_light_product(node)):
+        return False
+    return SPREAD * sum(row_bytes(i) for i in node.all_input_nodes) <= row_bytes(node)
 
 
 

@@ -81,13 +81,14 @@ class Batched:
 
 @dataclass(eq=False)
 class Loop:
-    """One component. `nodes`: its calls; `members`: indices of its states; `why`: reasons, per node."""
+    """One component. nodes: its calls.  also_outside: those of them, views, that stand outside as well."""
 
     nodes: list[fx.Node]
     states: list[State]
     program: LoopProgram | None = None
     inputs: list[fx.Node] = field(default_factory=list)
     kept: list[fx.Node] = field(default_factory=list)
+    also_outside: set[fx.Node] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -392,6 +393,8 @@ def _kept(loop: Loop, own: set[fx.Node], problem: Problem, result: Partition) ->
     calls = {n for s in result.segments for n in s.nodes}
     kept = []
     for node in [*loop.nodes, *(s.prev for s in loop.states)]:
+        if node in loop.also_outside:
+            continue
         outside = any(u not in own and u in calls for u in node.users)
         if (outside or node in wanted or node in foreign) and isinstance(node.meta.get("val"), Tensor):
             kept.append(node)

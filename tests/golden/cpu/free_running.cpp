@@ -17,7 +17,7 @@
         }
     for (long r = from; r < end; ++r) {
       const i64* token = token_tile + r * scratch.token_row;
-      i64* index = index_tile;
+      i64* index_ = index__tile;
       const float* h = h_tile + r * scratch.h_row;
       const float* captured_0 = call.captured_0;
       const float* x_x0 = call.x_x0 + (call.x_x0_at ? call.x_x0_at[at + r] : here + r) * 6;
@@ -29,12 +29,12 @@
         auto x = every<4>((i64)7);
         auto x_2 = every<4>((i64)1);
         auto x_3 = inside(token_i, x, x_2, call.fault, m);
-        store(index + 0, x_3, m);
+        store(index_ + 0, x_3, m);
       });
       // 6: test_cpu_golden.py:68
       span<8>(6, [&](long i, auto m) ALWAYS {
         auto h_i = load(h + i, m);
-        auto captured_0_i = load(captured_0 + i + (index + 0)[0] * 6, m);
+        auto captured_0_i = load(captured_0 + i + (index_ + 0)[0] * 6, m);
         auto add_tensor = h_i + captured_0_i;
         auto x_x0_i = load(x_x0 + i, m);
         auto add_tensor_1 = add_tensor + x_x0_i;

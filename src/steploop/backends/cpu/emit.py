@@ -11,33 +11,28 @@ Kernels know no number of steps, rows or threads, so new ones need no new kernel
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from .emit_early import Early, in_rows, sequence_row
 from .emit_nest import CTYPES, NestPrinter, size_text
 from .fuse import Phase, Plan
 from .language import Buffer, Load, Product, Program, loads
+from .reserved import HEADERS, KERNELS, REMARK, WORD
 
-KERNELS = Path(__file__).parent / "kernels"
-HEADERS = ("vector.h", "math.h", "tiles.h", "product.h", "linalg.h")
 NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team", "ahead")
 TAIL = ("sizes", "offsets", "resets", "fault")
 
 # What stands before and after a buffer's name in names that are made of it.
 _AROUND = (("", ""), ("in_", ""), ("to_", ""), ("out_", ""), ("", "_at"), ("", "_row"), ("", "_tile"), ("", "_early"),
            ("", "_last"))  # fmt: skip
-_NAME = re.compile(r"\b[A-Za-z_]\w*")
-_REMARK = re.compile(r"[ \t]*//[^\n]*")
 
 
 def canonical(text: str, names: set[str]) -> str:
     """A kernel's text without remarks, with names by their order: loops that differ in names alone share a kernel."""
     new: dict[str, str] = {}
-    return _NAME.sub(
-        lambda m: new.setdefault(m[0], f"v{len(new)}") if m[0] in names else m[0], _REMARK.sub("", text)
+    return WORD.sub(
+        lambda m: new.setdefault(m[0], f"v{len(new)}") if m[0] in names else m[0], REMARK.sub("", text)
     )
 
 

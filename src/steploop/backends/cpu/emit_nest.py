@@ -26,7 +26,7 @@ from .language import (
     same,
     walk,
 )
-from .lowering import RESERVED
+from .reserved import reserved
 from .scalars import SCALARS
 
 CTYPES = {
@@ -158,7 +158,7 @@ class NestPrinter:
         name = self.names.get(id(expr))
         if name is None:
             return f"{expr.buffer.name}_i" if isinstance(expr, Load) else "x"
-        return f"{name}_" if name in RESERVED else name
+        return f"{name}_" if name in reserved() else name
 
     def text(self, expr: Expr) -> str:
         if isinstance(expr, Const):

@@ -120,7 +120,7 @@ def _overwrites_nothing(order: list[tuple[int, Nest | None, Statement]], prev: B
 
 def _same_place(load: Load, store: Statement, nest: Nest) -> bool:
     target = store.target
-    if load.at or nest.reduced or nest.serial or load.shape != target.shape:
+    if load.at or nest.across or nest.serial or load.shape != target.shape:
         return False
     return load.strides == target.strides and same(load.offset, target.offset)
 

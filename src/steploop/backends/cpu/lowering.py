@@ -36,6 +36,7 @@ from .language import (
     same,
     whole,
 )
+from .reserved import reserved
 
 DTYPES = (
     torch.float32,
@@ -61,29 +62,6 @@ def lowers(*names: str) -> Callable[[Callable], Callable]:
         return function
 
     return register
-
-
-# Words that a generated name must not be: C++ keywords, and what the kernels' own text calls something.
-RESERVED = frozenset(
-    """alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
-    continue decltype default delete do double else enum explicit export extern false float for friend
-    goto if inline int long mutable namespace new noexcept not not_eq nullptr operator or or_eq private
-    protected public register return short signed sizeof static struct switch template this throw true
-    try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq NAN
-    INFINITY ALWAYS INLINE Call Scratch Tiles Vec Full Part Parallel absolute all_of any_of at block
-    call choose convert count_of counting equal error_function every every_mask exponential first_best
-    floor_divide fmaximum fminimum fmod_of fold free from from_mask gather gather_mask given greater
-    greater_equal here hyperbolic_tangent i i64 is_infinite is_nan largest less less_equal load
-    load_mask load_rows loaded logarithm logarithm_1p m main maximum memcpy memory minimum move multiply
-    n not_equal numbers old only p pack packed_size pointers prelude r reciprocal reciprocal_root
-    remainder_of resets row0 rows run_tile run_tiles save_rows scratch sigmoid sign_of sizes smallest
-    span square_root step stop store t tile tiles to to_mask total total_product trunc_divide u8 inside
-    inside_from_end fault     batch start down tile_rows threads first offsets active linux unix
-    end team relax spin half Barrier Member Work Start Denormals FloatBits kFlush float_bits set_float_bits
-    take_tiles join_team Where where now early used ahead make_early Products Weight together
-    next nearer parallel me share wait size packed prepare bytes padded store_mask pow aligned_alloc magnitude root_of
-    copy_matrix swap_rows divide_by_triangle lu_factor lu_solved triangle_solved cholesky_factor""".split()
-)
 
 
 class Unsupported(Exception):
@@ -203,7 +181,7 @@ class Lowering:
         name = base = "".join(c if c.isalnum() and c.isascii() else "_" for c in hint).strip("_") or "value"
         if name[0].isdigit():
             name = base = f"v{name}"
-        if name in RESERVED or name.startswith(("lanes_", "__")):
+        if name in reserved() or name.startswith(("lanes_", "__")):
             name = base = f"{name}_"
         count = 1
         while name in self._taken:

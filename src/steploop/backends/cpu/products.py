@@ -12,8 +12,8 @@ from torch import Tensor
 from ...compiler import blocks
 from . import threads
 from .build import begin, build
-from .emit import KERNELS
 from .emit_nest import CTYPES
+from .reserved import KERNELS
 
 FILES = ("vector.h", "tiles.h", "product.h", "products.cpp")
 
