@@ -317,3 +317,17 @@ def test_a_kernel_that_can_not_be_built(backend, monkeypatch):
     else:
         expected, _ = sl.Loop(Sums(), backend="reference")(xs, resets=resets)
         torch.testing.assert_close(loop(xs, resets=resets)[0], expected)
+
+
+def test_a_plan_says_that_a_kernel_could_not_be_built(monkeypatch):
+    """Also where the loop took in what stands around it, and another program than the plan's was to be built."""
+
+    def failing(source, library, using):
+        raise BuildError("no luck today")
+
+    monkeypatch.setattr(building, "_compile", failing)
+    loop, xs = sl.Loop(sl.nn.LayerNormLSTMCell(3, 19)), torch.randn(5, 2, 3)
+    loop(xs)
+    planned = loop.plan(xs).loops[0]
+    assert planned.backend == "eager"
+    assert any("no luck today" in reason for reason in planned.reasons)

@@ -88,7 +88,7 @@ class Chosen:
                 'Use backend="auto", which chooses a backend for every loop.'
             )
         try:
-            runner = self._compiled(backend, backend.wider(loop, widen))
+            runner = self._compiled(backend, backend.wider(loop, widen), loop)
         except BuildError as error:
             if self.name != "auto":
                 raise
@@ -100,12 +100,13 @@ class Chosen:
         return runner
 
     def plain(self, loop: LoopProgram) -> Runner:
-        return self._compiled(self.select(loop)[0] or backend_of(_order[-1]), loop)
+        return self._compiled(self.select(loop)[0] or backend_of(_order[-1]), loop, loop)
 
-    def _compiled(self, backend: Backend, loop: LoopProgram) -> Runner:
+    def _compiled(self, backend: Backend, loop: LoopProgram, shown: LoopProgram) -> Runner:
+        """shown: the loop that plans speak of, where what runs is wider."""
         runner = backend.compile(loop)
         if self.name == "auto":
-            runner.otherwise = partial(_gave_up, loop)
+            runner.otherwise = partial(_gave_up, shown)
         return runner
 
     def prepare(self, dtypes: set[torch.dtype]) -> None:
