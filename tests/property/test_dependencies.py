@@ -18,7 +18,15 @@ from dependency_kinds import KINDS, build
 import steploop as sl
 
 T, B = 4, 3
+NEAR = dict(rtol=1e-8, atol=1e-10)  # of float64: with float32, gradients that nearly cancel look like stale ones
 # Changes that leave the step nothing to be refused for: all of them; a refusal would be an error of the test.
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @contextlib.contextmanager
@@ -43,12 +51,12 @@ def calls(loop, step, xs, gradients):
 def agree(loop, plain, step, gradients, where):
     xs = torch.randn(T, B, 3, requires_grad=gradients)
     for i, (found, expected) in enumerate(zip(*(calls(one, step, xs, gradients) for one in (loop, plain)))):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{where}, result {i}: {m}")
+        torch.testing.assert_close(found, expected, **NEAR, msg=lambda m: f"{where}, result {i}: {m}")
 
 
 def streams_agree(stream, plain, where):
     x = torch.randn(B, 3)
-    torch.testing.assert_close(stream(x), plain(x), rtol=1e-4, atol=1e-5, msg=lambda m: f"{where}, streamed: {m}")
+    torch.testing.assert_close(stream(x), plain(x), **NEAR, msg=lambda m: f"{where}, streamed: {m}")
 
 
 def try_out(kinds, order, gradients, number=0, backend="eager"):
