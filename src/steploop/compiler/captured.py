@@ -47,7 +47,8 @@ class Made:
 
     invocations: what runs a call, by the options of the call.
     lowered: the executables, which calls of several options share.
-    bytes: of all that a backward may keep of a row and step, by which tensors require gradients.
+    bytes: of all that a backward may keep of a row and step, and of what it could make again, by which tensors require
+        gradients.
     texts: the loop as text in exported programs (or the key of an invocation, where it has none).
     streams: a step as one kernel call, by backend; None where the backend does not take it.
     rowwise: whether all that it gives has its rows in front and does not mix them; None: nobody asked.
@@ -56,7 +57,7 @@ class Made:
 
     invocations: dict[Hashable, Any] = field(default_factory=dict)
     lowered: dict[Hashable, Any] = field(default_factory=dict)
-    bytes: dict[tuple[bool, ...], int] = field(default_factory=dict)
+    bytes: dict[tuple[bool, ...], tuple[int, ...]] = field(default_factory=dict)
     texts: dict[Hashable, Any] = field(default_factory=dict)
     streams: dict[str, Any] = field(default_factory=dict)
     rowwise: bool | None = None

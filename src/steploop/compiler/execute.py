@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -33,11 +33,25 @@ LEAST_STEPS = 16
 
 @dataclass(eq=False)
 class Run:
-    """What a run gives: `wanted` per step (packed or stacked), `finals` (B, ...), `summed` over all steps."""
+    """What a run gives: `wanted` per step (packed or stacked), `finals` (B, ...), `summed` over all steps.
+
+    edges: for every state that was asked for, its value (B, ...) before each span.
+    """
 
     wanted: list[Tensor | Unpacked]
     finals: list[Tensor]
     summed: list[Tensor | None]
+    edges: list[list[Tensor]] = field(default_factory=list)
+
+
+class Cuttable(Protocol):
+    """Values per step that are made or copied where they are read."""
+
+    def cut(self, span: Span) -> Tensor | Shifted: ...
+
+
+# Makes the wanted values of one span from the states before it (by their prevs).
+Replayer = Callable[[Span, dict[fx.Node, Tensor]], list[Tensor]]
 
 
 @dataclass(eq=False)
@@ -72,6 +86,9 @@ class Shifted:
             start = (index < batch).nonzero()[:, 0]
             found.index_copy_(0, start, self.edge.index_select(0, index[start]))
         return span.reset(found, self.reset_to, fresh)
+
+
+Given = dict[fx.Node, Tensor | Cuttable]
 
 
 @dataclass(eq=False)
@@ -227,7 +244,7 @@ class Executable:
 
     def run(
         self,
-        given: dict[fx.Node, Tensor | Shifted | Unpacked],
+        given: Given,
         initial: dict[fx.Node, Tensor],
         reset_to: dict[fx.Node, Tensor],
         schedule: Schedule,
@@ -235,14 +252,22 @@ class Executable:
         longest: int | None = None,
         outward: Sequence[fx.Node] = (),
         held: dict[Any, Any] | None = None,
+        edges: Sequence[fx.Node] = (),
     ) -> Run:
         """given: placeholders -> packed sequences (or stacked) and constants, in the schedule's row order.
         initial, reset_to: by the states' prev.  longest: steps of a span, None: by memory.
-        outward: wanted values that may be given `Unpacked`.  held: see `Call`."""
+        outward: wanted values that may be given `Unpacked`.  held: see `Call`.  edges: see `Run`, by their prevs."""
         self.settle()
         # Autocast has had its say when the step was captured.
         with torch.no_grad(), torch._C._DisableAutocast():
-            return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest, outward, held)
+            return _Runner(self, given, initial, reset_to, schedule, sizes).run(longest, outward, held, edges)
+
+    def replayer(
+        self, given: Given, reset_to: dict[fx.Node, Tensor], schedule: Schedule, sizes: dict[str, int]
+    ) -> Replayer:
+        """What runs single spans, in any order; within another executable's run. The arguments are those of `run`."""
+        self.settle()
+        return _Runner(self, given, {}, reset_to, schedule, sizes).begin().replay
 
 
 class _Runner:
@@ -255,16 +280,31 @@ class _Runner:
         self.sequences = {n: t for n, t in given.items() if n.meta["varies"]}
         self.stacked = self.problem.batch is None
 
-    def run(self, longest: int | None, outward: Sequence[fx.Node], held: dict[Any, Any] | None) -> Run:
-        e = self.e
-        self.outward = {n: self._blank(n) for n in outward if n in e.only_given and self._scatters()}
-        self.once_values.update(zip(e.once.nodes, self._once(held)))
+    def begin(self, outward: Sequence[fx.Node] = (), held: dict[Any, Any] | None = None) -> _Runner:
+        """Makes what is the same at every step."""
+        self.outward = {n: self._blank(n) for n in outward if n in self.e.only_given and self._scatters()}
+        self.places: dict[fx.Node, Tensor] = {}
+        self.once_values.update(zip(self.e.once.nodes, self._once(held)))
+        return self
+
+    def replay(self, span: Span, states: dict[fx.Node, Tensor]) -> list[Tensor]:
+        self.current = states
+        values = self._span(span, whole=False)
+        return [self._per_step(node, values) for node in self.problem.wanted]
+
+    def run(
+        self, longest: int | None, outward: Sequence[fx.Node], held: dict[Any, Any] | None, edges: Sequence[fx.Node]
+    ) -> Run:
+        e = self.begin(outward, held).e
         spans = e.spans(self.schedule, longest)
         placed = [] if len(spans) == 1 else [n for n in self.problem.wanted if n not in self.outward]
         self.places = {n: self._allocate(n) for n in placed}
         wanted: list[Tensor] = []
         sums: list[Tensor | None] = [None] * len(self.problem.summed)
+        before: list[list[Tensor]] = [[] for _ in edges]
         for span in spans:
+            for kept, prev in zip(before, edges):
+                kept.append(self.current[prev])
             values = self._span(span, whole=len(spans) == 1)
             self._collect(wanted, span, values, whole=len(spans) == 1)
             for i, node in enumerate(self.problem.summed):
@@ -273,7 +313,7 @@ class _Runner:
                 sums[i] = part if sums[i] is None else sums[i] + part
             self._advance(values)
             del values
-        return Run(wanted, [self.current[s.prev] for s in self.problem.finals], sums)
+        return Run(wanted, [self.current[s.prev] for s in self.problem.finals], sums, before)
 
     def _once(self, held: dict[Any, Any] | None) -> Sequence[Tensor]:
         """What is the same at every step: from an earlier piece of the call, if its rows stood in the same order."""
@@ -370,8 +410,8 @@ class _Runner:
                 values.update(zip(piece.results, results))
         return values
 
-    def _cut(self, sequence: Tensor | Shifted | Unpacked, node: fx.Node, span: Span) -> Tensor:
-        if isinstance(sequence, (Shifted, Unpacked)):
+    def _cut(self, sequence: Tensor | Cuttable, node: fx.Node, span: Span) -> Tensor:
+        if not isinstance(sequence, Tensor):
             return sequence.cut(span)
         rows = node.meta["rows"]
         if rows is None:

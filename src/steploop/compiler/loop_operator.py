@@ -28,12 +28,13 @@ from . import forward_mode
 from .capture import Signature, Trace
 from .captured import Facts, sizes_of
 from .execute import Run, Shifted
-from .ir.graph import Rows, expression
-from .lower import BackwardPlan, ForwardPlan, Needs
+from .ir.graph import Rows, StepGraph, expression
+from .lower import BackwardPlan, ForwardPlan, Needs, Saving
 from .memory_operator import autograd_in_kernels
 from .ops.rules import CONTRACTED, Mixed
 from .ops.table import add
 from .program import Call
+from .replay import Again, AgainBefore, Replay, ReplayPlan, span_steps, stacked_edges
 from .schedule import Schedule, make_schedule
 
 _REGISTRY: weakref.WeakValueDictionary[int, Invocation] = weakref.WeakValueDictionary()
@@ -170,7 +171,7 @@ class Invocation:
         if self.nested:
             return _apart([*outputs, *finals], tensors)
         saved = results[self.forward.outputs :]
-        return _apart([*outputs, *finals, *saved], tensors)
+        return _apart([*outputs, *finals, *saved, *stacked_edges(run.edges)], tensors)
 
     def _forward(
         self, parts: dict[str, Any], schedule: Schedule, batch: int, plan: ForwardPlan, outward: Sequence = (),
@@ -182,8 +183,11 @@ class Invocation:
         reset_to = {}
         if schedule.resets is not None:
             reset_to = dict(zip(step.prevs, self._sorted(parts["reset_to"], schedule)))
+        longest, edges = None, []
+        if plan is self.forward and self.lowered.replay is not None:
+            longest, edges = span_steps(schedule.steps), [step.prevs[i] for i in self.lowered.saving.edges]
         return plan.executable.run(
-            given, initial, reset_to, schedule, self._sizes(parts, batch), outward=outward, held=held
+            given, initial, reset_to, schedule, self._sizes(parts, batch), longest, outward, held, edges
         )
 
     def _sorted(self, values: list[Tensor], schedule: Schedule) -> list[Tensor]:
@@ -259,9 +263,15 @@ class Invocation:
         stacked = plan.step.batch is None
         saved = self._saved(parts, results, schedule, batch)
         given = self._given(parts, schedule, plan.step)
-        given.update(zip(plan.known, saved))
-        following = dict(zip(plan.saving.nodes, saved))
-        self._add_prevs(given, parts, plan, following, schedule)
+        following: dict[fx.Node, Any] = dict(zip(plan.saving.nodes, saved))
+        longest = None
+        if self.lowered.replay is not None:
+            edges = results[len(self.lowered.places) :]
+            replay = self._replay(parts, plan.saving, following, edges, plan, schedule, self._sizes(parts, batch))
+            following.update((n, Again(replay, i)) for i, n in enumerate(plan.saving.again))
+            longest = span_steps(schedule.steps)
+        given.update(zip(plan.known, following.values()))
+        self._add_prevs(given, parts, plan.saving, plan.step, following, schedule)
         outputs = len(plan.step.ct_outputs)
         for node, ct in zip(plan.step.ct_outputs, cotangents[:outputs]):
             if stacked:
@@ -271,7 +281,7 @@ class Invocation:
         finals = self._sorted(list(cotangents[outputs:]), schedule)
         initial = {plan.step.ct_nexts[i]: finals[i] for i in plan.states}
         zeros = {n: torch.zeros_like(v) for n, v in initial.items()} if schedule.resets is not None else {}
-        run = plan.executable.run(given, initial, zeros, schedule, self._sizes(parts, batch))
+        run = plan.executable.run(given, initial, zeros, schedule, self._sizes(parts, batch), longest)
         return self._collect(run, plan, parts, schedule, needs, stacked)
 
     def _saved(self, parts: dict[str, Any], results: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Tensor]:
@@ -279,7 +289,7 @@ class Invocation:
             run = self._forward(parts, schedule, batch, self.lowered.forward_again())
             return run.wanted[self.forward.outputs :]
         stacked, found = self.stacked, []
-        for (kind, _), value in zip(self.lowered.places, results, strict=True):
+        for (kind, _), value in zip(self.lowered.places, results):  # and after those, edges
             if kind == "output":
                 value = (value.flip(0) if self.reverse else value) if stacked else schedule.pack(value)
             found.append(value)
@@ -290,22 +300,45 @@ class Invocation:
         if self.nested:
             return []
         after = self.forward.outputs + self.layout.initial
-        return [results[i if kind == "output" else after + i] for kind, i in self.lowered.places]
+        extra = sum(kind == "saved" for kind, _ in self.lowered.places)
+        found = [results[i if kind == "output" else after + i] for kind, i in self.lowered.places]
+        return [*found, *results[after + extra :]]
 
-    def _add_prevs(self, given, parts, plan: BackwardPlan, following: dict, schedule: Schedule) -> None:
+    def _replay(
+        self, parts: dict[str, Any], saving: Saving, following: dict[fx.Node, Any], edges: Sequence[Tensor],
+        backward: BackwardPlan, schedule: Schedule, sizes: dict[str, int],
+    ) -> Replay:  # fmt: skip
+        """What makes wide values again, span by span of the backward."""
+        plan: ReplayPlan = self.lowered.replay
+        given = self._given(parts, schedule, plan.step)
+        self._add_prevs(given, parts, saving, plan.step, following, schedule)
+        given.update(zip(plan.known, following.values()))
+        reset_to = {}
+        if schedule.resets is not None:
+            reset_to = {s.prev: schedule.sort(parts["reset_to"][i]) for s, i in zip(plan.states, saving.edges)}
+        for state in plan.states:
+            given.pop(state.prev, None)
+        runner = plan.executable.replayer(given, reset_to, schedule, sizes)
+        spans = backward.executable.spans(schedule, span_steps(schedule.steps))
+        return Replay(plan, runner, list(edges), sorted(spans, key=lambda span: span.start))
+
+    def _add_prevs(
+        self, given: dict[fx.Node, Any], parts: dict[str, Any], saving: Saving, step: StepGraph,
+        following: dict[fx.Node, Any], schedule: Schedule,
+    ) -> None:  # fmt: skip
         """The states before every step, from those after it."""
-        stacked = plan.step.batch is None
+        stacked = step.batch is None
         joint = self.trace.graph
         for i, edge in enumerate(parts["initial"]):
             edge = edge.unsqueeze(0) if stacked else schedule.sort(edge)
             reset_to = None
             if schedule.resets is not None:
                 reset_to = schedule.sort(parts["reset_to"][i])
-            if i not in plan.saving.prevs:
-                given[plan.step.prevs[i]] = Shifted(None, edge, reset_to)
-                continue
-            node = joint.nexts[i]
-            given[plan.step.prevs[i]] = Shifted(following[node], edge, reset_to)
+            after = following.get(joint.nexts[i]) if i in saving.prevs else None
+            if isinstance(after, Again):
+                given[step.prevs[i]] = AgainBefore(after.replay, after.index, saving.edges.index(i), reset_to)
+            else:
+                given[step.prevs[i]] = Shifted(after, edge, reset_to)
 
     def _collect(self, run: Run, plan: BackwardPlan, parts, schedule: Schedule, needs: Needs, stacked: bool):
         def shaped(value: Tensor | None, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -75,12 +75,12 @@ def lower_forward(
         found.ends = None if save or step.ends is None else own.prevs[step.ends]
         return found
 
-    executable = Executable(_improved(own, problem, "forward"), choose)
+    executable = Executable(improved(own, problem, "forward"), choose)
     note("loops of forward", lambda: show_loops(own, executable.partition, executable.runners))
     return ForwardPlan(own, executable, count)
 
 
-def _improved(step: StepGraph, problem: Callable[[], Problem], name: str) -> Partition:
+def improved(step: StepGraph, problem: Callable[[], Problem], name: str) -> Partition:
     """The partition after products and sums have been moved out of loops."""
     problem()
     stage(name, step)
@@ -110,12 +110,15 @@ class Needs:
 class Saving:
     """What the forward keeps: forward values of a joint graph, packed.
 
-    prevs: indices of states whose value before every step is needed (their nexts are in `nodes`).
+    prevs: indices of states whose value before every step is needed (their nexts are in `nodes`, or in `again`).
     nodes: what is kept, each once.
+    again: what is made again of those, see `replay`.  edges: indices of states that are kept between spans for it.
     """
 
     prevs: list[int]
     nodes: list[fx.Node]
+    again: list[fx.Node] = field(default_factory=list)
+    edges: list[int] = field(default_factory=list)
 
 
 def backward_nodes(step: StepGraph) -> set[fx.Node]:
@@ -240,7 +243,7 @@ def row_bytes(node: fx.Node) -> int:
 class BackwardPlan:
     """The executable of the backward pass.
 
-    known: placeholders for what was saved, in the order of `Saving.nodes`.
+    known: placeholders for what was saved, in the order of `Saving.nodes`, and then of `Saving.again`.
     xs, constants, captured: indices of those whose gradient is wanted (and exists).
     resets: states whose gradient before each step is wanted, after the xs.
     """
@@ -260,8 +263,8 @@ def lower_backward(
     step: StepGraph, saving: Saving, needs: Needs, names: Sequence[str], choose: Callable, one_loop: bool,
     resets: bool,
 ) -> BackwardPlan:  # fmt: skip
-    own, (known,) = copied(step, saving.nodes)
-    known = [_as_input(own, node) for node in known]
+    own, (known,) = copied(step, [*saving.nodes, *saving.again])
+    known = [as_input(own, node) for node in known]
     own.outputs, own.nexts = [], []
     xs = [i for i, (g, n) in enumerate(zip(own.grad_xs, needs.xs)) if n and g is not None]
     constants = [i for i, (g, n) in enumerate(zip(own.grad_constants, needs.constants)) if n and g is not None]
@@ -282,12 +285,12 @@ def lower_backward(
     for grads, chosen in ((own.grad_xs, xs), (own.grad_constants, constants), (own.grad_captured, captured)):
         grads[:] = [g if i in chosen else None for i, g in enumerate(grads)]
     remove_dead(own)
-    executable = Executable(_improved(own, problem, "backward"), choose, down=True)
+    executable = Executable(improved(own, problem, "backward"), choose, down=True)
     note("loops of backward", lambda: show_loops(own, executable.partition, executable.runners))
     return BackwardPlan(own, executable, saving, known, xs, constants, captured, reset_states, states)
 
 
-def _as_input(step: StepGraph, node: fx.Node) -> fx.Node:
+def as_input(step: StepGraph, node: fx.Node) -> fx.Node:
     """Turns a forward value into an input of its own."""
     with step.graph.inserting_before(next(iter(step.graph.nodes))):
         given = step.graph.placeholder(f"saved_{node.name}")

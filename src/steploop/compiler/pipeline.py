@@ -44,6 +44,7 @@ from .plan import Plan, describe
 from .profile import timed
 from .program import Call, Program, Result, name_of
 from .recorder import working
+from .replay import REPLAY_FROM, ReplayPlan, lower_replay, with_replay
 from .stages import as_text, recorded_stages
 
 
@@ -174,7 +175,7 @@ def _invocation(
     batch = 1 if call.batch is None else captures.hint(call.batch)
     rows = captures.hint(call.steps) * max(batch, 1)
     ragged = is_ragged(call)
-    policy = policy_of(capture, save, training, rows, tensors)
+    policy = policy_of(capture, save, training, rows, tensors, nested)
     key = (
         backend, policy, training, nested, ragged, call.reverse, call.on_masked, call.lengths is not None,
         call.mask is not None, call.resets is not None, _required(tensors) if training else None,
@@ -198,18 +199,22 @@ def _required(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
     return tuple(t.requires_grad for t in tensors)
 
 
-def policy_of(capture: Capture, save: str, training: bool, rows: int, tensors: Sequence[Tensor]) -> str:
-    """"states" or "all" """
+def policy_of(
+    capture: Capture, save: str, training: bool, rows: int, tensors: Sequence[Tensor], nested: bool = False
+) -> str:
+    """"states", "all" or "again", see `_chosen`."""
     if not training or save != "auto":
         return save
     key, known = _required(tensors), capture.made.bytes
     if key not in known:
-        joint = capture.joint.graph
         needs = _needs(capture, tensors)
         with captures.lock:
-            everything = choose_saved(joint, needs, "all", 1)
-        known[key] = sum(row_bytes(n) for n in everything.nodes)
-    return "all" if known[key] * rows <= SAVE_LIMIT else "states"
+            found = _chosen(capture.joint.graph, needs, "again")
+        known[key] = tuple(sum(map(row_bytes, nodes)) for nodes in (found.nodes, found.again))
+    kept, again = (each * rows for each in known[key])
+    if not nested and again > REPLAY_FROM and kept <= SAVE_LIMIT:
+        return "again"
+    return "all" if kept + again <= SAVE_LIMIT else "states"
 
 
 def _needs(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
@@ -275,9 +280,12 @@ class Lowered:
         self.places: list[tuple[str, int]] = []
         extra: list = []
         if needs is not None:
-            self.saving = choose_saved(graph, needs, save, 1)
+            self.saving = _chosen(graph, needs, save)
             self.places, extra = _places(graph, self.saving)
         self.forward = self._forward([] if nested else extra)
+        self.replay: ReplayPlan | None = None
+        if self.saving is not None and self.saving.again:
+            self.replay = lower_replay(graph, self.saving, names, self.choose)
         self._again: ForwardPlan | None = None
         self._backwards: dict[Any, Any] = {}
 
@@ -299,6 +307,13 @@ class Lowered:
                     self.graph, self.saving, needs, self.names, self.choose, self.one_loop, key[1]
                 )
         return self._backwards[key]
+
+
+def _chosen(graph: StepGraph, needs: Needs, policy: str) -> Saving:
+    """policy: "states", "all", or "again": all but the wide values that can be made again."""
+    if policy != "again":
+        return choose_saved(graph, needs, policy, 1)
+    return with_replay(graph, choose_saved(graph, needs, "all", 1))
 
 
 def _as_needs(layout: Layout, tensors: Sequence[Tensor]) -> Needs:
@@ -380,7 +395,11 @@ def _saved_note(invocation: Invocation) -> list[str]:
     kept = [f"state {names[joint.nexts.index(n)]}" for n in nodes if n in joint.nexts]
     others = [n.args[0] if op_name(n) == "getitem" else n for n in nodes if n not in joint.nexts]
     kept += [counted(map(op_name, others))] if others else []
-    return [f"kept for the backward: {', '.join(kept) or 'nothing but the inputs'}"]
+    notes = [f"kept for the backward: {', '.join(kept) or 'nothing but the inputs'}"]
+    if again := invocation.lowered.saving.again:
+        made = [f"state {names[joint.nexts.index(n)]}" if n in joint.nexts else op_name(n) for n in again]
+        notes.append(f"made again for the backward, some steps at a time: {', '.join(made)}")
+    return notes
 
 
 __all__ = ["plan", "run"]
