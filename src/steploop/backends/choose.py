@@ -113,6 +113,10 @@ class Chosen:
         for backend in self._all():
             backend.prepare(dtypes)
 
+    def takes_along(self, loop: LoopProgram) -> bool:
+        backend, _ = self.select(loop)
+        return backend is not None and backend.takes_along
+
     def stepping(self) -> Backend | None:
         return next((backend for backend in self._all() if backend.steps), None)
 

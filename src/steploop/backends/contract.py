@@ -80,6 +80,7 @@ class Backend(Protocol):
         return None
 
     steps: ClassVar[bool] = False  # whether it has a stepper
+    takes_along: ClassVar[bool] = False  # whether it has a `wider`
 
 
 class Choice(Protocol):
@@ -95,6 +96,10 @@ class Choice(Protocol):
 
     def plain(self, loop: LoopProgram) -> Runner:
         """The same without anything that the loop could take along."""
+        ...
+
+    def takes_along(self, loop: LoopProgram) -> bool:
+        """Whether a loop's backend can take in work that stands around it."""
         ...
 
     def stepping(self) -> Backend | None:

@@ -5,15 +5,18 @@ Backends are above the compiler: whoever knows them hands them down.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .ir.graph import LoopProgram
+from .ir.graph import LoopProgram, expression
 from .memory_operator import SequenceRunner, is_memory
 from .patterns import recognise
 
 if TYPE_CHECKING:
     from ..backends.contract import Choice, Runner, Widen
+
+WIDE = 1024
 
 _by_name: list[Callable[[str], Choice]] = []
 
@@ -37,9 +40,17 @@ def chooser(backend: str) -> Callable[[LoopProgram, Widen], Any]:
             known = SequenceRunner(loop)
         else:
             known = recognise(loop, lambda: asked.plain(loop))
+            if known is not None and known.accumulates and _is_wide(loop) and asked.takes_along(loop):
+                known = None
         if known is None:
             return asked.compile(loop, widen)
         loop.backend, loop.reasons = known.backend, []
         return known
 
     return choose
+
+
+def _is_wide(loop: LoopProgram) -> bool:
+    """Whether its state has so many numbers, as outer products have, that a sequence of what is added would be huge."""
+    sizes = [expression(s) for s in loop.prevs[0].meta["val"].shape[1:]]
+    return all(isinstance(n, int) for n in sizes) and math.prod(sizes) >= WIDE

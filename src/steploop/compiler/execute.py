@@ -50,8 +50,9 @@ class Cuttable(Protocol):
     def cut(self, span: Span) -> Tensor | Shifted: ...
 
 
-# Makes the wanted values of one span from the states before it (by their prevs).
-Replayer = Callable[[Span, dict[fx.Node, Tensor]], list[Tensor]]
+# Makes the wanted values of one span from the states before it (by their prevs), each with whether there is room in
+# memory for one more step before them.
+Replayer = Callable[[Span, dict[fx.Node, Tensor]], list[tuple[Tensor, bool]]]
 
 
 @dataclass(eq=False)
@@ -284,13 +285,22 @@ class _Runner:
         """Makes what is the same at every step."""
         self.outward = {n: self._blank(n) for n in outward if n in self.e.only_given and self._scatters()}
         self.places: dict[fx.Node, Tensor] = {}
+        self.own: dict[fx.Node, Tensor] = {}
         self.once_values.update(zip(self.e.once.nodes, self._once(held)))
         return self
 
-    def replay(self, span: Span, states: dict[fx.Node, Tensor]) -> list[Tensor]:
+    def replay(self, span: Span, states: dict[fx.Node, Tensor]) -> list[tuple[Tensor, bool]]:
         self.current = states
+        self.own = {n: self._with_a_step_before(n, span) for n in self.problem.wanted}
         values = self._span(span, whole=False)
-        return [self._per_step(node, values) for node in self.problem.wanted]
+        found = [(self._per_step(node, values), self.own[node]) for node in self.problem.wanted]
+        return [(value, value.data_ptr() == own.data_ptr()) for value, own in found]
+
+    def _with_a_step_before(self, node: fx.Node, span: Span) -> Tensor:
+        """Memory for the values of a span, after room for those of the step before it."""
+        batch, shape = self.schedule.batch, self._shape(node)[1:]
+        value = node.meta["val"]
+        return blocks.empty((batch + span.total, *shape), value.dtype, value.device)[batch:]
 
     def run(
         self, longest: int | None, outward: Sequence[fx.Node], held: dict[Any, Any] | None, edges: Sequence[fx.Node]
@@ -386,7 +396,8 @@ class _Runner:
         for node in self.e.ran[loop].kept:
             rows = node.meta["rows"]
             fits = node in self.places and node.meta["varies"] and rows is not None and (rows.dim, rows.outer) == (0, 1)
-            found.append(self.outward.get(node, self._place(node, span) if fits else None))
+            place = self._place(node, span) if fits else self.own.get(node)
+            found.append(self.outward.get(node, place))
         return found
 
     # -- one span ------------------------------------------------------------------------------------------
@@ -427,7 +438,7 @@ class _Runner:
         inputs = [values[n] for n in self.e.ran[loop].inputs]
         runner = self.e.runners[loop]
         into = ()
-        if (self.places or self.outward) and runner.writes_into:
+        if (self.places or self.outward or self.own) and runner.writes_into:
             into = (self._memory(loop, span),)
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)
         for state, value in zip(loop.states, after):

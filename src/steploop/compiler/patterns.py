@@ -34,7 +34,10 @@ class Recognised(Runner):
 
     scan(before, x) -> values after every step, (P, B, ...), from the value before, (B, ...), and the sequence x,
     (P, B, ...), or the number of steps P where the loop reads none.
+    accumulates: whether what it reads is a sequence as wide as the state.
     """
+
+    accumulates = False
 
     def __init__(self, name: str, loop: LoopProgram, source: fx.Node | None, scan: Callable, plain: Any):
         self.backend = name
@@ -94,7 +97,9 @@ def _pointwise(loop: LoopProgram, prev: fx.Node, node: fx.Node, plain: Callable)
     if not _same_sequence(source, prev, loop):
         return None
     name, scan = known
-    return Recognised(name, loop, source, scan, plain)
+    found = Recognised(name, loop, source, scan, plain)
+    found.accumulates = True
+    return found
 
 
 def _same_sequence(source: Any, prev: fx.Node, loop: LoopProgram) -> bool:

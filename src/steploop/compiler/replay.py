@@ -31,7 +31,7 @@ from .stages import note
 
 WIDE = 4096  # bytes of a row's value that may be worth making again
 LEAST_SPAN = 4
-REPLAY_FROM = 64 << 20  # bytes of all steps' wide values from which on save="auto" makes them again
+REPLAY_FROM = 256 << 20  # bytes of all steps' wide values from which on save="auto" makes them again
 
 
 def span_steps(steps: int) -> int:
@@ -166,9 +166,10 @@ class Replay:
     edges: list[Tensor]
     spans: list[Span]
     _number: int = -1
-    _values: list[Tensor] = field(default_factory=list)
+    _values: list[tuple[Tensor, bool]] = field(default_factory=list)
 
-    def values(self, span: Span) -> list[Tensor]:
+    def values(self, span: Span) -> list[tuple[Tensor, bool]]:
+        """See `execute.Replayer`."""
         number = self.number(span)
         if number != self._number:
             self._values = []  # the memory of the last span is free
@@ -188,7 +189,7 @@ class Again:
     index: int
 
     def cut(self, span: Span) -> Tensor:
-        return self.replay.values(span)[self.index]
+        return self.replay.values(span)[self.index][0]
 
 
 @dataclass(eq=False)
@@ -201,9 +202,13 @@ class AgainBefore:
     reset_to: Tensor | None
 
     def cut(self, span: Span) -> Tensor:
-        after = self.replay.values(span)[self.index]
+        after, room = self.replay.values(span)[self.index]
         edge = self.replay.edges[self.state][self.replay.number(span)]
-        return span.delay(after, edge, self.reset_to, False)
+        if not room or not span.schedule.full or span.total == 0 or span.hits is not None:
+            return span.delay(after, edge, self.reset_to, False)
+        before = after.as_strided(after.shape, after.stride(), after.storage_offset() - edge.numel())
+        before[: span.schedule.batch].copy_(edge)
+        return before
 
 
 def stacked_edges(edges: Sequence[Sequence[Tensor]]) -> list[Tensor]:

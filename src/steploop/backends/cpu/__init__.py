@@ -64,7 +64,7 @@ class Cpu(contract.Backend):
 
     name = "cpu"
     words = "native C++ loops, on the CPU"
-    steps = True
+    steps = takes_along = True
 
     def reasons_against(self, loop: LoopProgram) -> contract.Reasons:
         return reasons_against(loop)
