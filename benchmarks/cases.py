@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .data import DEEP, Workload
+from .data import DEEP, HEADS, MATRIX, Workload
 
 Job = dict[str, Any]
 OURS = ("steploop", "steploop-cpu", "steploop-eager")
@@ -42,6 +42,8 @@ class Scale:
         if self.T is None:
             return work
         narrow = {} if self.width is None else {"I": self.width + 1, "H": self.width, "V": min(work.V, 11)}
+        if work.kind in MATRIX and narrow:
+            narrow["H"] = HEADS * self.width
         return replace(work, T=min(work.T, self.T), B=min(work.B, self.B), S=min(work.S, self.T), **narrow)
 
 
@@ -80,6 +82,9 @@ RAGGED = replace(LSTM, ragged=True)
 G2P = Workload("g2p", 15, 64, 64, 256, S=14, V=40)
 STREAM = Workload("lstm", 64, 1, 128, 128)
 ACTOR = Workload("actor", 64, 16, 64, 128, resets=True)
+MATRICES = [
+    Workload(kind, 1000, batch, 64, 4 * size) for kind in MATRIX for size, batch in ((32, 4), (64, 4), (64, 16))
+]
 FIRST_CALL = Workload("lstm", 64, 16, 128, 128)
 
 
@@ -234,18 +239,36 @@ def g2p(scale: Scale) -> list[Job]:
     return [{**compare("g2p", scale, G2P, (mode,), ("eager", *OURS)), "action": "g2p"} for mode in modes]
 
 
+def matrix(scale: Scale) -> list[Job]:
+    """Steps whose state is a matrix for each of 4 heads (D = H / 4)."""
+    peers = ("steploop", "steploop-eager", "eager", "eager-hoisted", "jax")
+    jobs = []
+    for work in dict.fromkeys(map(scale.sized, MATRICES)):
+        found = [compare("matrix", scale, work, (mode,), peers) for mode in scale.modes[:2]]
+        jobs += [{**job, "budget": min(scale.budget, 12.0)} for job in found]
+    return jobs
+
+
+def matrix_memory(scale: Scale) -> list[Job]:
+    """Peak memory of a training step of those, each in its own process."""
+    peers = ("steploop", "steploop-all", "eager")
+    works = dict.fromkeys(map(scale.sized, MATRICES))
+    return [_peak("matrix_memory", scale, work, peer) for work in works for peer in peers]
+
+
+def _peak(case: str, scale: Scale, work: Workload, peer: str) -> Job:
+    return {
+        "action": "memory", "case": case, "work": work.as_dict(), "modes": ("training",), "peers": (peer,),
+        "timeout": min(scale.timeout, 300.0),
+    }  # fmt: skip
+
+
 def memory(scale: Scale) -> list[Job]:
     """Peak memory of a training step of the layer-norm LSTM (torch.nn: its LSTM), each in its own process."""
     jobs = []
     for peer in ("steploop-states", "steploop-all", "steploop", "eager", "eager-hoisted", "torch.nn"):
         work = LSTM if peer == "torch.nn" else LN_LSTM
-        work = scale.sized(replace(work, resets=False))
-        jobs.append(
-            {
-                "action": "memory", "case": "memory", "work": work.as_dict(), "modes": ("training",),
-                "peers": (peer,), "timeout": min(scale.timeout, 300.0),
-            }
-        )  # fmt: skip
+        jobs.append(_peak("memory", scale, scale.sized(replace(work, resets=False)), peer))
     return jobs
 
 
@@ -253,6 +276,6 @@ CASES: dict[str, Callable[[Scale], list[Job]]] = {
     f.__name__: f
     for f in (
         lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, actor, guards,
-        search, search_one_row, g2p, memory, first, unrolled, grid,
+        search, search_one_row, g2p, matrix, matrix_memory, memory, first, unrolled, grid,
     )  # fmt: skip
 }

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 
 GATES = {"lstm": 4, "stranger": 4, "lnlstm": 4, "decoder": 4, "gru": 3}
+HEADS = 4
+MATRIX = {"linear attention": ("S",), "delta rule": ("S",), "mLSTM": ("S", "n", "m"), "fast weights": ("S", "n")}
+STATES = {"lstm": 2, "gru": 1, "stranger": 3, "lnlstm": 2, "decoder": 3}
 DEEP = ("4 layer-norm LSTMs", "3 bidirectional layer-norm LSTMs", "8 GRUs")  # see deep.py
 
 
@@ -40,6 +43,13 @@ class Workload:
         inputs, hidden = 2.0 * self.T * self.B * self.I * gates, 2.0 * self.T * self.B * self.H * gates
         inputs_times = {"forward": 1, "training": 2, "training_x": 3}[mode]
         return inputs_times * inputs + (1 if mode == "forward" else 3) * hidden
+
+
+def state_shapes(kind: str, hidden: int) -> list[tuple[int, ...]]:
+    """The states of a step, without the batch axis."""
+    size = hidden // HEADS
+    shapes = {"S": (HEADS, size, size), "n": (HEADS, size), "m": (HEADS,)}
+    return [shapes[s] for s in MATRIX[kind]] if kind in MATRIX else [(hidden,)] * STATES[kind]
 
 
 @dataclass

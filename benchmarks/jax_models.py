@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .data import HEADS, state_shapes
+
 sigmoid = jax.nn.sigmoid
 
 
@@ -100,12 +102,61 @@ def decoder(p: dict[str, Any], projected: Any, states: Any, memory: Any, memory_
     return (h, c, fed), fed
 
 
+def heads_project(p: dict[str, Any], x: Any) -> Any:
+    return linear(p, "layer", x)
+
+
+def heads(projected: Any) -> tuple[Any, ...]:
+    """Query, key and value (B, HEADS, D); two gates (B, HEADS)."""
+    batch, wide = projected.shape[0], (projected.shape[1] - 2 * HEADS) // 3
+    q, k, v = (a.reshape(batch, HEADS, -1) for a in jnp.split(projected[:, : 3 * wide], 3, -1))
+    return q, k, v, *jnp.split(sigmoid(projected[:, 3 * wide :]), 2, -1)
+
+
+def linear_attention(p: dict[str, Any], projected: Any, states: Any) -> Any:
+    q, k, v, decay, _ = heads(projected)
+    S = decay[..., None, None] * states[0] + k[..., :, None] * v[..., None, :]
+    return (S,), jnp.einsum("bhkv,bhk->bhv", S, q).reshape(len(q), -1)
+
+
+def delta(p: dict[str, Any], projected: Any, states: Any) -> Any:
+    q, k, v, beta, _ = heads(projected)
+    k = k / jnp.maximum(jnp.sqrt(jnp.square(k).sum(-1, keepdims=True)), 1e-12)
+    old = jnp.einsum("bhvk,bhk->bhv", states[0], k)
+    S = states[0] + (beta[..., None] * (v - old))[..., :, None] * k[..., None, :]
+    return (S,), jnp.einsum("bhvk,bhk->bhv", S, q).reshape(len(q), -1)
+
+
+def mlstm(p: dict[str, Any], projected: Any, states: Any) -> Any:
+    q, k, v, i, f = heads(projected)
+    before, n, m = states
+    bound = jnp.maximum(jnp.log(f) + m, i)
+    i, f = jnp.exp(i - bound), jnp.exp(jnp.log(f) + m - bound)
+    S = f[..., None, None] * before + i[..., None, None] * (v[..., :, None] * k[..., None, :])
+    n = f[..., None] * n + i[..., None] * k
+    read = jnp.einsum("bhvk,bhk->bhv", S, q) / jnp.maximum(jnp.abs((n * q).sum(-1, keepdims=True)), 1.0)
+    return (S, n, bound), read.reshape(len(q), -1)
+
+
+def fast_weights(p: dict[str, Any], projected: Any, states: Any) -> Any:
+    x = heads(projected)[2]
+    before, h = states
+    S = 0.9 * before + 0.1 * h[..., :, None] * h[..., None, :]
+    slow = linear(p, "slow", h.reshape(len(h), -1)).reshape(h.shape)
+    h = jnp.tanh(x + slow + jnp.einsum("bhvk,bhk->bhv", S, h))
+    return (S, h), h.reshape(len(h), -1)
+
+
 MODELS: dict[str, Any] = {
-    "lstm": (lstm_project, lstm, 2),
-    "gru": (gru_project, gru, 1),
-    "stranger": (gates_project, stranger, 3),
-    "lnlstm": (lnlstm_project, lnlstm, 2),
-    "decoder": (decoder_project, decoder, 3),
+    "lstm": (lstm_project, lstm),
+    "gru": (gru_project, gru),
+    "stranger": (gates_project, stranger),
+    "lnlstm": (lnlstm_project, lnlstm),
+    "decoder": (decoder_project, decoder),
+    "linear attention": (heads_project, linear_attention),
+    "delta rule": (heads_project, delta),
+    "mLSTM": (heads_project, mlstm),
+    "fast weights": (heads_project, fast_weights),
 }
 
 
@@ -113,13 +164,13 @@ def sequence(
     kind: str, hidden: int, p: dict[str, Any], x: Any, resets: Any = None, **constants: Any
 ) -> tuple[Any, Any]:
     """Outputs (T, B, H) and the last states."""
-    project, advance, count = MODELS[kind]
-    initial = tuple(jnp.zeros((x.shape[1], hidden), x.dtype) for _ in range(count))
+    project, advance = MODELS[kind]
+    initial = tuple(jnp.zeros((x.shape[1], *shape), x.dtype) for shape in state_shapes(kind, hidden))
 
     def body(states: Any, slices: Any) -> Any:
         projected, reset = slices
         if reset is not None:
-            states = tuple(jnp.where(reset[:, None], 0.0, s) for s in states)
+            states = tuple(jnp.where(jnp.expand_dims(reset, range(1, s.ndim)), 0.0, s) for s in states)
         return advance(p, projected, states, **constants)
 
     states, y = jax.lax.scan(body, initial, (project(p, x), resets))

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import steploop as sl
 
-from .data import Workload
+from . import matrix
+from .data import Workload, state_shapes
 
 States = tuple[Tensor, ...]
 
@@ -162,8 +163,16 @@ MODELS: dict[str, type[sl.Step]] = {
     "stranger": Stranger,
     "lnlstm": LayerNormLSTM,
     "decoder": Decoder,
+    "linear attention": matrix.LinearAttention,
+    "delta rule": matrix.Delta,
+    "mLSTM": matrix.MLSTM,
+    "fast weights": matrix.FastWeights,
 }
-STATES = {"lstm": 2, "gru": 1, "stranger": 3, "lnlstm": 2, "decoder": 3}
+
+
+def zero_states(work: Workload, like: Tensor) -> States:
+    """For the rows of a sequence (T, B, ...)."""
+    return tuple(like.new_zeros(like.shape[1], *shape) for shape in state_shapes(work.kind, work.H))
 
 
 def make_model(work: Workload) -> sl.Step:

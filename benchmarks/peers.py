@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import steploop as sl
 
 from .data import DEEP, Data, Workload, make_data
-from .models import STATES, make_model
+from .models import make_model, zero_states
 
 Arrays = dict[str, np.ndarray]
 
@@ -212,7 +212,7 @@ class EagerLoop(Peer):
         def forward() -> Tensor:
             resets, constants = tensors.get("resets"), constants_of(tensors)
             xs = model.project(tensors["x"]) if hoist else tensors["x"]
-            states = tuple(xs.new_zeros(xs.shape[1], work.H) for _ in range(STATES[work.kind]))
+            states = zero_states(work, xs)
             outputs = []
             for t, x in enumerate(xs.unbind(0)):
                 states, y = body(x, states, None if resets is None else resets[t], **constants)
@@ -240,11 +240,10 @@ class Compiled(EagerLoop):
             raise Blank(f"unrolls the loop: not tried beyond T={self.longest}")
         model, tensors = make_model(work), tensors_of(data)
         torch._dynamo.reset()
-        count = STATES[work.kind]
 
         @torch.compile
         def whole(x: Tensor, resets: Tensor | None, constants: dict[str, Tensor]) -> Tensor:
-            states = tuple(x.new_zeros(x.shape[1], work.H) for _ in range(count))
+            states = zero_states(work, x)
             projected, outputs = model.project(x), []
             for t in range(x.shape[0]):
                 if resets is not None:
@@ -275,7 +274,7 @@ class ScanHOP(Peer):
         except ImportError as error:
             raise Blank("this torch has no scan") from error
         model, tensors = make_model(work), tensors_of(data)
-        constants, count = constants_of(tensors), STATES[work.kind]
+        constants = constants_of(tensors)
         torch._dynamo.reset()
 
         def body(states: tuple[Tensor, ...], slices: Any) -> Any:
@@ -287,7 +286,7 @@ class ScanHOP(Peer):
             return states, y.clone()  # its outputs may not alias each other
 
         def whole(x: Tensor, resets: Tensor | None) -> Tensor:
-            initial = tuple(x.new_zeros(x.shape[1], work.H) for _ in range(count))
+            initial = zero_states(work, x)
             xs = (model.project(x),) if resets is None else (model.project(x), resets)
             return scan(body, initial, xs)[1]
 

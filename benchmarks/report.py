@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cases, plots, targets
-from .data import Workload
+from .data import HEADS, Workload
 from .g2p import BATCHES as G2P_BATCHES
 from .measure import paired_ratio
 from .peers import PEERS
@@ -79,7 +79,8 @@ def markdown(run: Run, images: list[tuple[str, str]]) -> str:
     parts += [_stream(results, "stream", "LSTM", "torch.nn", "torch.nn.LSTMCell")]
     actor = "A GRU with layer norm and two heads, with resets"
     parts += [_stream(results, "actor", actor, "eager", "the loop by hand")]
-    parts += [_search(results), _g2p(results), _guards(results), _memory(results), _first(results)]
+    parts += [_search(results), _g2p(results), _guards(results)]
+    parts += [_matrix(results), _memory(results), _first(results)]
     parts += [_unrolled(results), _grid(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -261,6 +262,29 @@ def _g2p(results: Results) -> str:
         shown = "" if compared is None else f"{compared:.2f}"
         words = G2P_BATCHES * r["work"]["B"] / r["median"]
         lines.append(f"| {title_of(r['peer'])} | {r['mode']} | {words:,.0f} | {shown} |")
+    return "\n".join(lines + _footnotes(rows))
+
+
+def _matrix(results: Results) -> str:
+    """A row for each step and size: seconds, ratios to the peers, and the memory that training adds."""
+    rows = [r for r in results if r["case"] == "matrix"]
+    if not rows:
+        return ""
+    lines = ["## Matrix states", "", (cases.CASES["matrix"].__doc__ or "").strip(), ""]
+    lines += ["The last columns: megabytes that a training step adds; steploop, with save=\"all\", eager loop.", ""]
+    lines.append("| | D | B | | steploop | / eager loop | / loop, products before | / JAX scan | MB | all | loop |")
+    lines.append("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    for work, mode in dict.fromkeys((Workload(**r["work"]), r["mode"]) for r in rows):
+        found = {r["peer"]: r for r in targets.pick(rows, work=work.as_dict(), mode=mode)}
+        if "steploop" not in found:
+            continue
+        shown = [_paired(found, "steploop", other, "{:.3f}", 1) for other in ("eager", "eager-hoisted", "jax")]
+        peak = {r["peer"]: r for r in targets.pick(results, case="matrix_memory", work=work.as_dict())}
+        if mode != "forward":
+            sizes = [peak[n]["bytes"] if n in peak else None for n in ("steploop", "steploop-all", "eager")]
+            shown += ["" if size is None else f"{size / 1e6:.0f}" for size in sizes]
+        cells = [work.kind, work.H // HEADS, work.B, mode, seconds(found["steploop"]["median"]), *shown]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines + _footnotes(rows))
 
 

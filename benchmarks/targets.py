@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .data import DEEP
+from .data import DEEP, MATRIX
 from .measure import paired_ratio
 
 Results = list[dict[str, Any]]
@@ -133,6 +133,20 @@ def _guards(what: str) -> Callable[[Results], float | None]:
     return value
 
 
+def _matrix(kind: str, mode: str) -> Callable[[Results], float | None]:
+    """Of all sizes the worst."""
+
+    def value(results: Results) -> float | None:
+        ratios = []
+        for ours in pick(results, case="matrix", peer="steploop", mode=mode):
+            if ours["work"]["kind"] == kind:
+                others = pick(results, case="matrix", peer="eager", mode=mode, work=ours["work"])
+                ratios += [paired_ratio(ours["times"], other["times"]) for other in others]
+        return max(ratios, default=None)
+
+    return value
+
+
 def _all() -> list[Target]:
     made = [Target("LSTM / torch.nn: forward", 0.9, _ratio("lstm", "forward", "torch.nn"))]
     for mode in ("training", "training_x"):
@@ -162,6 +176,10 @@ def _all() -> list[Target]:
             made.append(Target(text, limit, _ratio(case, mode, "eager")))
     for mode, limit in (("training", 1 / 3), ("greedy", 0.25), ("beam", 1 / 3)):
         made.append(Target(f"grapheme to phoneme / eager loop, padded: {mode}", limit, _ratio("g2p", mode, "eager")))
+    for kind in MATRIX:
+        for mode in ("forward", "training"):
+            text = f"matrix states, {kind} / eager loop, worst size: {mode}"
+            made.append(Target(text, 0.12, _matrix(kind, mode)))
     made.append(Target("LSTM / torch.nn, worst point of the grid", 1.1, _worst_on_grid(0)))
     made.append(Target("LSTM / torch.nn, worst point of the grid with H >= 512", 1.0, _worst_on_grid(512)))
     for mode, limit in (("forward", 55.0), ("training", 50.0), ("training_x", 50.0)):

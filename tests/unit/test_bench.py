@@ -16,20 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import jobs, machine, measure, peers, report, session, targets  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.cases import CASES, SCALES  # noqa: E402
-from benchmarks.data import Workload, make_data  # noqa: E402
+from benchmarks.data import MATRIX, Workload, make_data  # noqa: E402
 from benchmarks.models import MODELS  # noqa: E402
 
 TINY = SCALES["tiny"]
 LONG = pytest.mark.long
 FAST = ["steploop-eager", "torch.nn", "eager", "gemm"]  # compile nothing
 # Cases where only "steploop" stands for us.
-NEED_OURS = ("ragged", "grid", "stream", "actor", "guards", "memory", "first", "seq2seq_two_projections")
+NEED_OURS = (
+    "ragged", "grid", "stream", "actor", "guards", "matrix_memory", "memory", "first", "seq2seq_two_projections",
+)  # fmt: skip
 SMALL = {
     "lstm": Workload("lstm", 4, 2, 3, 5),
     "gru": Workload("gru", 4, 2, 3, 5),
     "stranger": Workload("stranger", 4, 2, 3, 5),
     "lnlstm": Workload("lnlstm", 4, 2, 3, 5, resets=True),
     "decoder": Workload("decoder", 4, 2, 3, 5, S=3),
+    **{kind: Workload(kind, 4, 2, 3, 8) for kind in MATRIX},
 }
 
 
