@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from . import kinds, until
 from .backends import BACKENDS, choose, reference  # noqa: F401 (choose hands the backends down)
 from .compiler.program import Call, Program, Result
-from .errors import InputError, StepError, UnsupportedError, describe, message
+from .errors import InputError, SingularError, StepError, UnsupportedError, describe, message, raised_at, singular
 
 SAVE = ("auto", "states", "all")
 
@@ -35,10 +35,22 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
 
     try:
         return traced_calls.run(program, call, backend, save)
+    except SingularError as error:
+        raise _located(error, program, call) from None
     except (RuntimeError, ValueError, StepError):
         if not kinds.run_lazy(program, call):
             raise
     return traced_calls.run(program, call, backend, save)
+
+
+def _located(error: SingularError, program: Program, call: Call) -> SingularError:
+    """The error with the step and the row, which the plain loop finds."""
+    found = reference.failure(program, call, RuntimeError)  # a LinAlgError as a rule
+    if found is None:  # it draws other random numbers now, or rounds otherwise
+        return error
+    step, row, raised = found
+    where = f"step {step}" if row is None else f"step {step}, row {row}"
+    return singular(error.operation, f"{where}: {raised}", raised_at(raised))
 
 
 def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:

@@ -65,6 +65,15 @@ class OutsideError(SteploopError, IndexError, RuntimeError):
     """An index outside its axis. torch raises one of IndexError and RuntimeError, by operation; this is both."""
 
 
+class SingularError(SteploopError, torch.linalg.LinAlgError):  # type: ignore[misc, name-defined]
+    """A matrix for which a function of torch.linalg has no result; torch raises LinAlgError.
+
+    operation: that function, "linalg.solve".
+    """
+
+    operation = ""
+
+
 NO_SECOND_DERIVATIVE = (
     "second derivatives of a Loop are not supported: its backward pass is compiled and can't be "
     'differentiated again. Use sl.Loop(step, backend="reference") where create_graph=True is needed.'
@@ -91,6 +100,28 @@ def message(
     if fix is not None:
         lines.append(f"  fix:      {fix}")
     return "\n".join(lines)
+
+
+_SINGULAR_FIX = (
+    "add a small multiple of the identity to the matrix, or use torch.linalg.{name}_ex, which gives what comes out and "
+    "does not look at it"
+)
+
+
+def singular(operation: str, found: str = "another, in a row that runs", at: str = "") -> SingularError:
+    """The error of an operation, "linalg.solve"."""
+    positive = operation == "linalg.cholesky"
+    made = SingularError(
+        message(
+            f"torch.{operation} can't be done: a matrix is {'not positive definite' if positive else 'singular'}.",
+            expected="positive definite matrices" if positive else "invertible matrices",
+            found=found,
+            at=at,
+            fix=_SINGULAR_FIX.format(name=operation.removeprefix("linalg.")),
+        )
+    )
+    made.operation = operation
+    return made
 
 
 _NOT_THE_USERS = (

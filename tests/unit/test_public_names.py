@@ -4,11 +4,13 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 import steploop as sl
 
 NAMES = """
-BuildError CarryError DataError InputError Loop MismatchError OutsideError Report State StateError States Step StepError
-SteploopError Stream UnsupportedError length_mask memory nn plan register_operation
+BuildError CarryError DataError InputError Loop MismatchError OutsideError Report SingularError State StateError States
+Step StepError SteploopError Stream UnsupportedError length_mask memory nn plan register_operation
 scan search seq2seq share unbatched verify view
 """.split()
 
@@ -30,6 +32,7 @@ def test_every_error_is_a_steploop_error_and_a_builtin_one():
         sl.DataError: ValueError,
         sl.BuildError: RuntimeError,
         sl.OutsideError: IndexError,
+        sl.SingularError: torch.linalg.LinAlgError,
     }
     for error, builtin in kinds.items():
         assert issubclass(error, sl.SteploopError) and issubclass(error, builtin)

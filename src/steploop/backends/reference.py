@@ -23,6 +23,17 @@ def run(program: Program, call: Call) -> Result:
     return _Run(program, call).all_steps()
 
 
+def failure(program: Program, call: Call, kind: type[Exception]) -> tuple[int, int | None, Exception] | None:
+    """(step, row, error) of the first error of a kind, or None. row None: it is not one row's alone."""
+    run = _Run(program, call)
+    try:
+        with torch.no_grad():
+            run.all_steps()
+            return None
+    except kind as error:
+        return run.t, run.failing_row(kind), error
+
+
 class _Run:
     def __init__(self, program: Program, call: Call) -> None:
         self.program = program
@@ -36,12 +47,14 @@ class _Run:
         self.on_all_rows = False
         self.seen_xs: list[Tensor] | None = None
         self.structure: Structure | None = None
+        self.t = 0
 
     def all_steps(self) -> Result:
         steps = range(self.call.steps)
         outputs: dict[int, list[Tensor]] = {}
         last: list[Tensor] | None = None
         for t in reversed(steps) if self.call.reverse else steps:
+            self.t = t
             if self.call.until is not None:
                 self._leave_out_ended(t)
                 if not self.valid[t:].any():
@@ -54,6 +67,18 @@ class _Run:
             elif last is not None:
                 outputs[t] = self._absent(last)
         return self._result(outputs)
+
+    def failing_row(self, kind: type[Exception]) -> int | None:
+        """The first row that fails at the step at hand when it runs alone."""
+        valid = self._rows(self.t)
+        for row in range(self.call.batch or 0) if valid is None else valid.tolist():
+            try:
+                self._some_rows(self.t, torch.tensor([row], device=self.call.device))
+            except kind:
+                return row
+            except Exception:  # it needs all rows
+                return None
+        return None
 
     # one step
 

@@ -36,11 +36,19 @@ def absorb(
     if problem.batch is None:
         return None
     for follow in (operations, False):
-        finder = _Finder(loop, result, earlier, products, operations)
-        taken = finder.run(follow)
-        wider = _widened(loop, taken, finder.shared, result) if taken else None
-        if wider is None or all(map(finder.there_before, wider.inputs)):
-            return wider if wider is not None and _readable(wider) else None
+        late: set[fx.Node] = set()
+        while True:
+            finder = _Finder(loop, result, earlier, products, operations, late)
+            taken = finder.run(follow)
+            wider = _widened(loop, taken, finder.shared, result) if taken else None
+            if wider is None:
+                return None
+            missing = {i for i in wider.inputs if not finder.there_before(i)}
+            if not missing:
+                return wider if _readable(wider) else None
+            if not follow or missing <= late:
+                break
+            late |= missing  # what follows the loop and reads one of these is better off outside
     return None
 
 
@@ -58,10 +66,12 @@ def _readable(loop: Loop) -> bool:
 
 
 class _Finder:
+    """late: values that are not there when the loop begins."""
+
     def __init__(
-        self, loop: Loop, result: Partition, earlier: set[fx.Node], products: bool, operations: bool
+        self, loop: Loop, result: Partition, earlier: set[fx.Node], products: bool, operations: bool, late: set[fx.Node]
     ):
-        self.products, self.operations = products, operations
+        self.products, self.operations, self.late = products, operations, late
         problem = result.problem
         at = result.segments.index(loop)
         self.before = {n for s in result.segments[:at] for n in s.nodes} | earlier
@@ -84,7 +94,7 @@ class _Finder:
                 continue
             if self._is_view(node) and self._read_by_it(node):
                 self.taken.add(node)
-                if not self._alone(node):
+                if node in self.wanted or not self._alone(node):
                     self.shared.add(node)
             elif not self._alone(node):
                 continue
@@ -122,7 +132,7 @@ class _Finder:
         found: dict[fx.Node, None] = {}
         for node in self.after:
             sources = _sequences(node)
-            if node in self.delayed:
+            if node in self.delayed or node in self.late:
                 continue
             if all(self.there_before(i) or i in known for i in sources):
                 if node not in self.needed and self._reads_a_matrix(node):
@@ -187,7 +197,7 @@ class _Finder:
         return bool(users) and all(u in self.inside or u in self.taken - self.shared for u in users)
 
     def _is_view(self, node: fx.Node) -> bool:
-        return is_view(node) and node not in self.wanted and all(map(_leads, [node, *node.all_input_nodes]))
+        return is_view(node) and all(map(_leads, [node, *node.all_input_nodes]))
 
     def _is_operation(self, node: fx.Node) -> bool:
         """Pointwise, or a reduction of every row, over rows that are wide enough."""
@@ -231,7 +241,7 @@ class _Finder:
                 if not all(map(_rows_in_front, sources)) or not self._read_by_it(node):
                     self.taken.discard(node)
                     self.shared.discard(node)
-                elif not self._alone(node):
+                elif not self._alone(node) or (is_view(node) and node in self.wanted):
                     (self.shared.add if is_view(node) else self.taken.discard)(node)
 
 

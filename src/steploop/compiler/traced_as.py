@@ -4,7 +4,8 @@
     x[i], x[:, i] = value  with i a tensor without axes: index_select, and a comparison with arange
     lstm_cell, gru_cell    their formulas, on devices where torch has one kernel for them
     fake_quantize_...      its formula, whose gradient torch's tracer can't make
-    linalg.solve, one_hot  without their checks: singular matrices give inf and nan, no class is out of range
+    linalg.solve, inv, ... the forms that check nothing, and a look at what they found (`solved`)
+    one_hot                without its check: no class is out of range
 """
 
 from __future__ import annotations
@@ -17,12 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _unchecked(name: str, results: int = 1) -> Callable[..., Any]:
-    function = getattr(torch.linalg, name)
-    if results > 1:
-        return lambda *args, **kwargs: tuple(function(*args, **kwargs))[:results]
-    return lambda *args, **kwargs: function(*args, **kwargs)[0]
+from .solved import looked_at
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
@@ -163,12 +159,12 @@ def _written(tensor: Tensor, parts: tuple[Any, ...], axis: int, found: Tensor, v
 
 
 TRACED_AS: dict[Any, Callable[..., Any]] = {
-    torch.linalg.solve: _unchecked("solve_ex"), torch.linalg.inv: _unchecked("inv_ex"),
-    torch.inverse: _unchecked("inv_ex"), Tensor.inverse: _unchecked("inv_ex"),
-    torch.linalg.cholesky: _unchecked("cholesky_ex"), torch.cholesky: _unchecked("cholesky_ex"),
-    Tensor.cholesky: _unchecked("cholesky_ex"), F.one_hot: _one_hot, torch.lstm_cell: _lstm_cell,
+    torch.linalg.solve: looked_at("solve"), torch.linalg.inv: looked_at("inv"),
+    torch.inverse: looked_at("inv"), Tensor.inverse: looked_at("inv"),
+    torch.linalg.cholesky: looked_at("cholesky"), torch.cholesky: looked_at("cholesky"),
+    Tensor.cholesky: looked_at("cholesky"), F.one_hot: _one_hot, torch.lstm_cell: _lstm_cell,
     torch.gru_cell: _gru_cell, torch.fake_quantize_per_tensor_affine: _fake_quantize,
-    torch.linalg.lu_factor: _unchecked("lu_factor_ex", 2), torch.linalg.ldl_factor: _unchecked("ldl_factor_ex", 2),
+    torch.linalg.lu_factor: looked_at("lu_factor", 2), torch.linalg.ldl_factor: looked_at("ldl_factor", 2),
     Tensor.__getitem__: _get_item, Tensor.__setitem__: _set_item, Tensor.index_put_: _index_put_,
     Tensor.index_put: _index_put, torch.index_put: _index_put, torch.index_put_: _index_put_,
 }  # fmt: skip

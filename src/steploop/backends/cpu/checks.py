@@ -1,11 +1,14 @@
-"""Indices outside their axis: kernels note them and stay inside, the callers of kernels raise the error."""
+"""What a kernel finds wrong: it notes the check that failed and goes on, the caller of the kernel raises the error.
+
+Indices outside their axis are put inside. Matrices without a solution give what they give.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ...compiler.ir.graph import size_at
-from ...errors import OutsideError, message
+from ...errors import OutsideError, SteploopError, message, singular
 from .language import Check
 
 _CALLED = {
@@ -15,8 +18,10 @@ _CALLED = {
 _FROM_END = frozenset(n for n in _CALLED if "index" in n)  # operations for which negative indices count from the end
 
 
-def error(check: Check, sizes: dict[str, int]) -> OutsideError:
+def error(check: Check, sizes: dict[str, int]) -> SteploopError:
     """The error for a check that failed. sizes: the values of symbols."""
+    if check.operation.startswith("linalg."):
+        return singular(check.operation, at=check.line)
     size = size_at(check.size, sizes)
     name = _CALLED.get(check.operation, check.operation)
     least = -size if check.operation in _FROM_END else 0

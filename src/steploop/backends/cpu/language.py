@@ -162,7 +162,10 @@ class Routine(Statement):
 
 @dataclass(frozen=True)
 class Check:
-    """Indices that must be inside an axis of `size`: what took them (an ATen name), and where it stands."""
+    """Indices that must be inside an axis of `size`: what took them (an ATen name), and where it stands.
+
+    Of "linalg.solve" and its like the index is the number of a column without a pivot: 0, where all have one.
+    """
 
     operation: str
     size: Dim

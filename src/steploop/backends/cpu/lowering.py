@@ -229,9 +229,9 @@ class Lowering:
         self.emit(Reduce(target, kind, value, axes))
         return self.make.load(target)
 
-    def check(self, size: Dim) -> int:
+    def check(self, size: Dim, operation: str = "") -> int:
         """The number of a new check of indices into an axis, by the operation at hand."""
-        self.program.checks.append(Check(self.operation, size, self._line))
+        self.program.checks.append(Check(operation or self.operation, size, self._line))
         return len(self.program.checks)
 
     # The walk

@@ -1,8 +1,8 @@
 """Lowerings of linear algebra on small matrices: factors, solutions and determinants.
 
 Each is a few calls of kernels/linalg.h, one for every matrix of a row. Larger matrices stay with LAPACK, outside native
-loops. As in the `*_ex` forms of torch.linalg, nothing is raised: singular matrices give inf and nan, matrices that are
-not positive definite a Cholesky factor of nan.
+loops. As the `*_ex` forms of torch.linalg do, routines go on: singular matrices give inf and nan, matrices that are not
+positive definite a Cholesky factor of nan. Where a step has the forms that raise, `_solved` looks.
 """
 
 from __future__ import annotations
@@ -146,6 +146,19 @@ def _given(low: Lowering, node: fx.Node, count: int) -> list[Any]:
     if node.kwargs.get("check_errors"):
         raise Unsupported(f"{low.operation} that raises errors")
     return low.args(node)[:count]
+
+
+@lowers("solved")
+def _solved(low: Lowering, node: fx.Node) -> Expr:
+    """The value as it is; the kernel tells where any `info` of the row is not 0."""
+    value, info, operation = low.args(node)[:3]
+    info = low.make.cast(low.realise(info), torch.int64)
+    if info.shape:
+        info = low.reduce("amax", info, len(info.shape), torch.int64)
+    check = [low.const(n, torch.int64, ()) for n in (1, low.check(1, operation))]
+    fine = low.copy(low.make.op("inside", [info, *check], torch.int64), "fine")
+    zero = low.make.op("eq", [low.expand(fine, value.shape), low.const(0, torch.int64, value.shape)], torch.bool)
+    return low.make.op("where", [zero, value, value], value.dtype)  # so that the check is not left out
 
 
 @lowers("linalg_lu_factor_ex")
