@@ -68,8 +68,8 @@ class Loop(nn.Module, Generic[Y]):
     batch_first: xs, mask, resets and outputs are (B, T, ...) instead of (T, B, ...).
     reverse:     run from each row's last valid step to its first; outputs[t] still belongs to xs[t].
     backend:     "auto", "cpu", "eager" or "reference" (the plain Python loop).
-    save:        what the forward keeps for the backward: "states", "all" or "auto" (all, but for wide values of which the
-                 backward makes some steps again where all steps take more than 256 MB; "states" beyond 1 GB).
+    save:        what the forward keeps for the backward: "states", "all" or "auto": all; beyond 256 MB of values that
+                 are as wide as matrices some steps of those, the others being made again; beyond 1 GB "states".
     until:       the path of a State (B,) bool that ends a row: it takes no step after the one that set it. The
                  loop ends when every row has; `steps=`, or the sequences, are the limit. Outputs are (T', B, ...),
                  T' the last step that any row took; where a row took none they are as at masked steps. A reset
