@@ -99,7 +99,41 @@ class ReadOnce(Heads):
         return torch.cat([(self.S.prev * self.h.next.unsqueeze(-1)).sum(-2).flatten(1), outer[:, 0, 0]], -1)
 
 
-STEPS = [LinearAttention, Delta, MLSTM, FastWeights, ReadOnce]
+class OneProduct(sl.Step):
+    """One product makes everything; parts of it are read by several loops, and divided by what another loop gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(INPUT, 3 * HEADS * D + 2 * HEADS)
+        self.S, self.n, self.m = sl.State((HEADS, D, D)), sl.State((HEADS, D)), sl.State(HEADS)
+
+    def step(self, x):
+        q, k, v, gates = self.layer(x).split([HEADS * D] * 3 + [2 * HEADS], -1)
+        q, k, v = (a.view(-1, HEADS, D) for a in (q, k, v))
+        i, f = torch.sigmoid(gates).chunk(2, -1)
+        m = torch.maximum(f.log() + self.m.prev, i)
+        i, f = torch.exp(i - m), torch.exp(f.log() + self.m.prev - m)
+        self.S.next = f[..., None, None] * self.S.prev + i[..., None, None] * (v.unsqueeze(-1) * k.unsqueeze(-2))
+        self.n.next, self.m.next = f[..., None] * self.n.prev + i[..., None] * k, m
+        below = (self.n.next * q).sum(-1, keepdim=True).abs().clamp(min=1.0)
+        return (torch.einsum("bhvk,bhk->bhv", self.S.next, q) / below).flatten(1), q
+
+
+class Summed(Heads):
+    """A sum of outer products, which would be a running sum over a sequence of matrices; it is given as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.S, self.late = sl.State((HEADS, D, D)), sl.State((HEADS, D, D), init=1.0)
+
+    def step(self, x):
+        q, k, v, _, _ = self.of(x)
+        self.S.next = self.S.prev + k.unsqueeze(-1) * v.unsqueeze(-2)
+        self.late.next = self.S.prev
+        return (self.late.prev @ q.unsqueeze(-1)).squeeze(-1), self.S.next.mT
+
+
+STEPS = [LinearAttention, Delta, MLSTM, FastWeights, ReadOnce, OneProduct, Summed]
 
 
 def made(kind):
