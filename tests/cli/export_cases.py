@@ -337,3 +337,21 @@ class Untidy(sl.Step):
 @case
 def untidy():
     return Case(Calls(sl.Loop(Untidy(), backend="eager")), sequences(), XS)
+
+
+class Solves(sl.Step):
+    """A matrix state, an outer product, and a system of equations that is looked at when it is solved."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.S = nn.Linear(INPUT, INPUT), sl.State((INPUT, INPUT))
+
+    def step(self, x):
+        x = self.w(x)
+        self.S.next = 0.5 * self.S.prev + x.unsqueeze(-1) * x.unsqueeze(-2)
+        return torch.linalg.solve(self.S.next + torch.eye(INPUT, dtype=x.dtype), x)
+
+
+@case
+def a_system_of_equations():
+    return Case(Calls(sl.Loop(Solves(), backend="eager")), sequences(), XS)
