@@ -9,7 +9,7 @@ import torch
 
 from ..compiler import choices, words
 from ..compiler.ir.graph import LoopProgram
-from ..errors import BuildError, InputError, UnsupportedError, describe, message
+from ..errors import BuildError, InputError, UnsupportedError, describe, message, warn
 from . import BACKENDS
 from .contract import Backend, Reasons, Runner, Widen
 
@@ -53,7 +53,10 @@ def backend_of(name: str) -> Backend:
 
 
 def _not_built(error: BuildError) -> tuple[str, str]:
-    return f"its kernel could not be built: {error}", ""
+    """The reason, of which a person is told: it is an accident, and what runs instead is slower."""
+    reason = f"its kernel could not be built: {error}"
+    warn(f"A loop runs without native code, which is slower: {reason}")
+    return reason, ""
 
 
 def _gave_up(loop: LoopProgram, error: BuildError) -> None:
