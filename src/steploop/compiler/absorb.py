@@ -1,12 +1,14 @@
-"""A loop together with what it alone reads of the work before it: views, pointwise operations, reductions of rows, and
-products of sequences with weights; and with such operations (no products with weights) on what it gives. Of every row's
-own products it takes those with a vector: an outer product would be kept for all steps, and so would a matrix that is
-read once.
+"""Makes a loop wider: it takes in operations around it that do not stand on its recurrence.
 
-None of it stands on the recurrence, so it is batched over time. A native loop does it as well, and what it gives is
-read while it is in the cache, or in a register; a product is made for some steps at a time. Rows are taken from where
-the caller has them, and there is one call instead of several. Views of a sequence cost a native loop nothing, but as
-sequences of their own, a copy.
+Before the loop these are views, pointwise operations, reductions of rows, and products of sequences with weights, where
+the loop alone reads what they give. After the loop they are the same operations on what the loop gives, but no products
+with weights. Products of a row's own matrix with a vector are taken on both sides: outside, an outer product would be
+written for all steps, and a matrix of every step would be kept to be read once.
+
+Without this, such operations run for all steps at once. A native loop runs them as well, and reads their results while
+they are in the cache, or in a register; it makes products with weights for some steps at a time. It takes rows from
+where the caller has them, and it is one call instead of several. A view of a sequence costs a native loop nothing;
+outside, as a sequence of its own, it may cost a copy.
 """
 
 from __future__ import annotations
@@ -126,8 +128,8 @@ class _Finder:
         return given or node in self.before or not node.meta["varies"]
 
     def _following(self) -> set[fx.Node]:
-        """What comes of the loop's values, row by row, and is wanted or narrower: then those need not be kept for all
-        steps."""
+        """The operations after the loop that it takes in: they work on its values row by row, and what they give is
+        wanted or narrower, so that the loop need not keep those values of every step."""
         known: set[fx.Node] = set()  # without this loop or a later one
         found: dict[fx.Node, None] = {}
         for node in self.after:
@@ -225,12 +227,11 @@ class _Finder:
         return False
 
     def _drop_idle(self, following: set[fx.Node]) -> None:
-        """Before the loop, sums without their product and parts without what they are parts of stay outside."""
+        """A sum before the loop stays outside if its product does, and a part of a result if that result does."""
         for node in self.outside:
             if node in self.taken - following and op_name(node) in ("add", "getitem"):
                 if not any(i in self.taken for i in node.all_input_nodes):
                     self.taken.discard(node)
-
 
     def _drop_unreadable(self, following: set[fx.Node]) -> None:
         """A loop reads sequences with one row of numbers per row: what needs another stays outside."""

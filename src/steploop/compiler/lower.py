@@ -151,8 +151,8 @@ def gradients(step: StepGraph, needs: Needs) -> list[fx.Node]:
     return [n for n in step.graph.nodes if n in needed]
 
 
-def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Saving:
-    """What the forward keeps for the backward. policy "states", "all" or "auto"; rows: N, for "auto"."""
+def choose_saved(step: StepGraph, needs: Needs, policy: str) -> Saving:
+    """What the forward keeps for the backward. policy: "states" or "all"."""
     mixing_reasons(step)
     backward = backward_nodes(step)
     needed = gradients(step, needs)
@@ -161,11 +161,7 @@ def choose_saved(step: StepGraph, needs: Needs, policy: str, rows: int) -> Savin
     # In the order of the graph, so that the same step always makes the same kernels.
     inputs = [i for i in read if i not in backward]
     inputs += [n for n in needed if n not in backward and n in given]
-    values = _savable(inputs, step)
-    if policy == "auto":
-        cost = sum(row_bytes(v) for v in values) * rows
-        policy = "all" if cost <= SAVE_LIMIT else "states"
-    kept = values if policy == "all" else []
+    kept = _savable(inputs, step) if policy == "all" else []
     nodes = dict.fromkeys(kept)
     known = set(kept)
     following, nexts = dict(zip(step.prevs, step.nexts)), set(step.nexts)

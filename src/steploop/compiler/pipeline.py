@@ -312,8 +312,8 @@ class Lowered:
 def _chosen(graph: StepGraph, needs: Needs, policy: str) -> Saving:
     """policy: "states", "all", or "again": all but the wide values that can be made again."""
     if policy != "again":
-        return choose_saved(graph, needs, policy, 1)
-    return with_replay(graph, choose_saved(graph, needs, "all", 1))
+        return choose_saved(graph, needs, policy)
+    return with_replay(graph, choose_saved(graph, needs, "all"))
 
 
 def _as_needs(layout: Layout, tensors: Sequence[Tensor]) -> Needs:
