@@ -280,9 +280,8 @@ def _matrix(results: Results) -> str:
             continue
         shown = [_paired(found, "steploop", other, "{:.3f}", 1) for other in ("eager", "eager-hoisted", "jax")]
         peak = {r["peer"]: r for r in targets.pick(results, case="matrix_memory", work=work.as_dict())}
-        if mode != "forward":
-            sizes = [peak[n]["bytes"] if n in peak else None for n in ("steploop", "steploop-all", "eager")]
-            shown += ["" if size is None else f"{size / 1e6:.0f}" for size in sizes]
+        for name in ("steploop", "steploop-all", "eager"):
+            shown.append(f"{peak[name]['bytes'] / 1e6:.0f}" if mode != "forward" and name in peak else "")
         cells = [work.kind, work.H // HEADS, work.B, mode, seconds(found["steploop"]["median"]), *shown]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines + _footnotes(rows))
