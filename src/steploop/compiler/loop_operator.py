@@ -34,7 +34,7 @@ from .memory_operator import autograd_in_kernels
 from .ops.rules import CONTRACTED, Mixed
 from .ops.table import add
 from .program import Call
-from .replay import Again, AgainBefore, Replay, ReplayPlan, span_steps, stacked_edges
+from .replay import Again, AgainBefore, Replay, ReplayPlan, span_steps
 from .schedule import Schedule, make_schedule
 
 _REGISTRY: weakref.WeakValueDictionary[int, Invocation] = weakref.WeakValueDictionary()
@@ -171,7 +171,7 @@ class Invocation:
         if self.nested:
             return _apart([*outputs, *finals], tensors)
         saved = results[self.forward.outputs :]
-        return _apart([*outputs, *finals, *saved, *stacked_edges(run.edges)], tensors)
+        return _apart([*outputs, *finals, *saved, *map(torch.stack, run.edges)], tensors)
 
     def _forward(
         self, parts: dict[str, Any], schedule: Schedule, batch: int, plan: ForwardPlan, outward: Sequence = (),
@@ -315,9 +315,9 @@ class Invocation:
         given.update(zip(plan.known, following.values()))
         reset_to = {}
         if schedule.resets is not None:
-            reset_to = {s.prev: schedule.sort(parts["reset_to"][i]) for s, i in zip(plan.states, saving.edges)}
-        for state in plan.states:
-            given.pop(state.prev, None)
+            reset_to = {prev: schedule.sort(parts["reset_to"][i]) for prev, i in zip(plan.edges, saving.edges)}
+        for prev in plan.edges:
+            del given[prev]
         runner = plan.executable.replayer(given, reset_to, schedule, sizes)
         spans = backward.executable.spans(schedule, span_steps(schedule.steps))
         return Replay(plan, runner, list(edges), sorted(spans, key=lambda span: span.start))

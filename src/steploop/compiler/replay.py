@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from .absorb import is_light_product
@@ -126,32 +125,32 @@ def _is_cheap(node: fx.Node) -> bool:
 class ReplayPlan:
     """The executable that makes the wide values again.
 
-    known: placeholders of what was kept, in the order of `Saving.nodes`.  states: those kept at the edges of spans.
+    known: placeholders of what was kept, in the order of `Saving.nodes`.
+    edges: of the states that are kept between spans, their values before the step.
     """
 
     step: StepGraph
     executable: Executable
     known: list[fx.Node]
-    states: list[State]
+    edges: list[fx.Node]
 
 
 def lower_replay(step: StepGraph, saving: Saving, names: Sequence[str], choose: Callable[..., Any]) -> ReplayPlan:
     own, (known, again) = copied(step, saving.nodes, saving.again)
     for role in ("ct_outputs", "ct_nexts", *GRADIENTS):
         setattr(own, role, [])
-    own.outputs = again
+    own.outputs, own.nexts = again, []
     known = [as_input(own, node) for node in known]
-    nexts = list(own.nexts)
-    own.nexts = [nexts[i] for i in saving.edges]
     remove_dead(own)
-    states = [State(own.prevs[i], nexts[i], names[i]) for i in saving.edges]
+    nexts = {i: saving.again.index(step.nexts[i]) for i in saving.edges}  # each is one of the outputs
 
     def problem() -> Problem:
-        return Problem(own.graph, own.batch, list(states), list(own.outputs), [], [], mixing_reasons(own))
+        states = [State(own.prevs[i], own.outputs[at], names[i]) for i, at in nexts.items()]
+        return Problem(own.graph, own.batch, states, list(own.outputs), [], [], mixing_reasons(own))
 
     executable = Executable(improved(own, problem, "again"), choose)
     note("loops of what is made again", lambda: show_loops(own, executable.partition, executable.runners))
-    return ReplayPlan(own, executable, known, states)
+    return ReplayPlan(own, executable, known, [own.prevs[i] for i in saving.edges])
 
 
 @dataclass(eq=False)
@@ -173,7 +172,7 @@ class Replay:
         number = self.number(span)
         if number != self._number:
             self._values = []  # the memory of the last span is free
-            states = {state.prev: edge[number] for state, edge in zip(self.plan.states, self.edges)}
+            states = {prev: edge[number] for prev, edge in zip(self.plan.edges, self.edges)}
             self._number, self._values = number, self.runner(span, states)
         return self._values
 
@@ -209,7 +208,3 @@ class AgainBefore:
         before = after.as_strided(after.shape, after.stride(), after.storage_offset() - edge.numel())
         before[: span.schedule.batch].copy_(edge)
         return before
-
-
-def stacked_edges(edges: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    return [torch.stack(list(values)) for values in edges]
