@@ -21,11 +21,18 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
     """Run one call. UnsupportedError under functorch transforms and forward-mode AD, but for "reference"."""
     if backend == "reference":
         return reference.run(program, call)
+    try:
+        return _run_compiled(program, call, backend, save)
+    except SingularError as error:
+        return _as_the_plain_loop(error, program, call)
+
+
+def _run_compiled(program: Program, call: Call, backend: str, save: str) -> Result:
     _no_transforms()
     kinds.check(program, call)
     if call.until is not None:
         stops = lambda *piece: _stops(*piece, backend, save)  # noqa: E731
-        return until.run(program, call, lambda *piece: run(*piece, backend, save), wants_gradients, stops)
+        return until.run(program, call, lambda *piece: _run_compiled(*piece, backend, save), wants_gradients, stops)
     whole = getattr(program.root, "run_whole", None) if program.stands_alone else None
     if whole is not None:
         _no_tangents((*call.xs, *call.constants, *call.initial, *program.root.parameters()))
@@ -35,22 +42,27 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
 
     try:
         return traced_calls.run(program, call, backend, save)
-    except SingularError as error:
-        raise _located(error, program, call) from None
+    except SingularError:
+        raise
     except (RuntimeError, ValueError, StepError):
         if not kinds.run_lazy(program, call):
             raise
     return traced_calls.run(program, call, backend, save)
 
 
-def _located(error: SingularError, program: Program, call: Call) -> SingularError:
-    """The error with the step and the row, which the plain loop finds."""
-    found = reference.failure(program, call, RuntimeError)  # a LinAlgError as a rule
-    if found is None:  # it draws other random numbers now, or rounds otherwise
-        return error
-    step, row, raised = found
-    where = f"step {step}" if row is None else f"step {step}, row {row}"
-    return singular(error.operation, f"{where}: {raised}", raised_at(raised))
+def _as_the_plain_loop(error: SingularError, program: Program, call: Call) -> Result:
+    """What the plain loop gives, where a compiled one met a matrix without a solution.
+
+    As a rule that is the same error, which now names the step and the row. A compiled loop may also run steps of rows
+    that have ended, or that a mask leaves out, and throw away what they give: then the plain loop has a result.
+    """
+    plain = reference.Run(program, call)
+    try:
+        return plain.all_steps()
+    except RuntimeError as raised:  # a LinAlgError, but for lu_factor
+        row = plain.failing_row()
+        where = f"step {plain.t}" if row is None else f"step {plain.t}, row {row}"
+        raise singular(error.operation, f"{where}: {raised}", raised_at(raised)) from None
 
 
 def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:

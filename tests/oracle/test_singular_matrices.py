@@ -113,6 +113,53 @@ def test_rows_that_do_not_run_are_not_looked_at(kind, backend):
         sl.Loop(step, backend=backend)(matrix, x, lengths=lengths)
 
 
+class Ends(Before):
+    """A row ends after as many steps as its `last`; what it would solve then is singular."""
+
+    def __init__(self, way):
+        super().__init__(way)
+        self.t, self.done = sl.State((), dtype=torch.int64), sl.State((), dtype=torch.bool)
+
+    def step(self, matrix, x, *, last):
+        self.t.next = self.t.prev + 1
+        self.done.next = self.t.next >= last
+        return super().step(matrix, x)
+
+
+class Mixes(Before):
+    """Rows are mixed: a masked step is a part of the step, which all rows run."""
+
+    def step(self, matrix, x):
+        y = super().step(matrix, x)
+        return y - y.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_steps_that_a_row_does_not_take_are_not_looked_at(backend, training):
+    matrix, x = given()
+    x.requires_grad_(training)
+    last = torch.tensor([T, 4, 2])
+    matrix[4:, 1], matrix[2:, 2] = 0.0, 0.0
+    results = []
+    for name in ("reference", backend):
+        loop = sl.Loop(Ends(solve), backend=name, until="done")
+        outputs, state = loop(matrix, x, last=last)
+        gradients = torch.autograd.grad(outputs.sum(), x) if training else ()
+        results.append([outputs, state["h"], *gradients])
+    torch.testing.assert_close(*results)
+    agree(Mixes(solve), matrix, x, backend=backend, save="auto", lengths=last)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_loop_that_ends_by_itself_names_the_step(backend):
+    matrix, x = given()
+    matrix[5, 0] = 0.0
+    loop = sl.Loop(Ends(solve), backend=backend, until="done")
+    with torch.no_grad(), pytest.raises(sl.SingularError, match=r"step 5, row 0: "):
+        loop(matrix, x, last=torch.tensor([T, 4, 2]))
+
+
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_streams_raise_as_well(kind, backend):
     matrix, x = given()

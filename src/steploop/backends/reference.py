@@ -20,21 +20,10 @@ from ..tree import Structure, flatten_like, unflatten
 
 def run(program: Program, call: Call) -> Result:
     """Run `program` over the sequence of `call`, one step after the other."""
-    return _Run(program, call).all_steps()
+    return Run(program, call).all_steps()
 
 
-def failure(program: Program, call: Call, kind: type[Exception]) -> tuple[int, int | None, Exception] | None:
-    """(step, row, error) of the first error of a kind, or None. row None: it is not one row's alone."""
-    run = _Run(program, call)
-    try:
-        with torch.no_grad():
-            run.all_steps()
-            return None
-    except kind as error:
-        return run.t, run.failing_row(kind), error
-
-
-class _Run:
+class Run:
     def __init__(self, program: Program, call: Call) -> None:
         self.program = program
         self.call = call
@@ -68,13 +57,13 @@ class _Run:
                 outputs[t] = self._absent(last)
         return self._result(outputs)
 
-    def failing_row(self, kind: type[Exception]) -> int | None:
-        """The first row that fails at the step at hand when it runs alone."""
+    def failing_row(self) -> int | None:
+        """After an error at step t: the first row that fails there when it runs alone."""
         valid = self._rows(self.t)
         for row in range(self.call.batch or 0) if valid is None else valid.tolist():
             try:
                 self._some_rows(self.t, torch.tensor([row], device=self.call.device))
-            except kind:
+            except RuntimeError:
                 return row
             except Exception:  # it needs all rows
                 return None
