@@ -96,7 +96,7 @@ class _Finder:
                 continue
             if self._is_view(node) and self._read_by_it(node):
                 self.taken.add(node)
-                if node in self.wanted or not self._alone(node):
+                if self._stands_outside(node):
                     self.shared.add(node)
             elif not self._alone(node):
                 continue
@@ -198,6 +198,10 @@ class _Finder:
         users = [u for u in node.users if u in self.calls]
         return bool(users) and all(u in self.inside or u in self.taken - self.shared for u in users)
 
+    def _stands_outside(self, view: fx.Node) -> bool:
+        """Whether a view that the loop takes in must be outside as well: it is wanted, or others read it."""
+        return view in self.wanted or not self._alone(view)
+
     def _is_view(self, node: fx.Node) -> bool:
         return is_view(node) and all(map(_leads, [node, *node.all_input_nodes]))
 
@@ -242,8 +246,10 @@ class _Finder:
                 if not all(map(_rows_in_front, sources)) or not self._read_by_it(node):
                     self.taken.discard(node)
                     self.shared.discard(node)
-                elif not self._alone(node) or (is_view(node) and node in self.wanted):
-                    (self.shared.add if is_view(node) else self.taken.discard)(node)
+                elif is_view(node) and self._stands_outside(node):
+                    self.shared.add(node)
+                elif not is_view(node) and not self._alone(node):
+                    self.taken.discard(node)
 
 
 def is_light_product(node: fx.Node) -> bool:
