@@ -25,6 +25,10 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
         return _run_compiled(program, call, backend, save)
     except SingularError as error:
         return _as_the_plain_loop(error, program, call)
+    except IndexError as error:
+        if call.until is None:
+            raise
+        return _as_the_plain_loop(error, program, call)
 
 
 def _run_compiled(program: Program, call: Call, backend: str, save: str) -> Result:
@@ -50,16 +54,18 @@ def _run_compiled(program: Program, call: Call, backend: str, save: str) -> Resu
     return traced_calls.run(program, call, backend, save)
 
 
-def _as_the_plain_loop(error: SingularError, program: Program, call: Call) -> Result:
-    """What the plain loop gives, where a compiled one met a matrix without a solution.
+def _as_the_plain_loop(error: SingularError | IndexError, program: Program, call: Call) -> Result:
+    """What the plain loop gives, where a compiled one met a matrix without a solution, or an index outside its axis.
 
-    As a rule that is the same error, which now names the step and the row. A compiled loop may also run steps of rows
-    that have ended, or that a mask leaves out, and throw away what they give: then the plain loop has a result.
+    As a rule that is an error too; one of a matrix now names the step and the row. But a compiled loop may run steps of
+    rows that have ended, or that a mask leaves out, and throw away what they give: then the plain loop has a result.
     """
     plain = reference.Run(program, call)
     try:
         return plain.all_steps()
-    except RuntimeError as raised:  # a LinAlgError, but for lu_factor
+    except (RuntimeError, IndexError) as raised:  # for a matrix a LinAlgError, but for lu_factor
+        if not isinstance(error, SingularError):
+            raise error from None
         row = plain.failing_row()
         where = f"step {plain.t}" if row is None else f"step {plain.t}, row {row}"
         raise singular(error.operation, f"{where}: {raised}", raised_at(raised)) from None

@@ -195,6 +195,33 @@ def test_a_row_that_has_ended_does_not_read_behind_its_memory(backend):
         check(Walk(), backend=backend, steps=50, memory=memory, stride=stride)
 
 
+class Looks(sl.Step):
+    """Looks up what it is given, and ends after as many steps as its `last`."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+        self.total, self.count = sl.State(3), sl.State(dtype=torch.int64)
+        self.done = sl.State(init=False, dtype=torch.bool)
+
+    def step(self, place, *, last):
+        self.total.next = torch.tanh(self.total.prev + self.table[place])
+        self.count.next = self.count.prev + 1
+        self.done.next = self.count.next >= last
+        return self.total.next
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_has_ended_looks_nothing_up(backend):
+    last = torch.tensor([6, 4, 2])
+    places = torch.randint(5, (6, 3))
+    places[4:, 1], places[2:, 2] = 99, 99
+    check(Looks(), places, backend=backend, last=last)
+    places[3, 0] = 99
+    with pytest.raises(IndexError):
+        sl.Loop(Looks(), until="done", backend=backend)(places, last=last)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_histories_delays_and_nested_steps(backend):
     torch.manual_seed(0)
