@@ -13,6 +13,7 @@ from .options import (
     Cell,
     Data,
     Device,
+    Devices,
     Dropout,
     Overwrite,
     Rate,
@@ -52,6 +53,7 @@ def train_charlm(
     seed: Seed = 1,
     backend: UsedBackend = Backend.auto,
     device: UsedDevice = Device.cpu,
+    devices: Devices = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -65,6 +67,7 @@ def train_charlm(
     text = _text(data)
     from rich.console import Console
 
+    from ..recipes import processes
     from ..recipes.charlm_training import WEIGHTS, Settings, fit
     from ..recipes.training import BEST, LAST
 
@@ -79,8 +82,9 @@ def train_charlm(
         seed=seed,
         backend=backend.value,
         device=device.value,
+        processes=processes.asked(devices),
     )
-    console = Console()
+    console = Console(quiet=not processes.leads())
     console.print(f"{shape}; {len(text):,} characters; {_budget(settings)}.", highlight=False)
     module = fit(text, shape, settings, out, resume=resume, overwrite=overwrite, console=console)
     best = min(module.history, key=lambda entry: entry["val_nats"])

@@ -16,6 +16,7 @@ from .options import (
     Backend,
     Cell,
     Device,
+    Devices,
     Dropout,
     Overwrite,
     Resume,
@@ -61,6 +62,7 @@ def train_g2p(
     seed: Seed = 1,
     backend: UsedBackend = Backend.auto,
     device: UsedDevice = Device.cpu,
+    devices: Devices = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -74,6 +76,7 @@ def train_g2p(
         raise DataError("--resume keeps the model that --overwrite would replace: give one of them.")
     if units is not None and units % 2:
         raise DataError(f"--units is an even number: half of the encoder's read in each direction; got {units}")
+    from ..recipes import processes
     from ..recipes.g2p import Checkpoint, Shape
     from ..recipes.g2p_training import WEIGHTS, Settings, fit
     from ..recipes.training import BEST, LAST
@@ -91,10 +94,11 @@ def train_g2p(
         seed=seed,
         backend=backend.value,
         device=device.value,
+        processes=processes.asked(devices),
     )
     from rich.console import Console
 
-    console = Console()
+    console = Console(quiet=not processes.leads())
     console.print(f"{shape}; {_parts(lexicon)}.", highlight=False, soft_wrap=True)
     module = fit(lexicon, shape, settings, out, resume=resume, overwrite=overwrite, console=console)
     best = min(module.history, key=lambda entry: entry["dev_per"])

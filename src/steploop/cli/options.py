@@ -42,6 +42,10 @@ Rate = Annotated[float, typer.Option(callback=finite, help="The highest learning
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights, dropout and windows.")]
 UsedBackend = Annotated[Backend, typer.Option(help="What runs the loops.")]
 UsedDevice = Annotated[Device, typer.Option(help="Where the model is trained.")]
+Devices = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes that train together, each on a device of its own. [default: 1, or torchrun's]"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="A model that is in --out may be replaced.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
 Dropout = Annotated[float | None, typer.Option(min=0, max=0.99, callback=finite, help="[default: 0.1]")]

@@ -75,6 +75,10 @@ class Window(NamedTuple):
     targets: Tensor
     fresh: bool  # the streams begin here: no state is carried into this window
 
+    def share(self, rank: int, count: int) -> Window:
+        """The streams that process `rank` of `count` takes."""
+        return Window(self.inputs[:, rank::count], self.targets[:, rank::count], self.fresh)
+
 
 class Streams:
     """A text cut into B contiguous streams, read in windows of T steps: window k + 1 goes on where k stopped.

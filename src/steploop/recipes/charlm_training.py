@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import steploop as sl
 
-from . import texts
+from ..errors import DataError
+from . import processes, texts
 from .charlm import CharModel, Checkpoint, Shape, Streams, Window, bits, cross_entropy
-from .training import BEST, Training, check_settings, prepare, train, write_plan
+from .processes import Processes
+from .training import BEST, LAST, Training, check_settings, prepare, train, write_plan
 
 matplotlib.use("Agg")  # only files are drawn, and a server has no display
 from matplotlib import pyplot  # noqa: E402
@@ -38,6 +40,7 @@ class Settings:
     """How a model is trained. A run ends after `minutes` (validation included) or `max_steps`.
 
     device: "cpu" or "cuda", where the model is trained.
+    processes: those that train together, each with its share of the streams.
     """
 
     streams: int = 64
@@ -50,13 +53,20 @@ class Settings:
     seed: int = 1
     backend: str = "auto"
     device: str = "cpu"
+    processes: Processes = Processes()
 
     def __post_init__(self) -> None:
         check_settings(self, ("streams", "steps", "learning_rate", "minutes", "max_steps"))
+        if self.streams % self.processes.count:
+            raise DataError(
+                f"--streams {self.streams} can't be shared by {self.processes.count} processes.\n"
+                f"  fix:      a multiple of {self.processes.count}"
+            )
 
 
 class Endless(IterableDataset[Window]):
-    """Window after window, beginning with the one that the trainer has not yet taken a step on."""
+    """Window after window, beginning with the one that the trainer has not yet taken a step on: of each, this process's
+    share of the streams."""
 
     def __init__(self, streams: Streams, module: L.LightningModule):
         self.streams, self.module = streams, module
@@ -64,7 +74,7 @@ class Endless(IterableDataset[Window]):
     def __iter__(self) -> Iterator[Window]:
         k = self.module.global_step
         while True:
-            yield self.streams.window(k)
+            yield self.streams.window(k).share(processes.rank(), processes.count())
             k += 1
 
 
@@ -98,6 +108,8 @@ class CharTraining(Training):
         return loss
 
     def validation_step(self, window: Window, _index: int) -> None:
+        if not window.inputs.shape[1]:
+            return  # fewer streams than processes
         state = None if window.fresh else self.validation_state
         logits, self.validation_state = self.loop(window.inputs, state=state)
         self.validation_sum += cross_entropy(logits, window.targets, reduction="sum").item()
@@ -107,7 +119,9 @@ class CharTraining(Training):
         self.validation_state, self.validation_sum, self.validation_characters = None, 0.0, 0
 
     def on_validation_epoch_end(self) -> None:
-        nats = self.validation_sum / self.validation_characters
+        total = [self.validation_sum, self.validation_characters]
+        nats, characters = processes.sums(total, self.device)
+        nats /= characters
         entry = {
             **self.measured(),
             "characters": self.global_step * self.settings.streams * self.settings.steps,
@@ -138,18 +152,25 @@ class CharTraining(Training):
         return DataLoader(Endless(self.train_streams, self), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Window]:
-        return DataLoader(cast("Dataset[Window]", list(self.validation_streams.one_pass())), batch_size=None)
+        share = processes.rank(), processes.count()
+        windows = [window.share(*share) for window in self.validation_streams.one_pass()]
+        return DataLoader(cast("Dataset[Window]", windows), batch_size=None)
 
     # -- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["charlm"] = Checkpoint.card(self.shape, self.vocabulary, self.history)
-        checkpoint["charlm"]["state"] = None if self.state is None else dict(self.state)
+        state = None if self.state is None else dict(self.state.to("cpu"))
+        shares = processes.of_each(state)
+        checkpoint["charlm"]["state"] = state and {
+            name: processes.joined([share[name] for share in shares if share]) for name in state
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         card = checkpoint["charlm"]
         self.history = list(card["history"])
-        self.state = None if card["state"] is None else sl.States(card["state"])
+        state = card["state"]
+        self.state = state and sl.States({name: processes.share(rows) for name, rows in state.items()})
 
 
 def fit(
@@ -175,14 +196,18 @@ def fit(
         last.check_same(shape, vocabulary)
         return last.history
 
-    prepare(folder, settings, checked_history, resume=resume, overwrite=overwrite)
+    def leave() -> None:
+        Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
+        draw(str(shape), Checkpoint.read(folder / LAST).history, folder / "curve.png")
+
+    prepare(folder, settings, checked_history, CharTraining.criterion, leave, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
     module = CharTraining(shape, vocabulary, text, settings).to(settings.device)
     if settings.backend != "reference":  # the plain Python loop has no plan
         write_plan(module.loop.plan(module.train_streams.window(0).inputs.to(settings.device)), folder)
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console or Console())
-    Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
-    draw(str(shape), module.history, folder / "curve.png")
+    if processes.leads():
+        leave()
     return module
 
 

@@ -33,6 +33,21 @@ class Scores:
     confusions: Counter[tuple[str, str]] = field(default_factory=Counter)  # (reference's phoneme, said): how often
     by_length: dict[int, list[int]] = field(default_factory=dict)  # letters: [words, wrong]
 
+    @classmethod
+    def joined(cls, parts: Iterable[Scores]) -> Scores:
+        """The scores of all the words of several."""
+        found = cls()
+        for part in parts:
+            found.words += part.words
+            found.wrong += part.wrong
+            found.edits += part.edits
+            found.phonemes += part.phonemes
+            found.confusions.update(part.confusions)
+            for letters, counts in part.by_length.items():
+                sums = found.by_length.setdefault(letters, [0, 0])
+                sums[:] = [a + b for a, b in zip(sums, counts)]
+        return found
+
     @property
     def per(self) -> float:
         return self.edits / max(1, self.phonemes)

@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import steploop as sl
 
+from . import processes
 from .g2p import Checkpoint, Model, Pronouncer, Shape
 from .g2p_scores import Scores
 from .lexicon import Lexicon, Symbols
-from .training import BEST, Training, check_settings, prepare, train, write_plan
+from .processes import Processes
+from .training import BEST, LAST, Training, check_settings, prepare, train, write_plan
 
 VALIDATIONS = 20  # in a whole run; fewer where they would take more than a tenth of its time
 PATIENCE = 2  # validations without a better PER, after which the learning rate is halved
@@ -39,7 +41,8 @@ IGNORED = -100  # a target that counts for nothing
 class Settings:
     """How a model is trained. A run ends after `minutes` (validation included) or `max_steps`.
 
-    batch: word and pronunciation pairs.  smoothing: of the labels (Szegedy et al. 2016).
+    batch: word and pronunciation pairs.  processes: those that train together, each with its share of a batch.
+    smoothing: of the labels (Szegedy et al. 2016).
     averaging: of the weights that are validated and kept; what is left of a weight's average after a step.
     """
 
@@ -54,6 +57,7 @@ class Settings:
     seed: int = 1
     backend: str = "auto"
     device: str = "cpu"
+    processes: Processes = Processes()
 
     def __post_init__(self) -> None:
         check_settings(self, ("batch", "learning_rate", "minutes", "max_steps"))
@@ -63,7 +67,8 @@ class Endless(IterableDataset[Any]):
     """Batch after batch, beginning with the one that the trainer has not yet taken a step on.
 
     Each pass has batches of its own, a function of seed and pass: a resumed run reads what the interrupted one
-    would have read.
+    would have read. Of each batch this process's share: (letters, phonemes, scale). The sum of the losses of a share,
+    times its scale, has as its mean over all processes the mean loss of the whole batch's phonemes.
     """
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor]], settings: Settings, module: L.LightningModule):
@@ -77,8 +82,16 @@ class Endless(IterableDataset[Any]):
         while True:
             self.sampler.set_epoch(which_pass)
             for batch in self.sampler.batches()[done:]:
-                yield sl.seq2seq.buckets.pad_to_longest([self.pairs[k] for k in batch])
+                yield self._share([self.pairs[k] for k in batch])
             which_pass, done = which_pass + 1, 0
+
+    @staticmethod
+    def _share(batch: list[tuple[Tensor, Tensor]]) -> tuple[Any, Any, float]:
+        """Where the last batch has fewer pairs than there are processes, one without any reads a pair for nothing."""
+        scale = processes.count() / sum(len(said) for _, said in batch)
+        share = processes.share(batch)
+        letters, said = sl.seq2seq.buckets.pad_to_longest(share or batch[:1])
+        return letters, said, scale if share else 0.0
 
 
 class G2PTraining(Training):
@@ -94,7 +107,7 @@ class G2PTraining(Training):
         self.shape, self.symbols = shape, symbols
         self.model = Model(len(symbols.letters) + 1, len(symbols.phonemes) + 1, shape, settings.backend)
         self.average = AveragedModel(self.model, multi_avg_fn=self._average)
-        self.average.eval()
+        self.average.eval().requires_grad_(False)
         parts = lexicon.parts
         pairs = [(symbols.spell(word), symbols.say(said)) for word, said in parts["train"].pairs()]
         self.batches = Endless(pairs, settings, self)
@@ -113,12 +126,16 @@ class G2PTraining(Training):
     # -- losses
 
     def training_step(self, batch: Any, _index: int) -> Tensor:
-        letters, said = batch
+        letters, said, scale = batch
         scores = self.model(letters.values, letters.lengths, said.values, said.lengths)
         valid = torch.arange(len(said.values), device=scores.device)[:, None] < said.lengths
         targets = torch.where(valid, said.values, IGNORED)
-        loss = F.cross_entropy(
-            scores.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, label_smoothing=self.settings.smoothing
+        loss = scale * F.cross_entropy(
+            scores.flatten(0, 1),
+            targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+            label_smoothing=self.settings.smoothing,
         )
         self.log("train_nats", loss)
         return self.check_loss(loss)
@@ -139,10 +156,12 @@ class G2PTraining(Training):
         self.scores = Scores()
 
     def validation_step(self, words: list[str], _index: int) -> None:
-        for word, (best,) in zip(words, self.pronouncer().say(words), strict=True):
+        said = self.pronouncer().say(words) if words else []
+        for word, (best,) in zip(words, said, strict=True):
             self.scores.add(word, best.phonemes, self.dev[word])
 
     def on_validation_epoch_end(self) -> None:
+        self.scores = Scores.joined(processes.of_each(self.scores))
         entry = {
             **self.measured(),
             **self.budget(),
@@ -206,10 +225,9 @@ class G2PTraining(Training):
         return DataLoader(self.batches, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[list[str]]:
-        words = sorted(self.dev, key=len)
-        return DataLoader(
-            cast("Dataset[list[str]]", [words[k : k + 256] for k in range(0, len(words), 256)]), batch_size=None
-        )
+        words = processes.share(sorted(self.dev, key=len))
+        batches = [words[k : k + 256] for k in range(0, len(words), 256)] or [words]
+        return DataLoader(cast("Dataset[list[str]]", batches), batch_size=None)
 
     # -- checkpoints
 
@@ -243,7 +261,11 @@ def fit(
         last.check_same(shape, symbols)
         return last.history
 
-    prepare(folder, settings, checked_history, resume=resume, overwrite=overwrite)
+    def leave() -> None:
+        Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
+        draw(str(shape), Checkpoint.read(folder / LAST).history, folder / "curve.png")
+
+    prepare(folder, settings, checked_history, G2PTraining.criterion, leave, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
     module = G2PTraining(shape, lexicon, symbols, settings).to(settings.device)
     if settings.backend != "reference":  # the plain Python loop has no plan
@@ -252,14 +274,14 @@ def fit(
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console)
     if module.ended_early():
         console.print(f"The dev PER has not fallen for {ENOUGH} validations: training ends before its time.")
-    Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
-    draw(str(shape), module.history, folder / "curve.png")
+    if processes.leads():
+        leave()
     return module
 
 
 def _plan(module: G2PTraining) -> Any:
     """What moved out of the decoder's loop."""
-    letters, said = ([part.to(module.device) for part in padded] for padded in next(iter(module.batches)))
+    letters, said = ([part.to(module.device) for part in padded] for padded in next(iter(module.batches))[:2])
     memory = module.model.encoder(*letters)
     return module.model.decoder.plan(said[0], memory=memory, memory_lengths=letters[1], lengths=said[1])
 

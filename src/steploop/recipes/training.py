@@ -8,22 +8,25 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from ..errors import DataError
+from . import processes
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+NEVER = sys.maxsize  # steps
 
 
 def check_settings(settings: Any, positive: Sequence[str]) -> None:
@@ -37,38 +40,47 @@ def check_settings(settings: Any, positive: Sequence[str]) -> None:
         wrong.append("a run needs --minutes or --max-steps")
     if settings.device == "cuda" and not torch.cuda.is_available():
         wrong.append("--device cuda: torch finds no CUDA device here (steploop doctor tells more)")
+    elif settings.device == "cuda" and settings.processes.here > torch.cuda.device_count():
+        wrong.append(f"--devices {settings.processes.here}: torch finds {torch.cuda.device_count()} CUDA devices here")
     if wrong:
         raise DataError("; ".join(wrong))
 
 
 class Clock:
-    """Seconds since the run began (those before an interruption included), and those of training steps."""
+    """Seconds since the run began (those before an interruption included), and those of training steps.
+
+    elapsed: as of the last step, by the clock of the first process. All processes decide by it what they have to do
+    together: stop, validate, lower the learning rate.
+    """
 
     def __init__(self):
         self.start({})
 
     def start(self, before: dict[str, float]) -> None:
-        self.begin = time.monotonic() - before.get("seconds", 0.0)
+        self.elapsed = before.get("seconds", 0.0)
+        self.begin = time.monotonic() - self.elapsed
         self.training = before.get("training_seconds", 0.0)
 
-    def elapsed(self) -> float:
+    def now(self) -> float:
         return time.monotonic() - self.begin
 
 
 class Training(L.LightningModule):
     """A model in training: its budget, its optimizer, and what was measured on the way.
 
-    settings: has minutes, max_steps, learning_rate and weight_decay.
+    settings: has minutes, max_steps, learning_rate, weight_decay and processes.
     criterion: the name of the number of `history` that is the lower, the better the model.
+    validate_every: seconds from one validation to the next; None where steps are counted.
     """
 
     criterion = ""
+    validate_every: float | None = None
 
     def __init__(self, settings: Any):
         super().__init__()
         self.settings = settings
         self.history: list[dict[str, float]] = []
-        self.train_losses: list[torch.Tensor] = []
+        self.train_losses: list[float] = []
         self.clock = Clock()
 
     def describe(self, entry: dict[str, float]) -> str:
@@ -82,28 +94,36 @@ class Training(L.LightningModule):
         raise NotImplementedError
 
     def check_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss, which is kept for the mean that the next validation shows. DataError if it is not finite."""
-        if not loss.isfinite():
+        """The loss, whose mean over all processes is kept for the mean that the next validation shows.
+
+        DataError, in every process, if that is not finite.
+        """
+        seconds = self.clock.now() if processes.rank() == 0 else 0.0
+        total, self.clock.elapsed = processes.sums([loss.item(), seconds], loss.device)
+        mean = total / processes.count()
+        if not math.isfinite(mean):
             raise DataError(
-                f"Training diverged: the loss of step {self.global_step} is {loss.item()}.\n"
+                f"Training diverged: the loss of step {self.global_step} is {mean}.\n"
                 f"  fix:      a lower --learning-rate (this run had {self.settings.learning_rate:g})"
             )
-        self.train_losses.append(loss.detach())
+        self.train_losses.append(mean)
         return loss
 
     def measured(self) -> dict[str, float]:
         """What every entry of the history has: steps and seconds, and the mean loss since the last one."""
-        losses, self.train_losses = self.train_losses or [torch.tensor(math.nan)], []
+        losses, self.train_losses = self.train_losses or [math.nan], []
         return {
             "step": self.global_step,
-            "seconds": self.clock.elapsed(),
+            "seconds": self.clock.elapsed,
             "training_seconds": self.clock.training,
-            "train_nats": torch.stack(losses).mean().item(),
+            "train_nats": sum(losses) / len(losses),
         }
 
     def on_fit_start(self) -> None:
         self.train_losses = []
         self.clock.start(self.history[-1] if self.history else {})
+        self.validated = self.clock.elapsed
+        self.validate_every = processes.of_each(self.validate_every)[0]
 
     def on_train_batch_start(self, *_) -> None:
         self.clock.train_from = time.monotonic()
@@ -112,12 +132,18 @@ class Training(L.LightningModule):
         self.clock.training += time.monotonic() - self.clock.train_from
         if self.progress() >= 1:
             self.trainer.should_stop = True
+        if self.validate_every is not None:
+            due = self.clock.elapsed - self.validated >= self.validate_every
+            self.trainer.val_check_batch = 1 if due else NEVER
+
+    def on_validation_start(self) -> None:
+        self.validated = self.clock.elapsed
 
     def progress(self) -> float:
         """How much of the budget is spent: 0 at the start, 1 at the end."""
         spent = [0.0]
         if self.settings.minutes is not None:
-            spent.append(self.clock.elapsed() / (60 * self.settings.minutes))
+            spent.append(self.clock.elapsed / (60 * self.settings.minutes))
         if self.settings.max_steps is not None:
             spent.append(self.global_step / self.settings.max_steps)
         return max(spent)
@@ -144,25 +170,37 @@ class Training(L.LightningModule):
 
 
 class Draws(L.Callback):
-    """Keeps where torch's random numbers were: a resumed run draws (dropout) what an unbroken one would have drawn."""
+    """Keeps where torch's random numbers were: a resumed run draws (dropout) what an unbroken one would have drawn.
 
-    def __init__(self) -> None:
-        self.kept: dict[str, torch.Tensor] = {}
+    Every process draws numbers of its own. One that was not there before the interruption begins with its own seed.
+    """
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.kept: list[dict[str, torch.Tensor]] = []
+        self.begun = False
+
+    def state_dict(self) -> dict[str, list[dict[str, torch.Tensor]]]:
         on_cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
-        return {"cpu": torch.get_rng_state(), **on_cuda}
+        return {"of_each": processes.of_each({"cpu": torch.get_rng_state(), **on_cuda})}
 
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        self.kept = state_dict
+    def load_state_dict(self, state_dict: dict[str, list[dict[str, torch.Tensor]]]) -> None:
+        self.kept = state_dict.get("of_each", [])
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Not before the first batch: what stands before it (a DataLoader that begins) draws as well."""
-        if "cpu" in self.kept:
-            torch.set_rng_state(self.kept["cpu"].cpu())
-        if "cuda" in self.kept and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.kept["cuda"].cpu())
-        self.kept = {}
+        if self.begun:
+            return
+        self.begun, rank = True, processes.rank()
+        if rank < len(self.kept):
+            self._set(self.kept[rank])
+        elif rank > 0:
+            torch.manual_seed(self.seed + 1_000_003 * rank)
+
+    def _set(self, kept: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(kept["cpu"].cpu())
+        if "cuda" in kept and torch.cuda.is_available():
+            torch.cuda.set_rng_state(kept["cuda"].cpu())
 
 
 class Keep(L.Callback):
@@ -171,14 +209,6 @@ class Keep(L.Callback):
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def on_fit_start(self, trainer: L.Trainer, module: Training) -> None:
-        """A run that died between its two files has not kept its best one: it is what the run goes on from."""
-        values = [entry[module.criterion] for entry in module.history]
-        if values and values[-1] == min(values):
-            unfinished = self.folder / f"{BEST}.unfinished"
-            shutil.copyfile(self.folder / LAST, unfinished)
-            _publish(unfinished, self.folder / BEST)
-
     def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
         self._save(trainer, LAST)
         values = [entry[module.criterion] for entry in module.history]
@@ -186,13 +216,26 @@ class Keep(L.Callback):
             self._save(trainer, BEST)
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
-        """A run that dies while it writes leaves the older file whole: a rename is all or nothing."""
+        """A run that dies while it writes leaves the older file whole: a rename is all or nothing.
+
+        All processes say what they have; the first one writes.
+        """
         unfinished = self.folder / f"{name}.unfinished"
         try:
             trainer.save_checkpoint(unfinished)
-            _publish(unfinished, self.folder / name)
+            if processes.rank() == 0:
+                _publish(unfinished, self.folder / name)
         finally:
-            unfinished.unlink(missing_ok=True)
+            if processes.rank() == 0:
+                unfinished.unlink(missing_ok=True)
+
+
+def _finish_keeping(folder: Path, values: list[float]) -> None:
+    """A run that died between its two files has not kept its best one: it is what the run goes on from."""
+    if values[-1] == min(values):
+        unfinished = folder / f"{BEST}.unfinished"
+        shutil.copyfile(folder / LAST, unfinished)
+        _publish(unfinished, folder / BEST)
 
 
 def _publish(unfinished: Path, path: Path) -> None:
@@ -242,6 +285,8 @@ def prepare(
     folder: Path,
     settings: Any,
     checked_history: Callable[[Path], list[dict[str, float]]],
+    criterion: str,
+    leave: Callable[[], None],
     *,
     resume: bool,
     overwrite: bool,
@@ -249,10 +294,16 @@ def prepare(
     """Make sure that this run may write to `folder`, before anything is written.
 
     checked_history: the history of the checkpoint that a run goes on from; raises DataError for one of another model.
+    criterion: as in Training.
+    leave: writes what a run leaves behind beside its checkpoints: one that was killed at its end has not done so.
     """
     kept = [folder / name for name in (LAST, BEST) if (folder / name).exists()]
     if resume:
-        spent = checked_history(folder / LAST)[-1]
+        history = checked_history(folder / LAST)
+        if processes.leads():
+            _finish_keeping(folder, [entry[criterion] for entry in history])
+            leave()
+        spent = history[-1]
         if settings.minutes is not None and spent["seconds"] >= 60 * settings.minutes:
             raise DataError(
                 f"{folder / LAST} has been trained for {spent['seconds'] / 60:.1f} minutes already.\n"
@@ -273,8 +324,9 @@ def prepare(
 
 def write_plan(plan: Any, folder: Path) -> None:
     """What moves out of the model's loop, as text and as a page."""
-    (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
-    plan.save_html(folder / "plan.html")
+    if processes.leads():
+        (folder / "plan.txt").write_text(f"{plan}\n", encoding="utf-8")
+        plan.save_html(folder / "plan.html")
 
 
 def train(
@@ -289,12 +341,16 @@ def train(
         logging.getLogger(name).setLevel(logging.ERROR)
     settings = module.settings
     if settings.minutes is not None:
-        every: timedelta | int = timedelta(seconds=max(60 * settings.minutes / validations, 10 * validation_seconds))
+        module.validate_every = max(60 * settings.minutes / validations, 10 * validation_seconds)
+        every = NEVER  # until the clock says so
     else:
         every = max(1, settings.max_steps // validations)
     trainer = L.Trainer(
         accelerator=settings.device,
-        devices=1,
+        devices=settings.processes.here,
+        num_nodes=settings.processes.machines,
+        strategy="auto" if settings.processes.count == 1 else DDPStrategy(broadcast_buffers=False),
+        use_distributed_sampler=False,  # the data are shared out already
         max_epochs=-1,
         max_steps=settings.max_steps or -1,
         val_check_interval=every,
@@ -303,7 +359,7 @@ def train(
         gradient_clip_val=settings.clip,
         logger=[CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")],
         log_every_n_steps=10,
-        callbacks=[Keep(folder), Draws(), Show(console, folder)],
+        callbacks=[Keep(folder), Draws(settings.seed), Show(console, folder)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -312,4 +368,8 @@ def train(
         # Not for this run: nothing is there for workers to do, a resumed run begins at the right batch, and what
         # is in eval mode is so on purpose.
         warnings.filterwarnings("ignore", message=".*(does not have many workers|resumable|LeafSpec|in eval mode).*")
-        trainer.fit(module, ckpt_path=folder / LAST if resume else None, weights_only=True)
+        last = folder / LAST
+        processes.run(
+            lambda: trainer.fit(module, ckpt_path=last if resume else None, weights_only=True),
+            f"--resume goes on from {last}, once there is one",
+        )
