@@ -25,6 +25,12 @@ MAKE = {
     sl.Loop(sl.memory.CumSum(), backend=BACKEND)(torch.randn(5, 2, 8, requires_grad=True))[0].sum().backward()""",
     "a loop in a step": """
     sl.Loop(Outer(), backend=BACKEND)(torch.randn(5, 2, 3, 8, requires_grad=True))[0].sum().backward()""",
+    "a class that is defined anew, as a notebook's cells are": """
+    names = {**globals(), "__name__": "cell"}
+    exec(CELL, names)
+    with torch.no_grad():
+        names["loop"].stream(2)(torch.randn(2, 8))
+    names["loop"](torch.randn(5, 2, 8, requires_grad=True))[0].sum().backward()""",
     "a step that is refused": """
     try:
         sl.Loop(Refused(), backend=BACKEND)(torch.randn(5, 2, 8))
@@ -36,6 +42,23 @@ import gc, linecache, torch, steploop as sl
 from torch import nn
 
 BACKEND = {backend!r}
+CELL = '''
+class Config:
+    scale, kept = 2.0, [1.0]
+
+class Anew(sl.Step):
+    config = Config()
+    def __init__(self):
+        super().__init__()
+        self.w, self.h = nn.Linear(8, 8), sl.State(8)
+    def step(self, x):
+        self.h.next = torch.tanh(self.w(x) * self.config.scale + self.h.prev * kept[0])
+        return self.h.next
+
+kept = [0.5]
+step = Anew()
+loop = sl.Loop(step, backend=BACKEND)
+'''
 
 class Cell(sl.Step):
     def __init__(self):

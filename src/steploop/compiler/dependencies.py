@@ -493,6 +493,13 @@ _BY_TYPE: list[tuple[Any, Callable[[Dependencies, Any, str], Hashable]]] = [
 ]
 
 
-@functools.lru_cache(maxsize=4096)
+# (Weak: a class of a user's leads to all that its module holds, and a notebook makes a new one at each run of a cell.)
+_WALKERS: weakref.WeakKeyDictionary[type, Callable[[Dependencies, Any, str], Hashable]] = weakref.WeakKeyDictionary()
+
+
 def _walker(kind: type) -> Callable[[Dependencies, Any, str], Hashable]:
-    return next((walk for types_, walk in _BY_TYPE if issubclass(kind, types_)), _W._object)
+    found = _WALKERS.get(kind)
+    if found is None:
+        found = next((walk for types_, walk in _BY_TYPE if issubclass(kind, types_)), _W._object)
+        _WALKERS[kind] = found
+    return found
