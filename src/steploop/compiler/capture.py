@@ -52,6 +52,7 @@ from .passes.gradients import FIRST_FACTOR, factor_for_gradients
 from .program import Program
 from .recorder import Recorder, tensors_read
 from .refusals import asks_for_gradient, is_user_file, own_operations, refusal, refused_call
+from .sizes_by_value import sizes_by_value
 from .sources import line_of_frame
 from .stages import stage
 from .traced_as import TRACED_AS
@@ -161,6 +162,7 @@ def _trace(
         with (
             _disable_current_modes(), _quiet(), _no_autocast_cache(), _no_saved_tensors_hooks(), without_checks(),
             _no_anomalies(), _nothing_compiled(), _nothing_checkpointed(), forward_mode.switched_off(),
+            sizes_by_value(),
         ):  # fmt: skip
             trace = _Tracer(program, signature, symbolic, wanted, observed).run()
         trace.keep_alive.extend(_inner[-1])
