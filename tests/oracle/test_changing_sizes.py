@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from agree import agree, situations
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import steploop as sl
 from steploop import sizing
+from steploop.compiler.sizes_by_value import sizes_by_value
 
 T = 6
 SIZES = ((3, 2, 4), (1, 4, 4), (5, 3, 4), (7, 5, 5), (1, 1, 4), (4, 1, 3))  # of the memory, the vectors, and B
@@ -127,3 +131,54 @@ def test_the_state_of_an_earlier_call_may_be_given_when_sizes_change():
         (rest, _), after = loop(xs[2:], memory=frames, state=state)
         torch.testing.assert_close(torch.cat([first, rest]), whole)
         torch.testing.assert_close(after["pairs"], last["pairs"])
+
+
+class Computes(sl.Step):
+    """Uses numbers that it makes of the sizes of its memory (B, S, 4), in every way that Python has."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = sl.State(4)
+
+    def step(self, x, *, memory):
+        size, width = memory.shape[1:]
+        mean = memory.sum(1) / (size / 3 + 1)
+        mean = mean * (size**2 - width) + size % 3 - (size // 2) * 0.25 + max(size, 3) - min(size, 2) / width**0.5
+        longer = torch.cat([memory, memory.new_full((len(memory), size % 2 + 1, width), float(size))], 1)
+        rolled = longer.narrow(1, size // 2, 1 + size % 2).sum(1) + memory.numel() // len(memory)
+        h = self.h.prev.expand(size + 1, -1, -1).reshape((size + 1) * len(x), width)
+        self.h.next = torch.tanh(h.view(size + 1, -1, width).mean(0) + x + 0.01 * (mean + rolled))
+        return self.h.next * (1 if size == 3 else size), torch.arange(size * 2, device=x.device).sum().expand(len(x))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_numbers_made_of_sizes(backend):
+    step = Computes()
+    for size, batch in ((4, 3), (7, 3), (3, 2), (1, 2), (2, 1), (8, 4)):
+        given = [torch.randn(T, batch, 4).requires_grad_(), torch.randn(batch, size, 4).requires_grad_()]
+        agree(step, given[0], memory=given[1], backend=backend)
+
+
+def test_other_traces_of_torch_are_left_alone():
+    """Steps are traced without nodes for sizes; what another thread traces meanwhile, and later traces, have them."""
+
+    def flat(x):
+        return x.view(x.shape[0] * x.shape[1]) * (x.shape[0] + 1)
+
+    found = []
+
+    def traces():
+        found.append(make_fx(flat, tracing_mode="symbolic")(torch.randn(3, 4)))
+
+    *xs, frames = arguments(3, 2, 2)
+    with sizes_by_value():
+        thread = threading.Thread(target=traces)
+        thread.start()
+        thread.join()
+    sl.Loop(Attends(), backend="eager")(*xs, memory=frames)
+    traces()
+    assert len(found) == 2
+    for graph in found:
+        for shape in ((3, 4), (5, 2)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(graph(x), flat(x))
