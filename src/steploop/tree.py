@@ -65,11 +65,11 @@ class Structure:
 
     def names(self, root: str) -> list[str]:
         """A name for every tensor: root, root[0], root['key'], root.field."""
-        return [name for i, name in enumerate(_leaf_names(self, root)) if self.leaves[i] is _TENSOR]
+        return [name for i, name in enumerate(_leaf_names(self.spec, root)) if self.leaves[i] is _TENSOR]
 
     def leaf_names(self, root: str) -> list[str]:
         """A name for every leaf, tensor or not."""
-        return list(_leaf_names(self, root))
+        return list(_leaf_names(self.spec, root))
 
     def is_tensor(self, index: int) -> bool:
         """Whether leaf number `index` is a tensor."""
@@ -81,9 +81,10 @@ class Structure:
 
 
 @functools.lru_cache(maxsize=256)
-def _leaf_names(structure: Structure, root: str) -> tuple[str, ...]:
+def _leaf_names(spec: pytree.TreeSpec, root: str) -> tuple[str, ...]:
+    # (Of the spec alone: with the leaves, the table would keep a user's objects alive, a model among them.)
     # numbered leaves: a leaf of the real tree may itself look like a container to pytree's path functions
-    tree = pytree.tree_unflatten(list(range(len(structure.leaves))), structure.spec)
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     pairs, _ = pytree.tree_flatten_with_path(tree)
     return tuple(root + pytree.keystr(path) for path, _ in pairs)
 

@@ -31,6 +31,11 @@ MAKE = {
     with torch.no_grad():
         names["loop"].stream(2)(torch.randn(2, 8))
     names["loop"](torch.randn(5, 2, 8, requires_grad=True))[0].sum().backward()""",
+    "a model that is given as a constant": """
+    loop = sl.Loop(Reads(), backend=BACKEND)
+    with torch.no_grad():
+        loop(torch.randn(5, 2, 8), model=nn.Linear(8, 8))
+        loop.stream(2, model={"a": nn.Linear(8, 8)}["a"])(torch.randn(2, 8))""",
     "a step that is refused": """
     try:
         sl.Loop(Refused(), backend=BACKEND)(torch.randn(5, 2, 8))
@@ -77,6 +82,10 @@ class Outer(sl.Step):
     def step(self, x):
         self.h.next = self.h.prev + self.inner(x.transpose(0, 1))[0][-1]
         return self.h.next
+
+class Reads(Cell):
+    def step(self, x, *, model):
+        return super().step(model(x))
 
 class Refused(Cell):
     def step(self, x):
