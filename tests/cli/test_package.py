@@ -143,3 +143,18 @@ def test_the_version_is_the_same_everywhere():
     ]
     assert {match and match[1] for match in named} == {steploop.__version__}
     assert f"\n## {steploop.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_python_without_docstrings_and_assertions():
+    """`python -OO`: every module can be imported, and a loop runs, forward and backward."""
+    program = (
+        "import importlib, pkgutil, torch, steploop as sl\n"
+        "for module in pkgutil.walk_packages(sl.__path__, 'steploop.'):\n"
+        "    if not module.name.endswith('__main__'): importlib.import_module(module.name)\n"
+        "xs = torch.randn(3, 2, 4, requires_grad=True)\n"
+        "sl.Loop(sl.nn.GRUCell(4, 5), backend='eager')(xs)[0].sum().backward()\n"
+        "assert False\n"
+        "print(xs.grad.shape == xs.shape)\n"
+    )
+    ran = subprocess.run([sys.executable, "-OO", "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout == "True\n", ran.stderr

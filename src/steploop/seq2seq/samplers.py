@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..errors import InputError, describe, message
+
+T = TypeVar("T")
 
 
 class _BatchSampler(Sampler[list[int]]):
@@ -75,6 +77,14 @@ class _BatchSampler(Sampler[list[int]]):
         return torch.randperm(count, generator=generator, device="cpu").tolist() if self.shuffle else list(range(count))
 
 
+def _with_the_options_of_all(kind: type[T]) -> type[T]:
+    """Ends a sampler's docstring with what `_BatchSampler` says of its arguments (python -OO leaves no docstrings)."""
+    if kind.__doc__ and _BatchSampler.__doc__:
+        kind.__doc__ += _BatchSampler.__doc__.split("\n\n", 1)[1]
+    return kind
+
+
+@_with_the_options_of_all
 class LengthBatchSampler(_BatchSampler):
     """Batches of examples of nearly the same length, to be padded to the longest of each (`pad_to_longest`).
 
@@ -86,8 +96,6 @@ class LengthBatchSampler(_BatchSampler):
     pool:    batches in a pool. The larger, the less padding, and the less random a batch is.
     The other arguments are those of every sampler here:
     """
-
-    __doc__ += cast(str, _BatchSampler.__doc__).split("\n\n", 1)[1]
 
     def __init__(self, lengths: Any, batch_size: int, *, pool: int = 50, **options: Any) -> None:
         super().__init__(batch_size, **options)
@@ -122,14 +130,13 @@ class LengthBatchSampler(_BatchSampler):
         return 1 - filled / total if total else 0.0
 
 
+@_with_the_options_of_all
 class BucketBatchSampler(_BatchSampler):
     """Batches of one bucket each.
 
     indices: the examples of each bucket, as `Buckets.indices`.
     The other arguments are those of every sampler here:
     """
-
-    __doc__ += cast(str, _BatchSampler.__doc__).split("\n\n", 1)[1]
 
     def __init__(self, indices: Sequence[Sequence[int]], batch_size: int, **options: Any) -> None:
         super().__init__(batch_size, **options)
