@@ -39,6 +39,8 @@ from .schedule import Schedule, make_schedule
 
 _REGISTRY: weakref.WeakValueDictionary[int, Invocation] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
+_PLAIN = (Tensor, torch.nn.Parameter)
+modes, modes_before_dispatch = torch._C._len_torch_dispatch_stack, torch._ops._len_torch_dispatch_stack_pre_dispatch
 
 
 def _by_itself(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -440,9 +442,12 @@ def traced(tensors: Sequence[Tensor]) -> bool:
 
     So are calls with tensors on the meta device: the operator gives their results' shapes without running anything.
     """
-    if any(isinstance(t, (FakeTensor, FunctionalTensor)) or t.is_meta for t in tensors):
-        return True
-    if get_proxy_mode() is not None:  # that of make_fx with pre_dispatch=True stands on no stack
+    for tensor in tensors:
+        if tensor.is_meta or (type(tensor) not in _PLAIN and isinstance(tensor, (FakeTensor, FunctionalTensor))):
+            return True
+    if modes() == 0 and modes_before_dispatch() == 0:
+        return False
+    if get_proxy_mode() is not None:  # that of make_fx with pre_dispatch=True stands on a stack of its own
         return True
     stack = _get_current_dispatch_mode_stack()
     return any(type(m).__name__ in ("FunctionalTensorMode", "FakeTensorMode") for m in stack)
