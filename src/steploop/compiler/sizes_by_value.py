@@ -42,19 +42,27 @@ def size(*_: Any) -> Any:
     raise AssertionError("a traced size is never computed")
 
 
+def _is_by_value(tracer: Any) -> bool:
+    return getattr(tracer, "sizes_by_value", False)
+
+
 def _install() -> None:
     get_mode: Callable[[], Any] = proxy_tensor.get_proxy_mode
     build: Callable[..., Any] = proxy_tensor._build_proxy_for_sym_expr
     operations_on_sizes = vars(sym_node)
 
     def get_proxy_mode() -> Any:
-        # (The operations on sizes ask whether to make a node; whoever else asks is told the truth.)
-        if _here.on and sys._getframe(1).f_globals is operations_on_sizes:
+        mode = get_mode()
+        if mode is None:
             return None
-        return get_mode()
+        if _here.on:
+            mode.tracer.sizes_by_value = True  # autograd may go on with this trace in a thread of its own
+        # (The operations on sizes ask whether to make a node; whoever else asks is told the truth.)
+        by_value = _is_by_value(mode.tracer) and sys._getframe(1).f_globals is operations_on_sizes
+        return None if by_value else mode
 
     def build_proxy(tracer: Any, expr: Any, out: Any = None) -> Any:
-        if not _here.on or out is None:
+        if out is None or not _is_by_value(tracer):
             return build(tracer, expr, out)
         return proxy_tensor._sym_register(tracer, size, (), out)  # type: ignore[arg-type]
 
