@@ -24,6 +24,8 @@ GLOBAL = torch.ones(H)
 class Cell(sl.Step):
     """Reads tensors in every place where a step can hold one."""
 
+    factor = 1
+
     def __init__(self):
         super().__init__()
         self.mix = nn.Linear(I + H, H)
@@ -40,7 +42,7 @@ class Cell(sl.Step):
         if memory is not None:
             y = y + memory
         self.h.next = torch.tanh(y)
-        return self.h.next
+        return self.h.next * self.factor
 
 
 class Inner(sl.Step):
@@ -155,6 +157,8 @@ def test_tangents_are_nothing_where_forward_mode_is_off():
             x = dual(xs)
             with torch.inference_mode():
                 assert torch.equal(loop(x)[0], expected)
+                cell.factor = 2  # captured again: the loop inside has been captured outside of inference mode
+                assert torch.equal(loop(x)[0], 2 * expected)
 
 
 @pytest.mark.parametrize("backend", COMPILED)

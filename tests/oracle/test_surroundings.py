@@ -220,9 +220,16 @@ def test_symbolic_tracing():
         torch.fx.symbolic_trace(nn.Sequential(sl.Loop(Cell())))
 
 
+class Scaled(Cell):
+    factor = 1
+
+    def step(self, x):
+        return super().step(x) * self.factor
+
+
 @pytest.mark.parametrize("warm", [False, True])
 def test_dynamically_quantised_layers(warm):
-    loop = sl.Loop(Cell())
+    loop = sl.Loop(Scaled())
     if warm:
         loop(XS)
     with warnings.catch_warnings():
@@ -232,6 +239,10 @@ def test_dynamically_quantised_layers(warm):
         same([small(XS)[0]], [plain(small.step)], atol=1e-6, rtol=1e-5)
         stream = small.stream(2)
         same([torch.stack([stream(x) for x in XS])], [plain(small.step)], atol=1e-6, rtol=1e-5)
+        small.step.factor = 2  # the step is captured again
+        same([small(XS)[0]], [plain(small.step)], atol=1e-6, rtol=1e-5)
+        small.step.factor = 3
+        same([small(XS[:, :1])[0]], [plain(small.step, XS[:, :1])], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("copied", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy])

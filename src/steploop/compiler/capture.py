@@ -24,7 +24,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -44,6 +44,7 @@ from ..errors import StepError, SteploopError, describe
 from . import forward_mode
 from .dependencies import Number
 from .distributions import without_checks
+from .fake_tensors import Fakes
 from .forget import forget_dispatch, forget_shapes, forget_with
 from .free_numbers import FUNCTIONS, FreeFloat, FreeNumber, NotFree, Symbols, has_symbols, is_float, lift
 from .inplace import changes_in_place, make_functional, writes_real_tensor
@@ -274,7 +275,7 @@ class _Tracer:
         self.program, self.signature, self.wanted = program, signature, wanted
         self.recorder = observed.recorder
         self.env = Sizes(duck_shape=False, allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
-        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.mode = Fakes(shape_env=self.env, allow_non_fake_inputs=True)
         self.symbols: dict[sympy.Symbol, tuple[str, int, int]] = {}
         self.sizes: dict[sympy.Symbol, torch.SymInt] = {}
         self.floats = Symbols(self.env, observed.free)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError, message
 
@@ -25,7 +26,7 @@ def refuse_tangents(named: Iterable[tuple[str, Tensor]]) -> None:
     if not active():
         return
     for name, tensor in named:
-        if forward_ad.unpack_dual(tensor).tangent is not None:
+        if _has_tangent(tensor):
             raise UnsupportedError(
                 message(
                     "A loop was given a dual tensor: forward-mode differentiation is not supported.",
@@ -35,6 +36,13 @@ def refuse_tangents(named: Iterable[tuple[str, Tensor]]) -> None:
                     "for gradients use torch.autograd.grad",
                 )
             )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    if type(tensor).__module__.startswith("torch._subclasses"):
+        return False  # of a trace, which runs with forward mode off
+    with _disable_current_modes():  # a loop in a step asks while the step is traced: it asks of real tensors
+        return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 @contextmanager

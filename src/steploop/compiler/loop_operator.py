@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -450,7 +450,7 @@ def traced(tensors: Sequence[Tensor]) -> bool:
     if get_proxy_mode() is not None:  # that of make_fx with pre_dispatch=True stands on a stack of its own
         return True
     stack = _get_current_dispatch_mode_stack()
-    return any(type(m).__name__ in ("FunctionalTensorMode", "FakeTensorMode") for m in stack)
+    return any(isinstance(m, (FunctionalTensorMode, FakeTensorMode)) for m in stack)
 
 
 # -- the operators: what `operators.py` registers --------------------------------------------------------------

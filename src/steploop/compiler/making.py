@@ -427,6 +427,8 @@ def _essence(trace: Trace, batch: int | None) -> list[Any]:
             return str(argument.expr.xreplace(values))
         if isinstance(argument, (list, tuple)):
             return tuple(map(plain, argument))
+        if isinstance(argument, torch.ScriptObject):  # Python makes a new name for it at every look
+            return str(argument._type())
         return str(argument) if isinstance(argument, int) and not isinstance(argument, bool) else repr(argument)
 
     for node in graph.graph.nodes:
