@@ -131,6 +131,16 @@ def test_a_run_of_two_that_is_killed_goes_on(recipes, alone, tmp_path):
         equal_numbers(kind.read(copy / "last.ckpt"), alone["charlm"])
 
 
+def test_a_budget_of_minutes_ends_all_at_the_same_step(recipes, tmp_path):
+    """Each has a clock of its own: had they gone by those, one would wait for the other for ever."""
+    command, kind = recipes["charlm"]
+    command = tuple(part for part in command if part not in ("--max-steps", str(STEPS)))
+    code, out, err = ended(started(*command, "--out", tmp_path / "run", "--devices", "2", "--minutes", "0.05"))
+    assert code == 0, err
+    history = kind.read(tmp_path / "run" / "last.ckpt").history
+    assert len(history) > 1 and history[-1]["seconds"] >= 3
+
+
 def test_what_goes_wrong_in_all_is_told_once(recipes, tmp_path):
     command, _ = recipes["charlm"]
     run = started(*command, "--out", tmp_path / "run", "--devices", "2", "--learning-rate", "1e38")

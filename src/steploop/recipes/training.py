@@ -122,7 +122,7 @@ class Training(L.LightningModule):
     def on_fit_start(self) -> None:
         self.train_losses = []
         self.clock.start(self.history[-1] if self.history else {})
-        self.validated = self.clock.elapsed
+        self.since: float | None = None
         self.validate_every = processes.of_each(self.validate_every)[0]
 
     def on_train_batch_start(self, *_) -> None:
@@ -133,11 +133,13 @@ class Training(L.LightningModule):
         if self.progress() >= 1:
             self.trainer.should_stop = True
         if self.validate_every is not None:
-            due = self.clock.elapsed - self.validated >= self.validate_every
+            # From the first step after a validation, whose end is at another time in every process.
+            self.since = self.clock.elapsed if self.since is None else self.since
+            due = self.clock.elapsed - self.since >= self.validate_every
             self.trainer.val_check_batch = 1 if due else NEVER
 
-    def on_validation_start(self) -> None:
-        self.validated = self.clock.elapsed
+    def on_validation_end(self) -> None:
+        self.since = None
 
     def progress(self) -> float:
         """How much of the budget is spent: 0 at the start, 1 at the end."""
