@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -28,12 +27,27 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 
 STEPS = 6
 RUN = ("--max-steps", str(STEPS), "--backend", "reference", "--dropout", "0", "--overwrite")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+STEPLOOP = ("-m", "steploop")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *STEPLOOP)
+DIES = """
+import os, signal, sys
+from steploop.cli import main
+from steploop.recipes.charlm_training import CharTraining
+step = CharTraining.training_step
+
+def dies(self, window, index):
+    if self.global_step == 3 and self.global_rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, window, index)
+
+CharTraining.training_step = dies
+main(sys.argv[1:])
+"""
 
 
-def started(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def started(*arguments: object, program: tuple[str, ...] = STEPLOOP) -> subprocess.Popen:
     """`steploop` in a process of its own: others are started by the same command line."""
-    command = [sys.executable, *launcher, "-m", "steploop", *map(str, arguments)]
+    command = [sys.executable, *program, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
@@ -91,14 +105,14 @@ def equal_numbers(found, expected, tolerance=2e-4) -> None:
         torch.testing.assert_close(found.weights[name], value, rtol=0, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("name, launcher, devices", [
-    ("charlm", (), ("--devices", "2")),
-    ("g2p", (), ("--devices", "2")),
+@pytest.mark.parametrize("name, program, devices", [
+    ("charlm", STEPLOOP, ("--devices", "2")),
+    ("g2p", STEPLOOP, ("--devices", "2")),
     ("charlm", TORCHRUN, ()),
 ])  # fmt: skip
-def test_two_processes_train_as_one(recipes, alone, tmp_path, name, launcher, devices):
+def test_two_processes_train_as_one(recipes, alone, tmp_path, name, program, devices):
     command, kind = recipes[name]
-    code, out, err = ended(started(*command, "--out", tmp_path / "run", *devices, launcher=launcher))
+    code, out, err = ended(started(*command, "--out", tmp_path / "run", *devices, program=program))
     assert code == 0, err
     assert out.count("Try it:") == 1 and out.count(f"step {STEPS:6d}") == 1, out  # one of them speaks
     found = kind.read(tmp_path / "run" / "last.ckpt")
@@ -113,16 +127,11 @@ def test_two_processes_train_as_one(recipes, alone, tmp_path, name, launcher, de
 
 def test_a_run_of_two_that_is_killed_goes_on(recipes, alone, tmp_path):
     """In as many processes, or in another number of them. That the other process ends too is why `ended` returns."""
-    (command, kind), out = recipes["charlm"], tmp_path / "run"
-    run = started(*command, "--out", out, "--devices", "2")
-    last = out / "last.ckpt"
-    while not last.exists() and run.poll() is None:
-        time.sleep(0.002)
-    os.kill(run.pid, signal.SIGKILL)
-    _, _, err = ended(run)
-    assert last.exists(), err
-    if kind.read(last).history[-1]["step"] == STEPS:
-        pytest.skip("the run was at its end before it could be killed")
+    (command, kind), out, program = recipes["charlm"], tmp_path / "run", tmp_path / "dies.py"
+    program.write_text(DIES)
+    code, _, err = ended(started(*command, "--out", out, "--devices", "2", program=(str(program),)))
+    assert code == -signal.SIGKILL, err
+    assert kind.read(out / "last.ckpt").history[-1]["step"] == 3
     resumed = [part if part != "--overwrite" else "--resume" for part in command]
     for devices in (1, 2):
         copy = shutil.copytree(out, tmp_path / f"in {devices}")
@@ -167,8 +176,9 @@ def as_process(monkeypatch):
     """as_process(rank, count): what this process then believes to be."""
 
     def pretend(rank: int, count: int) -> None:
-        monkeypatch.setattr(processes, "rank", lambda: rank)
-        monkeypatch.setattr(processes, "count", lambda: count)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: count)
 
     return pretend
 
@@ -191,6 +201,7 @@ def test_every_pair_is_read_once_in_a_pass_and_counts_alike(as_process, tmp_path
     lexicon = Lexicon.read(path)
     torch.manual_seed(0)
     symbols = Symbols.of(lexicon)
+    as_process(1, count)
     module = G2PTraining(Shape("gru", 1, 4, 4, 0.0), lexicon, symbols, Settings(batch=16, max_steps=9))
     module.batches.module = type("Trained", (), {"global_step": 0})
     module.log = lambda *_: None

@@ -209,6 +209,18 @@ def test_a_budget_that_is_spent(steploop, text, copy):
     assert "has been trained for 20 steps already" in ran.err
 
 
+def test_a_run_that_was_killed_at_its_very_end_leaves_the_rest_when_it_is_resumed(steploop, text, copy):
+    """It was killed after its last checkpoint: between that and the best one, or before the weights and the curve."""
+    weights = (copy / "model.safetensors").read_bytes()
+    last_is_best = Checkpoint.read(copy / "last.ckpt").history == Checkpoint.read(copy / "best.ckpt").history
+    for name in ("model.safetensors", "curve.png", *(["best.ckpt"] if last_is_best else [])):
+        (copy / name).unlink()
+    ran = steploop("train", "charlm", "--data", text, "--out", copy, "--resume", "--max-steps", "20", *TINY)
+    assert ran.code == 2 and "has been trained for 20 steps already" in ran.err
+    assert (copy / "model.safetensors").read_bytes() == weights
+    assert (copy / "curve.png").read_bytes().startswith(b"\x89PNG") and (copy / "best.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     "content, told",
     [

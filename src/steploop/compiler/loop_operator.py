@@ -40,7 +40,7 @@ from .schedule import Schedule, make_schedule
 _REGISTRY: weakref.WeakValueDictionary[int, Invocation] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
 _PLAIN = (Tensor, torch.nn.Parameter)
-modes, modes_before_dispatch = torch._C._len_torch_dispatch_stack, torch._ops._len_torch_dispatch_stack_pre_dispatch
+_modes, _modes_before = torch._C._len_torch_dispatch_stack, torch._ops._len_torch_dispatch_stack_pre_dispatch
 
 
 def _by_itself(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -445,7 +445,7 @@ def traced(tensors: Sequence[Tensor]) -> bool:
     for tensor in tensors:
         if tensor.is_meta or (type(tensor) not in _PLAIN and isinstance(tensor, (FakeTensor, FunctionalTensor))):
             return True
-    if modes() == 0 and modes_before_dispatch() == 0:
+    if _modes() == 0 and _modes_before() == 0:
         return False
     if get_proxy_mode() is not None:  # that of make_fx with pre_dispatch=True stands on a stack of its own
         return True

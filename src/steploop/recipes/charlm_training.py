@@ -24,7 +24,7 @@ from ..errors import DataError
 from . import processes, texts
 from .charlm import CharModel, Checkpoint, Shape, Streams, Window, bits, cross_entropy
 from .processes import Processes
-from .training import BEST, LAST, Training, check_settings, prepare, train, write_plan
+from .training import BEST, Training, check_settings, prepare, train, write_plan
 
 matplotlib.use("Agg")  # only files are drawn, and a server has no display
 from matplotlib import pyplot  # noqa: E402
@@ -196,9 +196,9 @@ def fit(
         last.check_same(shape, vocabulary)
         return last.history
 
-    def leave() -> None:
+    def leave(history: list[dict[str, float]]) -> None:
         Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
-        draw(str(shape), Checkpoint.read(folder / LAST).history, folder / "curve.png")
+        draw(str(shape), history, folder / "curve.png")
 
     prepare(folder, settings, checked_history, CharTraining.criterion, leave, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
@@ -207,7 +207,7 @@ def fit(
         write_plan(module.loop.plan(module.train_streams.window(0).inputs.to(settings.device)), folder)
     train(module, folder, VALIDATIONS, module.validation_seconds(), resume=resume, console=console or Console())
     if processes.leads():
-        leave()
+        leave(module.history)
     return module
 
 

@@ -28,7 +28,7 @@ from .g2p import Checkpoint, Model, Pronouncer, Shape
 from .g2p_scores import Scores
 from .lexicon import Lexicon, Symbols
 from .processes import Processes
-from .training import BEST, LAST, Training, check_settings, prepare, train, write_plan
+from .training import BEST, Training, check_settings, prepare, train, write_plan
 
 VALIDATIONS = 20  # in a whole run; fewer where they would take more than a tenth of its time
 PATIENCE = 2  # validations without a better PER, after which the learning rate is halved
@@ -74,7 +74,10 @@ class Endless(IterableDataset[Any]):
     def __init__(self, pairs: list[tuple[Tensor, Tensor]], settings: Settings, module: L.LightningModule):
         self.pairs, self.module = pairs, module
         lengths = torch.tensor([[len(part) for part in pair] for pair in pairs])
-        self.sampler = sl.seq2seq.samplers.LengthBatchSampler(lengths, settings.batch, seed=settings.seed)
+        # (All the batches, of which each process then takes a part: the sampler would share out whole ones.)
+        self.sampler = sl.seq2seq.samplers.LengthBatchSampler(
+            lengths, settings.batch, seed=settings.seed, rank=0, replicas=1
+        )
         self.batches = -(-len(pairs) // settings.batch)
 
     def __iter__(self) -> Iterator[Any]:
@@ -261,9 +264,9 @@ def fit(
         last.check_same(shape, symbols)
         return last.history
 
-    def leave() -> None:
+    def leave(history: list[dict[str, float]]) -> None:
         Checkpoint.read(folder / BEST).save_weights(folder / WEIGHTS)
-        draw(str(shape), Checkpoint.read(folder / LAST).history, folder / "curve.png")
+        draw(str(shape), history, folder / "curve.png")
 
     prepare(folder, settings, checked_history, G2PTraining.criterion, leave, resume=resume, overwrite=overwrite)
     L.seed_everything(settings.seed, verbose=False)
@@ -275,7 +278,7 @@ def fit(
     if module.ended_early():
         console.print(f"The dev PER has not fallen for {ENOUGH} validations: training ends before its time.")
     if processes.leads():
-        leave()
+        leave(module.history)
     return module
 
 

@@ -100,6 +100,7 @@ def run(train: Callable[[], None], kept: str) -> None:
 
     What went wrong is told once: by the process that it happened in, or where it happened in all of them, by the first.
     """
+    known = together()
     try:
         train()
     except DataError:
@@ -112,3 +113,6 @@ def run(train: Callable[[], None], kept: str) -> None:
         if not leads():
             raise SystemExit(1) from None
         raise DataError(f"Another process of this training has ended before its time.\n  fix:      {kept}") from error
+    finally:
+        if together() and not known:  # the next training of this program may be of one process
+            distributed.destroy_process_group()

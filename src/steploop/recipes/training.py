@@ -98,7 +98,7 @@ class Training(L.LightningModule):
 
         DataError, in every process, if that is not finite.
         """
-        seconds = self.clock.now() if processes.rank() == 0 else 0.0
+        seconds = self.clock.now() if processes.leads() else 0.0
         total, self.clock.elapsed = processes.sums([loss.item(), seconds], loss.device)
         mean = total / processes.count()
         if not math.isfinite(mean):
@@ -225,10 +225,10 @@ class Keep(L.Callback):
         unfinished = self.folder / f"{name}.unfinished"
         try:
             trainer.save_checkpoint(unfinished)
-            if processes.rank() == 0:
+            if processes.leads():
                 _publish(unfinished, self.folder / name)
         finally:
-            if processes.rank() == 0:
+            if processes.leads():
                 unfinished.unlink(missing_ok=True)
 
 
@@ -288,7 +288,7 @@ def prepare(
     settings: Any,
     checked_history: Callable[[Path], list[dict[str, float]]],
     criterion: str,
-    leave: Callable[[], None],
+    leave: Callable[[list[dict[str, float]]], None],
     *,
     resume: bool,
     overwrite: bool,
@@ -297,31 +297,39 @@ def prepare(
 
     checked_history: the history of the checkpoint that a run goes on from; raises DataError for one of another model.
     criterion: as in Training.
-    leave: writes what a run leaves behind beside its checkpoints: one that was killed at its end has not done so.
+    leave: writes what a run of that history leaves behind beside its checkpoints. One that was killed at its very end
+        has not done so, and there is nothing left to train.
     """
     kept = [folder / name for name in (LAST, BEST) if (folder / name).exists()]
     if resume:
         history = checked_history(folder / LAST)
         if processes.leads():
             _finish_keeping(folder, [entry[criterion] for entry in history])
-            leave()
-        spent = history[-1]
-        if settings.minutes is not None and spent["seconds"] >= 60 * settings.minutes:
-            raise DataError(
-                f"{folder / LAST} has been trained for {spent['seconds'] / 60:.1f} minutes already.\n"
-                f"  fix:      --resume with more than --minutes {settings.minutes:g}"
-            )
-        if settings.max_steps is not None and spent["step"] >= settings.max_steps:
-            raise DataError(
-                f"{folder / LAST} has been trained for {spent['step']} steps already.\n"
-                f"  fix:      --resume with more than --max-steps {settings.max_steps}"
-            )
+        if spent := _spent(settings, history[-1]):
+            if processes.leads():
+                leave(history)
+            raise DataError(f"{folder / LAST} {spent}")
     elif kept and not overwrite:
         raise DataError(
             f"{kept[0]} is there already, and a new run would replace it.\n"
             "  fix:      --resume to train it further, --overwrite to replace it, or another --out"
         )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _spent(settings: Any, last: dict[str, float]) -> str:
+    """That a run has no budget left, and what to type; empty where it has."""
+    if settings.minutes is not None and last["seconds"] >= 60 * settings.minutes:
+        return (
+            f"has been trained for {last['seconds'] / 60:.1f} minutes already.\n"
+            f"  fix:      --resume with more than --minutes {settings.minutes:g}"
+        )
+    if settings.max_steps is not None and last["step"] >= settings.max_steps:
+        return (
+            f"has been trained for {last['step']} steps already.\n"
+            f"  fix:      --resume with more than --max-steps {settings.max_steps}"
+        )
+    return ""
 
 
 def write_plan(plan: Any, folder: Path) -> None:
