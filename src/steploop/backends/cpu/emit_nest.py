@@ -79,9 +79,10 @@ class NestPrinter:
         self.rank = len(nest.shape)
         self.kept = self.rank - nest.reduced
         self.axis = self.kept - 1 if nest.across else self.rank - 1  # the axis that vectors run along
-        self.lanes = self._lanes()
+        self.wide = self._wide()
 
-    def _lanes(self) -> int:
+    def _wide(self) -> str:
+        """The name of a number of lanes (vector.h): what a register holds, or less for a short axis."""
         widths: set[int] = set()
 
         def visit(expr: Expr) -> None:
@@ -91,11 +92,11 @@ class NestPrinter:
         for statement in self.nest.statements:
             if not isinstance(statement, Routine):
                 walk(statement.value, visit)
-        lanes = 8 if widths == {8} else 16
+        kind, lanes = ("D", 8) if widths == {8} else ("W", 16)
         size = self.nest.shape[self.axis] if self.rank else 1
         while isinstance(size, int) and lanes > 4 and size <= lanes // 2:
             lanes //= 2
-        return lanes
+        return f"{kind}{lanes}"
 
     def line(self, text: str, deeper: int = 0) -> None:
         self.lines.append("  " * (self.indent + deeper) + text)
@@ -165,7 +166,7 @@ class NestPrinter:
             return self.constant(expr)
         if isinstance(expr, Iota):
             step = size_text(self.stride(expr.strides))
-            return f"counting<{self.lanes}>({self.address(expr.strides, expr.offset)}, {step})"
+            return f"counting<{self.wide}>({self.address(expr.strides, expr.offset)}, {step})"
         if isinstance(expr, Load):
             return self.loaded(expr)
         args = [self.value(a) for a in expr.args]
@@ -175,9 +176,9 @@ class NestPrinter:
 
     def constant(self, expr: Const) -> str:
         if expr.dtype == torch.bool:
-            return f"every_mask<{self.lanes}>({'true' if expr.value else 'false'})"
+            return f"every_mask<{self.wide}>({'true' if expr.value else 'false'})"
         ctype = CTYPES[expr.dtype]
-        return f"every<{self.lanes}>(({ctype}){number(expr.value, ctype)})"
+        return f"every<{self.wide}>(({ctype}){number(expr.value, ctype)})"
 
     def cast(self, arg: str, before: torch.dtype, after: torch.dtype) -> str:
         if after == torch.bool:
@@ -193,8 +194,8 @@ class NestPrinter:
         pointer = self.pointer(load)
         if same(stride, 0):
             if mask:
-                return f"every_mask<{self.lanes}>(({pointer})[0] != 0)"
-            return f"every<{self.lanes}>(({pointer})[0])"
+                return f"every_mask<{self.wide}>(({pointer})[0] != 0)"
+            return f"every<{self.wide}>(({pointer})[0])"
         kind = "load_mask" if mask else "load"
         if same(stride, 1):
             return f"{kind}({pointer}, m)"
@@ -264,7 +265,7 @@ class NestPrinter:
 
     def _begin_span(self) -> None:
         size = size_text(self.nest.shape[self.axis]) if self.rank else "1"
-        self.line(f"span<{self.lanes}>({size}, [&](long i, auto m) ALWAYS {{")
+        self.line(f"span<{self.wide}>({size}, [&](long i, auto m) ALWAYS {{")
         self.indent += 1
 
     def _end_span(self) -> None:
@@ -304,19 +305,19 @@ class NestPrinter:
 
     def _neutral(self, reduce: Reduce) -> str:
         if reduce.kind in ("any", "all"):
-            return f"every_mask<{self.lanes}>({'true' if reduce.kind == 'all' else 'false'})"
+            return f"every_mask<{self.wide}>({'true' if reduce.kind == 'all' else 'false'})"
         dtype = reduce.value.dtype
         ctype = CTYPES[dtype]
         if reduce.kind in _NEUTRAL:
-            return f"every<{self.lanes}>(({ctype}){_NEUTRAL[reduce.kind]})"
-        return f"every<{self.lanes}>(({ctype}){number(_extreme(dtype, reduce.kind != 'amax'), ctype)})"
+            return f"every<{self.wide}>(({ctype}){_NEUTRAL[reduce.kind]})"
+        return f"every<{self.wide}>(({ctype}){number(_extreme(dtype, reduce.kind != 'amax'), ctype)})"
 
     def _start(self, reduce: Reduce) -> str:
         name = self.new(f"{reduce.kind}_{reduce.target.buffer.name}")
         if reduce.kind.startswith("arg"):
             ctype = CTYPES[reduce.value.dtype]
-            self.line(f"auto {name} = every<{self.lanes}>(({ctype})0);")
-            self.line(f"auto {name}_at = every<{self.lanes}>((i64)-1);")
+            self.line(f"auto {name} = every<{self.wide}>(({ctype})0);")
+            self.line(f"auto {name}_at = every<{self.wide}>((i64)-1);")
         else:
             self.line(f"auto {name} = {self._neutral(reduce)};")
         return name
@@ -326,12 +327,12 @@ class NestPrinter:
         test = f"better_{reduce.kind.removeprefix('arg')}({value}, {best})"
         wins = self.new("wins")
         self.line(
-            f"auto {wins} = only(m, {test} | less({best}_at, every<{self.lanes}>((i64)0)), "
-            f"every_mask<{self.lanes}>(false));"
+            f"auto {wins} = only(m, {test} | less({best}_at, every<{self.wide}>((i64)0)), "
+            f"every_mask<{self.wide}>(false));"
         )
         self.line(f"{best} = choose({wins}, {value}, {best});")
         start = "i" if self.nest.reduced else "0"
-        self.line(f"{best}_at = choose({wins}, counting<{self.lanes}>({start}, 1), {best}_at);")
+        self.line(f"{best}_at = choose({wins}, counting<{self.wide}>({start}, 1), {best}_at);")
 
     def _finish(self, reduce: Reduce, total: str) -> None:
         target = reduce.target
@@ -367,7 +368,7 @@ class NestPrinter:
 
     def _serial(self, statement: Statement) -> None:
         """One element after the other: vectors of one lane."""
-        self.lanes = 1
+        self.wide = "1"
         if isinstance(statement, Routine):
             self._routine(statement)
             return

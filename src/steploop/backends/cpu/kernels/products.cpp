@@ -2,14 +2,14 @@
 // all k one after the other; a block of rows keeps its sums in registers.
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kVectors = 4, kRows = 6;
+constexpr int kVectors = 4, kRows = 6;
 #elif defined(__AVX__)
-constexpr int kBytes = 32, kVectors = 2, kRows = 5;
+constexpr int kVectors = 2, kRows = 6;
 #else
-constexpr int kBytes = 16, kVectors = 2, kRows = 4;
+constexpr int kVectors = 2, kRows = 4;
 #endif
 
-template <class T> constexpr int width() { return kBytes / sizeof(T); }
+template <class T> constexpr int width() { return kRegister / sizeof(T); }
 template <class T> constexpr int panel() { return kVectors * width<T>(); }
 template <class T> INLINE long packed_size(long k, long n) { return k * ((n + width<T>() - 1) / width<T>() * width<T>()); }
 
@@ -75,7 +75,7 @@ template <class T> static void pack_panel(void* weight, long number, const Membe
 }
 
 // k is taken in pieces whose panel fits in the first cache; the sums pass through `out`, which changes no bit of them.
-constexpr long kDepth = 24 * 1024 / (kBytes * kVectors);
+constexpr long kDepth = 24 * 1024 / (kRegister * kVectors);
 
 template <class T, int R, int V, bool FAR>
 static __attribute__((noinline)) void block(const T* a, long a_stride, const T* w, long k, T* out, long out_stride, long columns, bool first, const T* bias, const char* ahead, long stride) {
@@ -130,8 +130,6 @@ static void panel_rows(const T* a, long a_stride, long rows, const T* w, long k,
       case 4: block<T, 4, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
 #if defined(__AVX__)
       case 5: block<T, 5, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
-#endif
-#if defined(__AVX512F__)
       case 6: block<T, 6, V, FAR>(from, a_stride, w, k, to, out_stride, columns, first, bias, ahead, stride); break;
 #endif
     }

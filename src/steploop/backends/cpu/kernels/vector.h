@@ -22,6 +22,19 @@ template <class V> constexpr int lanes_of() { return sizeof(V) / sizeof(Elem<V>)
 template <class V> using MaskOf = Vec<int, lanes_of<V>()>;
 template <class V, class T> using Like = Vec<T, lanes_of<V>()>;
 
+// What a register holds, in bytes. Wider vectors would be cut into pieces that live in memory.
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+
+// Lanes that fill a register, 16, 8 or 4 at most: of words (4 bytes), and of doubles.
+template <int BYTES> constexpr int at_most(int lanes) { return lanes * BYTES < kRegister ? lanes : kRegister / BYTES; }
+constexpr int W16 = at_most<4>(16), W8 = at_most<4>(8), W4 = at_most<4>(4), D8 = at_most<8>(8), D4 = at_most<8>(4);
+
 // How many lanes of a vector take part: all of them, or the first `count`.
 template <int L> struct Full { static constexpr int lanes = L; static constexpr bool part = false; };
 template <int L> struct Part { static constexpr int lanes = L; static constexpr bool part = true; long count; };
@@ -42,6 +55,15 @@ template <class T, int N> INLINE void move(void* to, const void* from) {
   *(Bytes<T, N>*)to = *(const Bytes<T, N>*)from;
 }
 
+#if defined(__AVX__) && !defined(__AVX512F__)
+// A register of 32 bytes, whose first words a masked load or store takes. What goes through memory instead keeps the
+// compiler from holding the whole variable in a register, sums in the loop before it included.
+template <class T, int L> constexpr bool in_ymm() { return sizeof(T) >= 4 && sizeof(T) * L == 32; }
+template <class T, int L> INLINE Vec<int, 8> first_words(Part<L> m) {
+  return Vec<int, 8>{0, 1, 2, 3, 4, 5, 6, 7} < Vec<int, 8>{} + (int)(m.count * (sizeof(T) / 4));
+}
+#endif
+
 template <class T, int L> INLINE Vec<T, L> load(const T* p, Full<L>) {
   Vec<T, L> x;
   memcpy(&x, p, sizeof x);
@@ -60,6 +82,12 @@ template <class T, int L> INLINE Vec<T, L> load(const T* p, Part<L> m) {
     Vec<T, L> x;
     uint16_t k = (uint16_t)((1u << m.count) - 1);
     asm("vmovupd %1, %0%{%2%}%{z%}" : "=v"(x) : "m"(*(const Bytes<T, L>*)p), "Yk"(k));
+    return x;
+  }
+#elif defined(__AVX__)
+  if constexpr (in_ymm<T, L>()) {
+    Vec<T, L> x;
+    asm("vmaskmovps %1, %2, %0" : "=x"(x) : "m"(*(const Bytes<T, L>*)p), "x"(first_words<T>(m)));
     return x;
   }
 #endif
@@ -82,6 +110,11 @@ template <class T, int L> INLINE void store(T* p, Vec<T, L> x, Part<L> m) {
   if constexpr (sizeof(T) == 8 && L == 8) {
     uint16_t k = (uint16_t)((1u << m.count) - 1);
     asm("vmovupd %1, %0%{%2%}" : "+m"(*(Bytes<T, L>*)p) : "v"(x), "Yk"(k));
+    return;
+  }
+#elif defined(__AVX__)
+  if constexpr (in_ymm<T, L>()) {
+    asm("vmaskmovps %1, %2, %0" : "+m"(*(Bytes<T, L>*)p) : "x"(x), "x"(first_words<T>(m)));
     return;
   }
 #endif
