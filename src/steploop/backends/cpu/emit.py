@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from .emit_early import Early, in_rows, sequence_row
 from .emit_nest import CTYPES, NestPrinter, size_text
 from .fuse import Phase, Plan
-from .language import Buffer, Load, Product, Program, loads
+from .language import Buffer, Load, Product, Program, loads, same
 from .reserved import HEADERS, KERNELS, REMARK, WORD
 
 NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team", "ahead")
@@ -161,7 +161,7 @@ class Printer:
         """Rows of a tile share most of it; what only one row needs at a time, every thread has once."""
         self.line("// Where the temporaries of a tile are, in bytes.")
         self.line("struct Scratch {")
-        buffers = self._scratch_buffers()
+        buffers, together = self._scratch_buffers(), self._together()
         for b in buffers:
             self.line(f"long {b.name}, {b.name}_row;", 1)
         self.line("long bytes;", 1)
@@ -169,14 +169,16 @@ class Printer:
         self.line("long at = 0;", 2)
         for b in buffers:
             size = CTYPES[b.dtype]
-            self.line(f"{b.name}_row = padded({size_text(b.numel)}, sizeof({size}));", 2)
+            apart = "whole" if id(b) in together else "padded"
+            self.line(f"{b.name}_row = {apart}({size_text(b.numel)}, sizeof({size}));", 2)
             rows = "members" if id(b) in self.local else "rows * ahead" if b in self.early.buffers else "rows"
             self.line(f"{b.name} = at; at += ({rows} * {b.name}_row * sizeof({size}) + 127) / 64 * 64;", 2)
         self.line("bytes = (at + 127) / 64 * 64;", 2)
         self.line("}", 1)
-        self.line("static long padded(long n, long size) {  // whole vectors; no two rows 4 KB apart", 1)
-        self.line("long row = (n * size + 63) / 64 * 64;", 2)
-        self.line("return (row % 4096 == 0 && row ? row + 64 : row) / size;", 2)
+        self.line("static long whole(long n, long size) { return (n * size + 63) / 64 * 64 / size; }  // vectors", 1)
+        self.line("static long padded(long n, long size) {  // no two rows 4 KB apart", 1)
+        self.line("long row = whole(n, size);", 2)
+        self.line("return row * size % 4096 == 0 && row ? row + 64 / size : row;", 2)
         self.line("}", 1)
         self.line("};")
         self.line()
@@ -188,6 +190,15 @@ class Printer:
     def _scratch_buffers(self) -> list[Buffer]:
         nexts = [b for b in self.program.nexts if b.index not in self.plan.in_place]
         return [*self.program.prevs, *nexts, *self.plan.shared, *self.plan.local, *self.early.buffers]
+
+    def _together(self) -> set[int]:
+        """Temporaries with several rows of a product in each row of the batch: best if all are one after the other."""
+        products = [p for phase in self.plan.phases for p in phase.products if not same(p.left.shape[0], 1)]
+        found = {id(b) for p in products for b in (p.left.buffer, p.target.buffer)}
+        for pair in zip(self.program.prevs, self.program.nexts):  # they change places
+            if found & set(map(id, pair)):
+                found |= set(map(id, pair))
+        return found
 
     def _tile(self) -> None:
         program = self.program
@@ -397,13 +408,11 @@ class Printer:
                 2,
             )
             return
-        self.line("for (long r = 0; r < n; ++r)", 2)
         self.line(
-            f"multiply({self._row(left.buffer)} + {size_text(left.offset)}, (long){k}, {rows}, "
-            f"call.{weight.name}, {target.name}_tile + r * scratch.{target.name}_row, (long){n}, team);{where}",
-            3,
+            f"multiply_each({start}, {self._row_stride(left.buffer)}, (long){k}, {rows}, n, "
+            f"call.{weight.name}, {target.name}_tile, scratch.{target.name}_row, (long){n}, team);{where}",
+            2,
         )
-
 
     def _weight_of(self, product: Product) -> Weight:
         return next(w for w in self.weights if w.right is product.right)

@@ -23,3 +23,11 @@ template <class T>
 INLINE void multiply(const T* a, long a_stride, long rows, const Weight<T>& weight, T* out, long out_stride, const Member& team) {
   weight.by->multiply(a, a_stride, rows, weight, (const T*)0, out, out_stride, team);
 }
+
+// The same for each of `count` matrices of `rows` rows, `apart` numbers from one to the next; as one product where all
+// rows lie one after the other, so that the weight is read once.
+template <class T>
+INLINE void multiply_each(const T* a, long apart, long a_stride, long rows, long count, const Weight<T>& weight, T* out, long out_apart, long out_stride, const Member& team) {
+  if (apart == rows * a_stride && out_apart == rows * out_stride) return multiply(a, a_stride, rows * count, weight, out, out_stride, team);
+  for (long i = 0; i < count; ++i) multiply(a + i * apart, a_stride, rows, weight, out + i * out_apart, out_stride, team);
+}

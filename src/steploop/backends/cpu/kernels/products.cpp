@@ -284,7 +284,7 @@ template <class T> static void long_product(void** pointers, const i64* numbers,
 extern "C" __attribute__((visibility("default"))) const Products<NUMBER> steploop_products = {prepare<NUMBER>, product<NUMBER>};
 
 // Where vectors are wide enough to be worth it, products outside the loops run in the same way.
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 extern "C" __attribute__((visibility("default"))) void steploop_product(void** pointers, const i64* numbers, Parallel parallel) {
   long_product<NUMBER>(pointers, numbers, parallel);
 }

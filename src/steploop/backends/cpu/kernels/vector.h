@@ -55,12 +55,25 @@ template <class T, int N> INLINE void move(void* to, const void* from) {
   *(Bytes<T, N>*)to = *(const Bytes<T, N>*)from;
 }
 
-#if defined(__AVX__) && !defined(__AVX512F__)
-// A register of 32 bytes, whose first words a masked load or store takes. What goes through memory instead keeps the
-// compiler from holding the whole variable in a register, sums in the loop before it included.
-template <class T, int L> constexpr bool in_ymm() { return sizeof(T) >= 4 && sizeof(T) * L == 32; }
-template <class T, int L> INLINE Vec<int, 8> first_words(Part<L> m) {
-  return Vec<int, 8>{0, 1, 2, 3, 4, 5, 6, 7} < Vec<int, 8>{} + (int)(m.count * (sizeof(T) / 4));
+// A copy that does not share the variable's place in memory: what goes through memory would make the compiler hold the
+// variable there all the time, in the loop before it too.
+template <class V> INLINE V apart(V x) {
+#if defined(__SSE2__)
+  if constexpr (sizeof(V) == 16) asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(V) == 16) asm("" : "+w"(x));
+#endif
+  return x;
+}
+
+#if defined(__AVX__)
+// In registers of 32 or 16 bytes a mask chooses the first words.
+template <class T, int L> constexpr bool masked() { return sizeof(T) >= 4 && (sizeof(T) * L == 32 || sizeof(T) * L == 16); }
+template <class T, int L> INLINE auto first_words(Part<L> m) {
+  typedef Vec<int, L * sizeof(T) / 4> Words;
+  Words number;
+  for (int i = 0; i < lanes_of<Words>(); ++i) number[i] = i;
+  return number < Words{} + (int)(m.count * (sizeof(T) / 4));
 }
 #endif
 
@@ -84,8 +97,9 @@ template <class T, int L> INLINE Vec<T, L> load(const T* p, Part<L> m) {
     asm("vmovupd %1, %0%{%2%}%{z%}" : "=v"(x) : "m"(*(const Bytes<T, L>*)p), "Yk"(k));
     return x;
   }
-#elif defined(__AVX__)
-  if constexpr (in_ymm<T, L>()) {
+#endif
+#ifdef __AVX__
+  if constexpr (masked<T, L>()) {
     Vec<T, L> x;
     asm("vmaskmovps %1, %2, %0" : "=x"(x) : "m"(*(const Bytes<T, L>*)p), "x"(first_words<T>(m)));
     return x;
@@ -95,7 +109,7 @@ template <class T, int L> INLINE Vec<T, L> load(const T* p, Part<L> m) {
   for (long l = 0; l < m.count; ++l) parts[l] = p[l];
   Vec<T, L> x;
   memcpy(&x, parts, sizeof x);
-  return x;
+  return apart(x);
 }
 
 template <class T, int L> INLINE void store(T* p, Vec<T, L> x, Full<L>) { memcpy(p, &x, sizeof x); }
@@ -112,13 +126,15 @@ template <class T, int L> INLINE void store(T* p, Vec<T, L> x, Part<L> m) {
     asm("vmovupd %1, %0%{%2%}" : "+m"(*(Bytes<T, L>*)p) : "v"(x), "Yk"(k));
     return;
   }
-#elif defined(__AVX__)
-  if constexpr (in_ymm<T, L>()) {
+#endif
+#ifdef __AVX__
+  if constexpr (masked<T, L>()) {
     asm("vmaskmovps %1, %2, %0" : "+m"(*(Bytes<T, L>*)p) : "x"(x), "x"(first_words<T>(m)));
     return;
   }
 #endif
   T parts[L];
+  x = apart(x);
   memcpy(parts, &x, sizeof x);
   for (long l = 0; l < m.count; ++l) p[l] = parts[l];
 }
