@@ -50,7 +50,7 @@
       float* all_tanh_default = call.all_tanh_default + (call.all_tanh_default_at ? call.all_tanh_default_at[at + r] : here + r) * 6;
       if (r < next.n) nearer(call.x_x0 + (call.x_x0_at ? call.x_x0_at[next.at + r] : next.here + r) * 4 + 0, 4 * sizeof(float));
       // 6: test_cpu_golden.py:82
-      span<8>(6, [&](long i, auto m) ALWAYS {
+      span<W8>(6, [&](long i, auto m) ALWAYS {
         auto mm_default_i = load(mm_default + i, m);
         auto mm_default_1_i = load(mm_default_1 + i, m);
         auto add_tensor = mm_default_i + mm_default_1_i;

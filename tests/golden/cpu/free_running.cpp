@@ -24,15 +24,15 @@
       float* tanh_default = tanh_default_tile + r * scratch.tanh_default_row;
       float* next_h = h_tile + r * scratch.h_row;
       // 1: test_cpu_golden.py:68
-      span<4>(1, [&](long i, auto m) ALWAYS {
-        auto token_i = every<4>((token + 0)[0]);
-        auto x = every<4>((i64)7);
-        auto x_2 = every<4>((i64)1);
+      span<D4>(1, [&](long i, auto m) ALWAYS {
+        auto token_i = every<D4>((token + 0)[0]);
+        auto x = every<D4>((i64)7);
+        auto x_2 = every<D4>((i64)1);
         auto x_3 = inside(token_i, x, x_2, call.fault, m);
         store(index_ + 0, x_3, m);
       });
       // 6: test_cpu_golden.py:68
-      span<8>(6, [&](long i, auto m) ALWAYS {
+      span<W8>(6, [&](long i, auto m) ALWAYS {
         auto h_i = load(h + i, m);
         auto captured_0_i = load(captured_0 + i + (index_ + 0)[0] * 6, m);
         auto add_tensor = h_i + captured_0_i;
@@ -53,19 +53,19 @@
       i64* all_argmax_default = call.all_argmax_default + (call.all_argmax_default_at ? call.all_argmax_default_at[at + r] : here + r) * 1;
       // 7: test_cpu_golden.py:69
       {
-        auto argmax_argmax_default = every<8>((float)0);
-        auto argmax_argmax_default_at = every<8>((i64)-1);
-        span<8>(7, [&](long i, auto m) ALWAYS {
+        auto argmax_argmax_default = every<W8>((float)0);
+        auto argmax_argmax_default_at = every<W8>((i64)-1);
+        span<W8>(7, [&](long i, auto m) ALWAYS {
           auto mm_default_i = load(mm_default + i, m);
-          auto wins = only(m, better_max(mm_default_i, argmax_argmax_default) | less(argmax_argmax_default_at, every<8>((i64)0)), every_mask<8>(false));
+          auto wins = only(m, better_max(mm_default_i, argmax_argmax_default) | less(argmax_argmax_default_at, every<W8>((i64)0)), every_mask<W8>(false));
           argmax_argmax_default = choose(wins, mm_default_i, argmax_argmax_default);
-          argmax_argmax_default_at = choose(wins, counting<8>(i, 1), argmax_argmax_default_at);
+          argmax_argmax_default_at = choose(wins, counting<W8>(i, 1), argmax_argmax_default_at);
         });
         (argmax_default + 0)[0] = first_best(argmax_argmax_default, argmax_argmax_default_at, true);
       }
       // 1: test_cpu_golden.py:69
-      span<4>(1, [&](long i, auto m) ALWAYS {
-        auto argmax_default_i = every<4>((argmax_default + 0)[0]);
+      span<D4>(1, [&](long i, auto m) ALWAYS {
+        auto argmax_default_i = every<D4>((argmax_default + 0)[0]);
         store(next_token + 0, argmax_default_i, m);
         store(all_argmax_default + 0, argmax_default_i, m);
       });

@@ -26,7 +26,7 @@
       float* next_c = c_tile + r * scratch.c_row;
       float* all_mul_tensor_2 = call.all_mul_tensor_2 + (call.all_mul_tensor_2_at ? call.all_mul_tensor_2_at[at + r] : here + r) * 6;
       // 6: test_cpu_golden.py:31, test_cpu_golden.py:32
-      span<8>(6, [&](long i, auto m) ALWAYS {
+      span<W8>(6, [&](long i, auto m) ALWAYS {
         auto x_x0_i = load(x_x0 + 6 + i, m);
         auto mm_default_i = load(mm_default + 6 + i, m);
         auto add_tensor = x_x0_i + mm_default_i;

@@ -30,53 +30,53 @@
       float* all_tanh_default = call.all_tanh_default + (call.all_tanh_default_at ? call.all_tanh_default_at[at + r] : here + r) * 6;
       // 6: test_cpu_golden.py:42
       {
-        auto sum_native_layer_norm_default_2 = every<8>((float)0);
-        span<8>(6, [&](long i, auto m) ALWAYS {
+        auto sum_native_layer_norm_default_2 = every<W8>((float)0);
+        span<W8>(6, [&](long i, auto m) ALWAYS {
           auto x_x0_i = load(x_x0 + i, m);
           auto mm_default_i = load(mm_default + i, m);
           auto add_tensor = x_x0_i + mm_default_i;
           store(native_layer_norm_default + i, add_tensor, m);
-          sum_native_layer_norm_default_2 = sum_native_layer_norm_default_2 + only(m, add_tensor, every<8>((float)0));
+          sum_native_layer_norm_default_2 = sum_native_layer_norm_default_2 + only(m, add_tensor, every<W8>((float)0));
         });
         (native_layer_norm_default_2 + 0)[0] = total(sum_native_layer_norm_default_2);
       }
       // 1: test_cpu_golden.py:42
-      span<4>(1, [&](long i, auto m) ALWAYS {
-        auto native_layer_norm_default_2_i = every<4>((native_layer_norm_default_2 + 0)[0]);
-        auto x = counting<4>(6, 0);
+      span<W4>(1, [&](long i, auto m) ALWAYS {
+        auto native_layer_norm_default_2_i = every<W4>((native_layer_norm_default_2 + 0)[0]);
+        auto x = counting<W4>(6, 0);
         auto x_2 = convert<float>(x);
         auto x_3 = native_layer_norm_default_2_i / x_2;
         store(mean + 0, x_3, m);
       });
       // 6: test_cpu_golden.py:42
       {
-        auto sum_native_layer_norm_default_3 = every<8>((float)0);
-        span<8>(6, [&](long i, auto m) ALWAYS {
+        auto sum_native_layer_norm_default_3 = every<W8>((float)0);
+        span<W8>(6, [&](long i, auto m) ALWAYS {
           auto native_layer_norm_default_i = load(native_layer_norm_default + i, m);
-          auto mean_i = every<8>((mean + 0)[0]);
+          auto mean_i = every<W8>((mean + 0)[0]);
           auto x = native_layer_norm_default_i - mean_i;
           auto x_2 = x * x;
-          sum_native_layer_norm_default_3 = sum_native_layer_norm_default_3 + only(m, x_2, every<8>((float)0));
+          sum_native_layer_norm_default_3 = sum_native_layer_norm_default_3 + only(m, x_2, every<W8>((float)0));
         });
         (native_layer_norm_default_3 + 0)[0] = total(sum_native_layer_norm_default_3);
       }
       // 1: test_cpu_golden.py:42
-      span<4>(1, [&](long i, auto m) ALWAYS {
-        auto native_layer_norm_default_3_i = every<4>((native_layer_norm_default_3 + 0)[0]);
-        auto x = counting<4>(6, 0);
+      span<W4>(1, [&](long i, auto m) ALWAYS {
+        auto native_layer_norm_default_3_i = every<W4>((native_layer_norm_default_3 + 0)[0]);
+        auto x = counting<W4>(6, 0);
         auto x_2 = convert<float>(x);
         auto x_3 = native_layer_norm_default_3_i / x_2;
-        auto x_4 = every<4>((float)1e-05f);
+        auto x_4 = every<W4>((float)1e-05f);
         auto x_5 = x_3 + x_4;
         auto x_6 = reciprocal_root(x_5);
         store(rstd + 0, x_6, m);
       });
       // 6: test_cpu_golden.py:42
-      span<8>(6, [&](long i, auto m) ALWAYS {
+      span<W8>(6, [&](long i, auto m) ALWAYS {
         auto native_layer_norm_default_i = load(native_layer_norm_default + i, m);
-        auto mean_i = every<8>((mean + 0)[0]);
+        auto mean_i = every<W8>((mean + 0)[0]);
         auto x = native_layer_norm_default_i - mean_i;
-        auto rstd_i = every<8>((rstd + 0)[0]);
+        auto rstd_i = every<W8>((rstd + 0)[0]);
         auto x_2 = x * rstd_i;
         auto captured_1_i = load(captured_1 + i, m);
         auto getitem = x_2 * captured_1_i;

@@ -129,6 +129,9 @@ def _index_add(low: Lowering, node: fx.Node) -> Expr:
     wide = low.reshape(index, tuple(source.shape[dim] if d == dim else 1 for d in range(len(source.shape))))
     wide = low.expand(wide, source.shape)
     add = node.target.overloadpacket.__name__ == "index_add"
+    alpha = low.argument(node.kwargs.get("alpha", 1))
+    if add and alpha != 1:
+        source = Point(low, node).mul(source, alpha)
     return _write(low, node, value, dim, wide, source, add)
 
 
