@@ -10,7 +10,7 @@ from torch import fx
 from . import geometry
 from .language import Const, Dim, Expr, Load, Scatter
 from .lowering import Lowering, Unsupported, lowers
-from .ops_pointwise import node_arg
+from .ops_pointwise import Point, node_arg
 
 
 def checked(low: Lowering, index: Expr, size: Dim, from_end: bool = False, copy: bool = True) -> Expr:
@@ -131,7 +131,7 @@ def _index_add(low: Lowering, node: fx.Node) -> Expr:
     add = node.target.overloadpacket.__name__ == "index_add"
     alpha = low.argument(node.kwargs.get("alpha", 1))
     if add and alpha != 1:
-        source = Point(low, node).mul(source, alpha)
+        source = Point(low, node, shape=source.shape).mul(source, alpha)
     return _write(low, node, value, dim, wide, source, add)
 
 

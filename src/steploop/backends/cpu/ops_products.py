@@ -77,7 +77,7 @@ def _dot(low: Lowering, node: fx.Node) -> Expr:
     return low.reshape(found, ())
 
 
-@lowers("addmm", "addmv", "baddbmm", "addbmm")
+@lowers("addmm", "addmv", "baddbmm")
 def _addmm(low: Lowering, node: fx.Node) -> Expr:
     point = Point(low, node)
     bias, left, right = low.args(node)
