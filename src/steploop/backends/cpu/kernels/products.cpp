@@ -13,6 +13,22 @@ template <class T> constexpr int width() { return kRegister / sizeof(T); }
 template <class T> constexpr int panel() { return kVectors * width<T>(); }
 template <class T> INLINE long packed_size(long k, long n) { return k * ((n + width<T>() - 1) / width<T>() * width<T>()); }
 
+// sum + a * b, rounded once where the CPU can. Compilers do that by themselves, but for some CPUs not in a loop with a
+// single sum: then bits would change with the number of rows or columns at hand.
+template <class F> INLINE F fused(F sum, F a, F b) {
+#if defined(__FMA__) && defined(__x86_64__)
+  if constexpr (std::is_same<Elem<F>, float>::value) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+  if constexpr (std::is_same<Elem<F>, double>::value) {
+    asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+#endif
+  return sum + a * b;
+}
+
 // Lanes of a, then of b, by number: those with the bit S come from the other block.
 template <class V, int S, bool UPPER, int... I> INLINE V exchanged(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int L = sizeof...(I);
@@ -100,7 +116,7 @@ static __attribute__((noinline)) void block(const T* a, long a_stride, const T* 
     for (int r = 0; r < R; ++r) {
       F b = every<W>(a[r * a_stride + i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] += b * x[v];
+      for (int v = 0; v < V; ++v) sum[r][v] = R * V == 1 ? fused(sum[r][v], b, x[v]) : sum[r][v] + b * x[v];
     }
   }
 #pragma GCC unroll 8
@@ -176,13 +192,13 @@ INLINE void dot_columns(const T* a, const T* w, long across, long k, T* out) {
   for (; l + W <= k; l += W) {
     F x = load(a + l, Full<W>{});
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[c] += x * load(w + c * across + l, Full<W>{});
+    for (int c = 0; c < C; ++c) sum[c] = fused(sum[c], x, load(w + c * across + l, Full<W>{}));
   }
   if (l < k) {
     Part<W> m{k - l};
     F x = load(a + l, m);
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) sum[c] += x * load(w + c * across + l, m);
+    for (int c = 0; c < C; ++c) sum[c] = fused(sum[c], x, load(w + c * across + l, m));
   }
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) out[c] = total(sum[c]);
@@ -206,8 +222,8 @@ static void multiply_once(const T* a, const T* w, long down, long across, long k
         const T* row = w + i * down + j;
         for (int v = 0; v < 4; ++v) {
           long left = count_of(m) - v * W;
-          if (left >= W) sum[v] += x * load(row + v * W, Full<W>{});
-          else if (left > 0) sum[v] += x * load(row + v * W, Part<W>{left});
+          if (left >= W) sum[v] = fused(sum[v], x, load(row + v * W, Full<W>{}));
+          else if (left > 0) sum[v] = fused(sum[v], x, load(row + v * W, Part<W>{left}));
         }
       }
       for (int v = 0; v < 4; ++v) {
