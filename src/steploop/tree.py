@@ -85,8 +85,16 @@ def _leaf_names(spec: pytree.TreeSpec, root: str) -> tuple[str, ...]:
     # (Of the spec alone: with the leaves, the table would keep a user's objects alive, a model among them.)
     # numbered leaves: a leaf of the real tree may itself look like a container to pytree's path functions
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    pairs, _ = pytree.tree_flatten_with_path(tree)
-    return tuple(root + pytree.keystr(path) for path, _ in pairs)
+    return tuple(root + pytree.keystr(path) for path, _ in with_paths(tree)[0])
+
+
+def with_paths(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
+    """`pytree.tree_flatten_with_path`; in a tree with a class that was registered without names, leaves are numbered."""
+    try:
+        return pytree.tree_flatten_with_path(tree)
+    except ValueError:
+        leaves, spec = pytree.tree_flatten(tree)
+        return [((pytree.SequenceKey(i),), leaf) for i, leaf in enumerate(leaves)], spec
 
 
 def _leaf_key(leaf: Any) -> Any:

@@ -24,6 +24,7 @@ from .loop import Loop
 from .scan import prepare_scan
 from .step import Step, Unbatched
 from .tracebacks import ends_at_the_call
+from .tree import with_paths
 
 
 @dataclass
@@ -210,7 +211,7 @@ class _Copies:
             return value._replace(data=self._leaf(value.data, name))
         if name == "state" and isinstance(value, dict):
             return {path: self._copy(state, f"state['{path}']") for path, state in value.items()}
-        pairs, spec = pytree.tree_flatten_with_path(value)
+        pairs, spec = with_paths(value)
         copies = [
             self._copy(leaf, name + pytree.keystr(path)) if isinstance(leaf, (Tensor, Unbatched)) else leaf
             for path, leaf in pairs

@@ -457,10 +457,16 @@ class StackedPiece:
 
 def _mapped(function: Callable[..., Any], in_dims: tuple[int | None, ...], arguments: Sequence[Tensor]) -> Any:
     """vmap over the steps. Where torch has no rule for an operation, it runs the steps one by one, and would warn: the
-    caller can do nothing about it."""
+    caller can do nothing about it. Of some operations it says instead that they need a rule."""
     torch._C._functorch._set_vmap_fallback_warning_enabled(False)
     try:
         return torch.func.vmap(function, in_dims, randomness="different")(*arguments)
+    except RuntimeError as error:
+        if "atching rule" not in str(error):
+            raise
+        steps = next(len(a) for a, dim in zip(arguments, in_dims) if dim == 0)
+        parts = [function(*(a if d is None else a[t] for a, d in zip(arguments, in_dims))) for t in range(steps)]
+        return [torch.stack(p) for p in zip(*parts)]
     finally:
         torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 

@@ -589,7 +589,7 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
             made[node] = _size(env, value)
         elif isinstance(value, (torch.SymFloat, torch.SymBool, float, bool)) and not _has_tensor(node):
             made[node] = _plain(value)
-        elif node.target in copies:
+        elif node.target in copies and not _changes_memory(node):
             made[node] = made[node.args[0]]
         else:
             call = new.call_function(node.target, convert(node.args), convert(dict(node.kwargs)))
@@ -598,6 +598,18 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
                 call.meta["contiguous"] = node.args[0].meta["val"].is_contiguous()
             made[node] = call
     return new
+
+
+def _changes_memory(node: fx.Node) -> bool:
+    """Whether an operation that copies does more: of numbers that are only marked as conjugate or negative, or of a
+    tensor of the step's own that is laid out otherwise, which an operation may need to be dense."""
+    (source, *_), made = node.args, node.meta.get("val")
+    value = source.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(made, Tensor):
+        return False
+    if value.is_conj() != made.is_conj() or value.is_neg() != made.is_neg():
+        return True
+    return source.op == "get_attr" and made.is_contiguous() and not value.is_contiguous()
 
 
 def _has_tensor(node: fx.Node) -> bool:

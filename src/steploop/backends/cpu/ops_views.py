@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from . import geometry
-from .language import Dim, Expr, whole
+from .language import Dim, Expr, same, whole
 from .lowering import Lowering, Unsupported, lowers
 from .ops_pointwise import node_arg, option
 
@@ -237,6 +237,8 @@ def _roll(low: Lowering, node: fx.Node) -> Expr:
     for shift, dim in zip(shifts, dims):
         dim = low.inner(node, dim)
         size = value.shape[dim]
+        if same(size, 0):
+            continue
         cut = (-shift) % size
         if cut:
             tail = low.view(value, geometry.narrow(dim, cut, size - cut))

@@ -55,7 +55,9 @@ def aligned(nodes: list[fx.Node], rank: int) -> Rows:
 
 
 def pointwise(node: fx.Node, batch: sympy.Symbol) -> Axis:
-    return aligned(tensor_inputs(node), len(shape_of(node)))
+    made = node.meta["val"]
+    first = made[0] if isinstance(made, (tuple, list)) else made  # frexp gives two of one shape
+    return aligned(tensor_inputs(node), first.dim())
 
 
 def pointwise_tuple(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
