@@ -89,7 +89,7 @@ def _leaf_names(spec: pytree.TreeSpec, root: str) -> tuple[str, ...]:
 
 
 def with_paths(tree: Any) -> tuple[list[tuple[Any, Any]], pytree.TreeSpec]:
-    """`pytree.tree_flatten_with_path`; in a tree with a class that was registered without names, leaves are numbered."""
+    """`pytree.tree_flatten_with_path`; where a class was registered without names, leaves are numbered."""
     try:
         return pytree.tree_flatten_with_path(tree)
     except ValueError:

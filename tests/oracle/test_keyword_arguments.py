@@ -34,7 +34,7 @@ def lu(h: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.lu_factor(safe(h))
 
 
-# Not all of these have a native form. (operation, keyword) -> what a step computes of its state and its input, both (B, 4).
+# (operation, keyword) -> what a step computes of its state and its input, both (B, 4). Not all have a native form.
 CASES = {
     ("add", "alpha"): lambda h, x: torch.add(h, x, alpha=0.3),
     ("sub", "alpha"): lambda h, x: torch.sub(h, x, alpha=0.3),
@@ -68,7 +68,9 @@ CASES = {
         triangle(h), safe(x), upper=False, unitriangular=True
     ).flatten(1),
     ("round", "decimals"): lambda h, x: h / 2 + torch.round(h + x, decimals=1),
-    ("scatter", "reduce"): lambda h, x: h + x + x.detach().scatter(1, INDEX.expand(len(h), 4), h.detach(), reduce="add"),
+    ("scatter", "reduce"): lambda h, x: h + x + torch.scatter(
+        x.detach(), 1, INDEX.expand(len(h), 4), h.detach(), reduce="add"
+    ),
     ("std", "correction"): lambda h, x: h + torch.std(h + x, 1, correction=0, keepdim=True),
     ("var", "correction"): lambda h, x: h + torch.var(h + x, 1, correction=0, keepdim=True),
     ("var_mean", "correction"): lambda h, x: h + torch.var_mean(h + x, 1, correction=0, keepdim=True)[0],
