@@ -264,6 +264,14 @@ class Sizes(ShapeEnv):
     """Symbols for sizes, which do not note where in the code each came up: torch would import all of torch.export for
     it, and look at every frame of the stack."""
 
+    batch: sympy.Symbol | None = None
+
+    def _set_replacement(self, *given: Any) -> None:
+        """A step that needs the number of rows (`for row in x`) is left at once: it may go on for all of the hint's."""
+        super()._set_replacement(*given)
+        if self.batch is not None and self.replace(self.batch) != self.batch:
+            raise FixedBatch("the step fixes the batch size")
+
     def _get_stack_summary(self, *_args: Any, **_options: Any) -> tuple[SLoc, str]:
         return SLoc(None, None), ""
 
@@ -283,6 +291,7 @@ class _Tracer:
         if signature.batch is not None:
             self.batch = self._symbol(self.signature.batch_hint, ("batch", 0, 0)) if symbolic else signature.batch
         self.symbolic = symbolic and signature.batch is not None
+        self.env.batch = self.batch.node.expr if self.symbolic else None
         self.counts = (len(signature.xs), len(signature.constants), len(signature.states))
         self.shape_of_result: dict[str, Any] = {}
 
@@ -301,7 +310,7 @@ class _Tracer:
             with enable_python_dispatcher(), self.mode, _use_lazy_graph_module(True):
                 functional = dispatch_functionalize(traced, FunctionalTensorMode())
                 module = make_fx(functional, tracing_mode="real", _error_on_data_dependent_ops=True)(*leaves)
-        except SteploopError:
+        except (SteploopError, FixedBatch):
             raise
         except Exception as error:
             refused = lines.refused or refusal(error, lines.failed)
