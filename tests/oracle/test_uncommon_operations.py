@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spans import cut_time
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -90,3 +91,31 @@ def test_a_carry_whose_leaves_have_no_names(backend):
     torch.testing.assert_close(last.mean, xs.sum(0))
     torch.testing.assert_close(means[-1], xs[:-1].sum(0))
     torch.testing.assert_close(last.precision, torch.full((2, 3), 0.9**4))
+
+
+@pytest.mark.parametrize("given", ["lengths", "mask"])
+@pytest.mark.parametrize("spans", [None, 2])
+def test_values_whose_size_follows_the_rows_without_an_axis_of_them(given, spans, monkeypatch):
+    """A layer folds rows and channels into one axis, and its backward keeps numbers of that many."""
+    if spans:
+        cut_time(monkeypatch, spans)
+    torch.manual_seed(0)
+    norm, bag = nn.InstanceNorm1d(2, affine=True).double(), nn.EmbeddingBag(7, 4).double()
+
+    def fn(h, x):
+        folded = norm((h + bag(x)).view(-1, 2, 2)).flatten(1)
+        return torch.tanh(folded), h * 1
+
+    xs = torch.randint(0, 7, (5, 3, 4))
+    how = {"lengths": torch.tensor([2, 5, 4])} if given == "lengths" else {"mask": torch.rand(5, 3) < 0.6}
+    if given == "mask":
+        how["mask"][:, 0] = True
+    found = []
+    for backend in ("reference", "auto", "eager"):
+        h = torch.full((3, 4), 0.3, dtype=torch.float64).requires_grad_()
+        last, ys = sl.scan(fn, h, xs, backend=backend, **how)
+        total = last.cos().sum() + ys.sin().sum()
+        found.append([last, ys, *torch.autograd.grad(total, (h, *norm.parameters(), *bag.parameters()))])
+    for ours in found[1:]:
+        for a, b in zip(found[0], ours, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)

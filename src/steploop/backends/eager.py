@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
+import sympy
 import torch
 from torch import Tensor, fx
 
-from ..compiler.ir.graph import LoopProgram, Rows, rows_of, shape_at, symbols_of
+from ..compiler.ir.graph import LoopProgram, Rows, rows_of, shape_at, shape_of, symbols_of
 from ..compiler.printing import Source, call_text, fuse_addmm, last_uses, print_size
 from ..compiler.schedule import Span
 from . import contract
@@ -28,6 +29,7 @@ class Run:
     places: where its rows are.
     marks: which rows are reset at which step, (count * rows,) bool; None where none is at any.
     hits: for every step whether any is, in running order.  back: what each state is reset to, (rows, ...).
+    shapes: of one step's value, where its size follows the rows without having them on an axis (see `join`).
     """
 
     rows: int
@@ -40,6 +42,7 @@ class Run:
     marks: Tensor | None = None
     hits: Sequence[bool] = ()
     back: list[Tensor] = field(default_factory=list)
+    shapes: Sequence[list[int] | None] = ()
 
     def part(self, begin: int, count: int) -> Run:
         """`count` of its steps, from number `begin` in running order on, with the states as they are now."""
@@ -51,7 +54,10 @@ class Run:
 
     def sequences(self) -> list[Sequence[Tensor]]:
         """For every such input its values, in running order."""
-        steps = (_one_by_one(p, place, self.count, self.rows) for p, place in zip(self.packed, self.places))
+        steps = [_one_by_one(p, place, self.count, self.rows) for p, place in zip(self.packed, self.places)]
+        for k, shape in enumerate(self.shapes):
+            if shape is not None:
+                steps[k] = [value[tuple(map(slice, shape))] for value in steps[k]]
         return list(map(self._in_order, steps))
 
     def marks_or_none(self) -> list[Tensor | None]:
@@ -99,6 +105,8 @@ class Runner(contract.Runner):
         self.loop = loop
         self._plain = _print_steps(loop, resets=False, after=False)
         self._resetting: dict[bool, object] = {}
+        steps = [i for i in loop.inputs if i.kind == "step"]
+        self._follow = [i.node if i.rows is None and _follows(i.node, loop.batch) else None for i in steps]
         self._only_rows = loop.batch is not None and all(rows_of(n) is not None for n in loop.kept)
 
     def __call__(
@@ -138,6 +146,9 @@ class Runner(contract.Runner):
             packed = [_between(v, place, span, first, last + 1) for v, place in moving]
             number = size if not isinstance(size, tuple) else size[0]
             made = Run(number, len(chosen), down, part, constants, packed, [place for _, place in moving])
+            if any(self._follow):
+                now = {**sizes, str(loop.batch): number}
+                made.shapes = [shape_at(n.meta["val"], now) if n is not None else None for n in self._follow]
             hits = [span.schedule.reset_steps[k] for k in chosen] if resets else ()
             if any(hits):
                 made.marks, made.hits = _between(span.resets, Rows(0), span, first, last + 1), hits
@@ -188,6 +199,10 @@ class Runner(contract.Runner):
             if rows is None:
                 return torch.cat(values)
         if rows is None:
+            if sizes and _follows(node, self.loop.batch):
+                # Fewer rows give a smaller value: all take the room of the largest, and their own corner of it.
+                whole = shape_at(node.meta["val"], sizes)
+                values = [_in_corner(v, whole) for v in values]
             return torch.stack(values)
         if rows.outer != 1:
             wide = [v.unflatten(rows.dim, (rows.outer, -1)) for v in values]
@@ -206,6 +221,19 @@ class Eager(contract.Backend):
 
     def compile(self, loop: LoopProgram) -> Runner:
         return Runner(loop)
+
+
+def _follows(node: fx.Node, batch: sympy.Symbol | None) -> bool:
+    """Whether the size of a value depends on how many rows there are."""
+    return batch is not None and any(batch in getattr(n, "free_symbols", ()) for n in shape_of(node))
+
+
+def _in_corner(value: Tensor, shape: Sequence[int]) -> Tensor:
+    if list(value.shape) == list(shape):
+        return value
+    made = value.new_zeros(shape)
+    made[tuple(map(slice, value.shape))] = value
+    return made
 
 
 def _between(value: Tensor, place: Rows | None, span: Span, begin: int, end: int) -> Tensor:

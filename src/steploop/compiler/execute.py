@@ -378,8 +378,9 @@ class _Runner:
         return blocks.empty(shape, node.meta["val"].dtype, node.meta["val"].device)
 
     def _shape(self, node: fx.Node) -> list[int]:
-        """The shape of a value of all steps."""
-        sizes = {**self.sizes, str(self.problem.batch): self.schedule.total}
+        """The shape of a value of all steps; of a single one where values are stacked, with room for all rows."""
+        rows = self.schedule.batch if node.meta["rows"] is None else self.schedule.total
+        sizes = {**self.sizes, str(self.problem.batch): rows}
         return [size_at(expression(s), sizes) for s in node.meta["val"].shape]
 
     def _place(self, node: fx.Node, span: Span) -> Tensor:
