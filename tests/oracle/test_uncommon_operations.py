@@ -6,6 +6,7 @@ import pytest
 import torch
 from spans import cut_time
 from torch import nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import steploop as sl
@@ -22,6 +23,8 @@ CASES = {
     "a resolved conjugate": lambda h, x: (h * 0.5 + x, torch.view_as_real(C(h, x).conj().resolve_conj()).flatten(1)),
     "roll over the rows": lambda h, x: (h.roll(1, 0) * 0.5 + x, h * 1),
     "fftshift": lambda h, x: (torch.fft.fftshift(h) * 0.5 + x, h * 1),
+    "the loss of a Gaussian": lambda h, x: (h * 0.5 + x, F.gaussian_nll_loss(x, h, h.square(), True, 0.1, "none")),
+    "of variances of rows": lambda h, x: (h * 0.5 + x, h + F.gaussian_nll_loss(h, x, h[:, 0].exp(), reduction="none")),
     "frames of the input": lambda h, x: (h * 0.5 + x, x.as_strided((x.shape[0], 2, 2), (4, 2, 1)).sum(-1)),
     "frames of the state": lambda h, x: (h * 0.5 + x, h.as_strided((h.shape[0], 3, 2), (4, 1, 1)).sum(-1)),
 }

@@ -6,10 +6,12 @@
     fake_quantize_...      its formula, whose gradient torch's tracer can't make
     linalg.solve, inv, ... the forms that check nothing, and a look at what they found (`solved`)
     one_hot                without its check: no class is out of range
+    gaussian_nll_loss      without its check: no variance is negative
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,21 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes <= 0 or tensor.dtype != torch.int64:
         return F.one_hot(tensor, num_classes)
     return tensor.new_zeros((*tensor.shape, num_classes)).scatter(-1, tensor.unsqueeze(-1), 1)
+
+
+def _gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    known: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda loss: loss, "mean": Tensor.mean, "sum": Tensor.sum}
+    if not isinstance(var, Tensor) or reduction not in known:
+        return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
+    if var.shape != input.shape and var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    var = var.clone()
+    with torch.no_grad():  # the gradient of a variance that is too small is that of the least
+        var.clamp_(min=eps)
+    loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var)
+    return known[reduction](loss + 0.5 * math.log(2 * math.pi) if full else loss)
 
 
 def _lstm_cell(
@@ -164,6 +181,7 @@ TRACED_AS: dict[Any, Callable[..., Any]] = {
     torch.linalg.cholesky: looked_at("cholesky"), torch.cholesky: looked_at("cholesky"),
     Tensor.cholesky: looked_at("cholesky"), F.one_hot: _one_hot, torch.lstm_cell: _lstm_cell,
     torch.gru_cell: _gru_cell, torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    F.gaussian_nll_loss: _gaussian_nll_loss,
     torch.linalg.lu_factor: looked_at("lu_factor", 2), torch.linalg.ldl_factor: looked_at("ldl_factor", 2),
     Tensor.__getitem__: _get_item, Tensor.__setitem__: _set_item, Tensor.index_put_: _index_put_,
     Tensor.index_put: _index_put, torch.index_put: _index_put, torch.index_put_: _index_put_,
