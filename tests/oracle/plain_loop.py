@@ -43,3 +43,11 @@ def plain_loop(
         for name, values in finals.items():
             values.append(states[name])
     return torch.stack(rows, dim=1), {name: torch.cat(values) for name, values in finals.items()}
+
+def in_turn(fn, carry, xs):
+    """What `sl.scan` promises, for one sequence and one output: a step after the other."""
+    ys = []
+    for x in xs.unbind():
+        carry, y = fn(carry, x)
+        ys.append(y)
+    return carry, torch.stack(ys)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from plain_loop import in_turn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -89,14 +90,6 @@ def keywords() -> Iterator[tuple[str, str]]:
 
 def test_every_keyword_has_a_case():
     assert set(keywords()) <= {*CASES}
-
-
-def in_turn(fn, h, xs):
-    ys = []
-    for x in xs.unbind():
-        h, y = fn(h, x)
-        ys.append(y)
-    return h, torch.stack(ys)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

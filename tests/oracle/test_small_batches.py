@@ -124,3 +124,26 @@ def test_writing_columns_by_index():
     xs = torch.randn(4, 2, 3, dtype=torch.float64)
     agree_scan(step, torch.zeros(2, 3, dtype=torch.float64, requires_grad=True), xs)
     assert sl.plan(step, torch.zeros(2, 3, dtype=torch.float64), xs).loops[0].backend == devices.compiled()
+
+
+def test_a_loop_over_the_rows_is_not_traced_for_the_rows_of_the_hint():
+    """The number of rows is fixed as soon as Python asks for it: a trace for a thousand rows would be thrown away."""
+    traced = []
+    library = torch.library.Library("rows_of_a_test", "DEF")  # noqa: TOR901
+    library.define("halved(Tensor x) -> Tensor")
+    library.impl("halved", lambda x: x / 2, "CompositeExplicitAutograd")
+    fake = lambda x: traced.append(x) or torch.empty_like(x)
+    torch.library.register_fake("rows_of_a_test::halved", fake, lib=library)
+
+    def step(h, x):
+        rows = [torch.ops.rows_of_a_test.halved(h[b]) + x[b] for b in range(len(x))]
+        return torch.stack(rows), h * 1
+
+    with torch.no_grad():
+        for rows in (3, 5, 3):
+            xs, h = torch.randn(4, rows, 2), torch.zeros(rows, 2)
+            last, _ = sl.scan(step, h, xs)
+            for x in xs:
+                h = h / 2 + x
+            torch.testing.assert_close(last, h)
+    assert len(traced) < 100

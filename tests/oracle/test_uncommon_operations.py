@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plain_loop import in_turn
 from spans import cut_time
 from torch import nn
 from torch.nn import functional as F
@@ -28,14 +29,6 @@ CASES = {
     "frames of the input": lambda h, x: (h * 0.5 + x, x.as_strided((x.shape[0], 2, 2), (4, 2, 1)).sum(-1)),
     "frames of the state": lambda h, x: (h * 0.5 + x, h.as_strided((h.shape[0], 3, 2), (4, 1, 1)).sum(-1)),
 }
-
-
-def in_turn(fn, h, xs):
-    ys = []
-    for x in xs.unbind():
-        h, y = fn(h, x)
-        ys.append(y)
-    return h, torch.stack(ys)
 
 
 def results(run, fn, h, xs, more=(), gradient=True):
