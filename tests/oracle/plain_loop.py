@@ -44,6 +44,7 @@ def plain_loop(
             values.append(states[name])
     return torch.stack(rows, dim=1), {name: torch.cat(values) for name, values in finals.items()}
 
+
 def in_turn(fn, carry, xs):
     """What `sl.scan` promises, for one sequence and one output: a step after the other."""
     ys = []

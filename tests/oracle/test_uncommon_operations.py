@@ -53,6 +53,15 @@ def test_as_in_the_plain_loop(fn, backend):
                 torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(4,), (3, 2), (1, 1)])
+def test_variances_that_do_not_fit(shape):
+    """As torch itself says."""
+    fn = lambda h, x: (h, F.gaussian_nll_loss(h, x, torch.ones(shape)))
+    for run in (in_turn, sl.scan):
+        with pytest.raises(Exception, match="var is of incorrect size"):
+            run(fn, torch.zeros(3, 4), torch.randn(2, 3, 4))
+
+
 def test_a_weight_that_lies_transposed():
     layer = nn.Linear(3, 3).double()
     layer.weight = nn.Parameter(torch.randn(3, 3, dtype=torch.float64).t())

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-import sympy
 import torch
 from torch import Tensor, fx
 
-from ..compiler.ir.graph import LoopProgram, Rows, rows_of, shape_at, shape_of, symbols_of
+from ..compiler.ir.graph import LoopProgram, Rows, rows_of, shape_at, symbols_of
 from ..compiler.printing import Source, call_text, fuse_addmm, last_uses, print_size
 from ..compiler.schedule import Span
 from . import contract
@@ -106,7 +105,7 @@ class Runner(contract.Runner):
         self._plain = _print_steps(loop, resets=False, after=False)
         self._resetting: dict[bool, object] = {}
         steps = [i for i in loop.inputs if i.kind == "step"]
-        self._follow = [i.node if i.rows is None and _follows(i.node, loop.batch) else None for i in steps]
+        self._follow = [i.node if i.rows is None and loop.batch in symbols_of(i.node) else None for i in steps]
         self._only_rows = loop.batch is not None and all(rows_of(n) is not None for n in loop.kept)
 
     def __call__(
@@ -199,7 +198,7 @@ class Runner(contract.Runner):
             if rows is None:
                 return torch.cat(values)
         if rows is None:
-            if sizes and _follows(node, self.loop.batch):
+            if sizes and self.loop.batch in symbols_of(node):
                 # Fewer rows give a smaller value: all take the room of the largest, and their own corner of it.
                 whole = shape_at(node.meta["val"], sizes)
                 values = [_in_corner(v, whole) for v in values]
@@ -221,11 +220,6 @@ class Eager(contract.Backend):
 
     def compile(self, loop: LoopProgram) -> Runner:
         return Runner(loop)
-
-
-def _follows(node: fx.Node, batch: sympy.Symbol | None) -> bool:
-    """Whether the size of a value depends on how many rows there are."""
-    return batch is not None and any(batch in getattr(n, "free_symbols", ()) for n in shape_of(node))
 
 
 def _in_corner(value: Tensor, shape: Sequence[int]) -> Tensor:

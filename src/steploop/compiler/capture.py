@@ -610,8 +610,11 @@ def _rebuild(graph: fx.Graph, captured: _Captured, env: ShapeEnv) -> fx.Graph:
 
 
 def _changes_memory(node: fx.Node) -> bool:
-    """Whether an operation that copies does more: of numbers that are only marked as conjugate or negative, or of a
-    tensor of the step's own that is laid out otherwise, which an operation may need to be dense."""
+    """Whether a copy is more than the same numbers again.
+
+    It may resolve a tensor that is only marked as conjugate or negative. Or it may lay out a tensor of the step's own
+    anew, where an operation after it needs that.
+    """
     (source, *_), made = node.args, node.meta.get("val")
     value = source.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(made, Tensor):

@@ -35,8 +35,12 @@ def _gaussian_nll_loss(
     known: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda loss: loss, "mean": Tensor.mean, "sum": Tensor.sum}
     if not isinstance(var, Tensor) or reduction not in known:
         return F.gaussian_nll_loss(input, target, var, full, eps, reduction)
-    if var.shape != input.shape and var.shape == input.shape[:-1]:
+    if var.shape == input.shape[:-1]:
         var = var.unsqueeze(-1)
+    elif var.shape != input.shape:
+        sizes = [n for m, n in zip(input.shape, var.shape) if m != n]
+        if var.dim() != input.dim() or sum(sizes) != 1:  # one axis may be 1
+            raise ValueError("var is of incorrect size")
     var = var.clone()
     with torch.no_grad():  # the gradient of a variance that is too small is that of the least
         var.clamp_(min=eps)

@@ -175,8 +175,8 @@ class Printer:
             self.line(f"{b.name} = at; at += ({rows} * {b.name}_row * sizeof({size}) + 127) / 64 * 64;", 2)
         self.line("bytes = (at + 127) / 64 * 64;", 2)
         self.line("}", 1)
-        self.line("static long whole(long n, long size) { return (n * size + 63) / 64 * 64 / size; }  // vectors", 1)
-        self.line("static long padded(long n, long size) {  // no two rows 4 KB apart", 1)
+        self.line("static long whole(long n, long size) { return (n * size + 63) / 64 * 64 / size; }", 1)
+        self.line("static long padded(long n, long size) {  // whole vectors, and no two rows 4 KB apart", 1)
         self.line("long row = whole(n, size);", 2)
         self.line("return row * size % 4096 == 0 && row ? row + 64 / size : row;", 2)
         self.line("}", 1)
@@ -195,9 +195,9 @@ class Printer:
         """Temporaries with several rows of a product in each row of the batch: best if all are one after the other."""
         products = [p for phase in self.plan.phases for p in phase.products if not same(p.left.shape[0], 1)]
         found = {id(b) for p in products for b in (p.left.buffer, p.target.buffer)}
-        for pair in zip(self.program.prevs, self.program.nexts):  # they change places
-            if found & set(map(id, pair)):
-                found |= set(map(id, pair))
+        for prev, after in zip(self.program.prevs, self.program.nexts):  # they change places
+            pair = {id(prev), id(after)}
+            found |= pair if pair & found else set()
         return found
 
     def _tile(self) -> None:

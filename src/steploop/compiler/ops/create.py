@@ -6,7 +6,7 @@ import sympy
 from torch import fx
 
 from ..ir.graph import shape_of
-from .rules import Axis, first_axis, has, made_up, pointwise, pointwise_tuple
+from .rules import Axis, first_axis, has, made_up, pointwise
 from .table import add
 
 
@@ -40,6 +40,6 @@ add("rand randn", sizes=(0,))
 add("randint", sizes=(1, 2))
 add("rand_like randn_like randint_like", rows=_like)
 add("bernoulli bernoulli_p uniform normal_functional exponential geometric cauchy log_normal random", rows=_like)
-add("native_dropout rrelu_with_noise_functional", rows=pointwise_tuple)
+add("native_dropout rrelu_with_noise_functional", rows=pointwise)
 add("normal poisson binomial _standard_gamma", rows=pointwise)
 add("multinomial", rows=first_axis())

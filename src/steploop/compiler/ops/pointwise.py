@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rules import pointwise_tuple
+from .rules import pointwise
 from .table import add
 
 add("add sub rsub", linear=((0, 1),))
@@ -30,4 +30,4 @@ add(
 add("native_dropout_backward", pointwise=True, linear=((0,),))
 add("hardswish_backward hardsigmoid_backward softshrink_backward hardshrink_backward", pointwise=True)
 add("_prelu_kernel hardswish", pointwise=True)
-add("log_sigmoid_forward _prelu_kernel_backward", rows=pointwise_tuple)
+add("log_sigmoid_forward _prelu_kernel_backward", rows=pointwise)

@@ -54,14 +54,11 @@ def aligned(nodes: list[fx.Node], rank: int) -> Rows:
     return found
 
 
-def pointwise(node: fx.Node, batch: sympy.Symbol) -> Axis:
-    made = node.meta["val"]
-    first = made[0] if isinstance(made, (tuple, list)) else made  # frexp gives two of one shape
-    return aligned(tensor_inputs(node), first.dim())
-
-
-def pointwise_tuple(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
+def pointwise(node: fx.Node, batch: sympy.Symbol) -> Axis | tuple[Axis, ...]:
+    """Several results (frexp) have one shape."""
     value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return aligned(tensor_inputs(node), value.dim())
     rows = aligned(tensor_inputs(node), value[0].dim())
     return tuple(rows for _ in value)
 
