@@ -311,3 +311,21 @@ def test_zero_rows_and_steps():
 def test_both_is_not_vacuous():
     (_, wanted), (_, found) = both(lstm())
     assert wanted[0].abs().sum() > 0 and found[0].data_ptr() != wanted[0].data_ptr()
+
+
+@pytest.mark.parametrize("size", [16, 21, 128])  # rows of a tile lie together; with gaps; and would be 4 KB apart
+@pytest.mark.parametrize("batch", [1, 2, 13])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_products_of_several_rows_in_each_row(size, batch, ragged):
+    """They are one product where the rows lie together. The state and its next value change places at every step."""
+    weight = torch.randn(size, size) * 0.1
+
+    def step(xs, constants, states):
+        (x,), (h,) = xs, states
+        h = torch.tanh(h @ weight + x.unsqueeze(1) + h.flip(1) * 0.3 + h.flip(2) * 0.1)
+        return [h.sum(2)], [h]
+
+    case = make_case(step, [torch.randn(7, batch, size)], [torch.randn(batch, 8, size)])
+    text = cpu.compile(case.loop).text
+    assert "multiply_each" in text and "auto old = s0_tile" in text
+    assert_same(case, torch.randint(1, 8, (batch,)) if ragged else None, rtol=1e-4, atol=1e-4)
