@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import logging
 import threading
 import weakref
 
@@ -403,12 +404,57 @@ def test_calls_leave_nothing_behind():
             loop(xs)[0].sum().backward()
             fn = lambda c, x: (torch.tanh(c @ w + x), c)
             sl.scan(fn, torch.zeros(B, HIDDEN), torch.ones(T, B, HIDDEN), backend="eager")[1].sum().backward()
-        gc.collect()
+        while gc.collect():  # what one collection frees may have held garbage of its own
+            pass
         return len(gc.get_objects())
 
     calls(3)
     # Whatever else the process does makes objects too, and not every time: what leaks shows in every try.
-    assert min(calls(20) - calls(1) for _ in range(3)) < 50
+    assert min(-calls(1) + calls(20) for _ in range(3)) < 50
+
+
+class Counts(logging.Handler):
+    weight, seen = 1, 0
+
+    def emit(self, record):
+        Counts.seen += Counts.weight
+
+
+class AsksForItsTemperature(Cell):
+    def step(self, x):
+        return super().step(x) if self.temperature > 0.5 else x
+
+
+def test_what_torch_logs_while_it_traces_is_none_of_the_steps():
+    """pytest 9.2 gives torch's logs handlers of its own, others for each test."""
+    step, log, handler = AsksForItsTemperature(), logging.getLogger("torch.__trace"), Counts()
+    log.addHandler(handler)
+    try:
+        right(step, 1)
+        step.temperature = 2.0  # it is a symbol from now on: torch logs the question about it
+        right(step, 1)
+        assert Counts.seen, "torch has logged nothing"
+        Counts.weight = 2
+        right(step, 0)
+    finally:
+        log.removeHandler(handler)
+    right(step, 0)
+
+
+class Logs(Cell):
+    words = "one"
+
+    def step(self, x):
+        logging.getLogger("step").debug("%s", self.words)
+        return super().step(x)
+
+
+def test_what_a_step_logs_is_read():
+    right(Logs(), 1)
+    step = Logs()
+    right(step)
+    step.words = "two"
+    right(step, 1)
 
 
 def test_several_threads_make_one_capture():

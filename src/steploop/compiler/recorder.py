@@ -7,6 +7,7 @@ import contextvars
 import datetime
 import gc
 import inspect
+import logging
 import os
 import random
 import sys
@@ -25,6 +26,7 @@ from .reads import (
     STDLIB,
     STEPLOOP,
     TORCH,
+    TRACER,
     USER,
     Reads,
     computes_names,
@@ -53,6 +55,11 @@ _FORBIDDEN: dict[Any, str] = {
 _ON_BEHALF = {"random", "secrets", "uuid", "pathlib", "datetime", "_pydatetime", "tempfile", "inspect"}
 # Python's own modules that look up attributes by names that they are given.
 _BY_NAME = {"copy", "copyreg", "dataclasses", "operator", "types", "pprint", "pickle", "json"}
+# What writes into a log.
+_LOGGING = frozenset(
+    getattr(logging.Logger, name).__code__
+    for name in ("debug", "info", "warning", "error", "exception", "critical", "log")
+)
 
 
 # The recorders at work in each thread, the innermost last.
@@ -125,8 +132,9 @@ class Recorder:
                 self._aside = None
         elif event == "call":
             code = frame.f_code
-            if code in self._in_between or code.co_name == "__del__" or _is_import(code):
-                # Python runs it whenever it collects garbage, or once: what it does is none of the step's.
+            if code in self._in_between or code.co_name == "__del__" or _is_import(code) or _is_log_of_torch(frame):
+                # Python runs it whenever it collects garbage, or once; or torch tells a log, which may be the user's,
+                # what it does while it traces. What it does is none of the step's.
                 self._aside = frame
                 return
             if code not in self.codes:
@@ -211,6 +219,12 @@ def _whose(code: types.CodeType, module: str) -> str:
 
 def _is_import(code: types.CodeType) -> bool:
     return code.co_name == "<module>" and not code.co_filename.startswith("<")
+
+
+def _is_log_of_torch(frame: types.FrameType) -> bool:
+    if frame.f_code not in _LOGGING or frame.f_back is None:
+        return False
+    return kind_of_file(frame.f_back.f_code.co_filename) in (TORCH, TRACER)
 
 
 def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
