@@ -173,7 +173,8 @@ class Guards:
             return False
         if self._beside and not self._beside_unchanged():
             return False
-        return self._kinds.unchanged()
+        kinds = self._kinds
+        return kinds.check(*kinds.tensors) or kinds.unchanged()
 
     def _beside_unchanged(self) -> bool:
         """Whether what stands in no table is unchanged."""
@@ -253,11 +254,11 @@ class Kinds:
     def __init__(self, tensors: Sequence[Tensor]):
         self.tensors = list(tensors)
         self._known = [metadata(t) for t in tensors]
-        self._check = kinds_guard(self.tensors)
+        self.check = kinds_guard(self.tensors)
 
     def unchanged(self) -> bool:
         """torch's own comparison is quick, and tells of more: under inference mode it says no."""
-        return self._check(*self.tensors) or all(metadata(t) == known for t, known in zip(self.tensors, self._known))
+        return self.check(*self.tensors) or all(metadata(t) == known for t, known in zip(self.tensors, self._known))
 
 
 def metadata(tensor: Tensor) -> Any:

@@ -33,7 +33,6 @@ try:
 except ImportError:  # not a public interface
     GlobalStateGuard = None
 
-is_jit_tracing = torch._C._is_tracing
 dispatch_modes = torch._C._len_torch_dispatch_stack
 active_modes = torch._C._len_torch_function_stack
 _STRIDED = torch.strided
@@ -116,14 +115,14 @@ def quick_settings(device: torch.device) -> tuple[Any, ...]:
 
 def _settings_guard(device: torch.device) -> Callable[[], bool]:
     """Whether the settings are those of now, and tensors are their numbers alone: none dual, of torch.func, or seen by
-    a tracer."""
+    a tracer. (Whether torch.jit traces, a stream asks itself.)"""
     settings, modes = quick_settings(device), function_modes()
     unchanged = None if GlobalStateGuard is None else GlobalStateGuard().check
 
     def same() -> bool:
         if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
             return False
-        if is_jit_tracing() or dispatch_modes() > 0:
+        if dispatch_modes() > 0:
             return False
         if unchanged is None:
             return quick_settings(device) == settings
