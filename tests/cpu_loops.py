@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from steploop.backends import cpu, eager
-from steploop.compiler.capture import Leaf, Signature, trace_forward
+from steploop.compiler.capture import trace_forward
 from steploop.compiler.ir.graph import LoopInput, LoopProgram, Rows
 from steploop.compiler.passes.rows import annotate
 from steploop.compiler.program import Program
 from steploop.compiler.schedule import Schedule, Span, make_schedule
+from steploop.compiler.trace import Leaf, Signature
 
 
 @dataclass(eq=False)

@@ -19,7 +19,7 @@ from agree import agree, agree_scan
 from torch import nn
 
 import steploop as sl
-from steploop.compiler import captures, loop_operator
+from steploop.compiler import captures, invocation
 
 T, B, INPUT, HIDDEN = 4, 3, 2, 3
 
@@ -562,7 +562,7 @@ def test_the_schedule_of_another_thread(monkeypatch):
     with torch.no_grad():
         wanted, _ = loop(xs, lengths=mine)
         once = [lambda: loop(xs, lengths=other)]
-        plain = loop_operator._Known.fits
+        plain = invocation._Known.fits
 
         def fits(self, steps, batch, marks):
             found = plain(self, steps, batch, marks)
@@ -570,7 +570,7 @@ def test_the_schedule_of_another_thread(monkeypatch):
                 once.pop()()
             return found
 
-        monkeypatch.setattr(loop_operator._Known, "fits", fits)
+        monkeypatch.setattr(invocation._Known, "fits", fits)
         assert torch.equal(loop(xs, lengths=mine)[0], wanted)
 
 

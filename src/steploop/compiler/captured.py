@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .capture import Signature, Trace
 from .dependencies import Dependencies, Number
 from .free_numbers import FreeNumber
 from .program import Call, Program
 from .reads import Reads
+from .trace import Signature, Trace
 
 # torch's tracer patches classes while it runs: one trace at a time. A trace may start another (an inner loop).
 lock = threading.RLock()

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import warn
 from . import making
-from .capture import Leaf, Signature
 from .captured import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
 from .dependencies import Dependencies, Number, ambient
 from .memory_operator import all_step_by_step
@@ -27,6 +26,7 @@ from .patience import long_part
 from .program import Call, Program, name_of
 from .reads import EVERYTHING, Reads, kind_of_file, trusted
 from .stages import aside, looking
+from .trace import Leaf, Signature
 
 _CHECK = os.environ.get("STEPLOOP_CHECK", "") not in ("", "0")
 MOST = 64  # captures that are kept of one step for inputs of one kind

@@ -28,14 +28,17 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import DataError, InputError, UnsupportedError, describe, message
-from .capture import Trace, condition, conditions_of
 from .captured import Facts, sizes_of
 from .choices import choice
+from .conditions import condition, conditions_of
 from .graph_data import Damaged, NotPlain, Reader, graph_to_data, one_line, size_from_data, size_to_data
+from .invocation import Invocation
 from .ir.graph import StepGraph, expression
-from .loop_operator import Invocation, Layout, invocation_of
+from .layout import Layout
+from .loop_operator import invocation_of
 from .lower import Needs
 from .program import Call
+from .trace import Trace
 
 FORMAT = 1
 _NAME = "steploop-loop"

@@ -15,7 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import MismatchError, StepError
-from .capture import FixedBatch, Leaf, Observed, Signature, Trace, trace_forward, trace_joint
+from .capture import FixedBatch, trace_forward, trace_joint
 from .captured import Capture, Facts, hint, lock, sizes_of
 from .dependencies import Dependencies, Number
 from .free_numbers import FreeNumber, NotFree
@@ -32,6 +32,7 @@ from .recorder import Recorder
 from .refusals import KEEP
 from .side_effects import Snapshot
 from .stages import aside
+from .trace import Leaf, Observed, Signature, Trace
 
 
 class SideEffect(StepError):

@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .capture import Leaf, Observed, Signature, Trace, condition, trace_forward, trace_joint
+from .capture import trace_forward, trace_joint
 from .captured import Capture
+from .conditions import condition
 from .dependencies import Dependencies
 from .graph_data import ROLES, runnable
+from .invocation import hints_of
 from .ir.graph import Size, StepGraph, shape_at, size_at
-from .loop_operator import hints_of
 from .program import Program
 from .recorder import Recorder
+from .trace import Leaf, Observed, Signature, Trace
 
 _ROWS = 3  # of a batch that is not one of the sizes in question
 _GROUPS = 3  # with so many free sizes, every set of them is tried; else each by itself, and all

@@ -18,13 +18,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..view.plan_table import counted
 from . import captures, forward_mode
-from .capture import Trace, keep_with_trace
+from .capture import keep_with_trace
 from .captured import Capture
 from .choices import choice, chooser
 from .dependencies import Dependencies
 from .execute import Executable
+from .invocation import Invocation, hints_of
 from .ir.graph import Rows, StepGraph, op_name
-from .loop_operator import Invocation, Layout, LoopFunction, hints_of, traced
+from .layout import Layout
+from .loop_operator import LoopFunction, traced
 from .lower import (
     SAVE_LIMIT,
     ForwardPlan,
@@ -46,6 +48,7 @@ from .program import Call, Program, Result, name_of
 from .recorder import working
 from .replay import REPLAY_FROM, ReplayPlan, lower_replay, with_replay
 from .stages import as_text, recorded_stages
+from .trace import Trace
 
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:

@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from . import captures, foreign, forward_mode, pipeline
-from .capture import condition, is_tracing
+from .capture import is_tracing
 from .captured import Capture
+from .conditions import condition
 from .dependencies import Dependencies
 from .exported import Exported, Options, from_text, to_text
-from .loop_operator import hints_of, readers, traced
+from .invocation import hints_of
+from .loop_operator import readers, traced
 from .lower import Needs
 from .making import with_joint
 from .masking import masked_call
