@@ -194,7 +194,7 @@ def test_a_broken_piece_is_caught(monkeypatch):
     """The oracle must be able to fail: delays that are off by nothing, or sums that lose a step."""
     from agree import agree
 
-    from steploop.compiler.schedule import Span
+    from steploop.compiler.span import Span
 
     step, xs = NothingFedBack().double(), torch.randn(5, B, INPUT, dtype=torch.float64, requires_grad=True)
     agree(step, xs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steploop.compiler.schedule import Span, make_schedule
+from steploop.compiler.schedule import make_schedule
+from steploop.compiler.span import Span
 
 T, B = 5, 4
 CPU = torch.device("cpu")

@@ -14,7 +14,8 @@ from steploop.backends.cpu import build
 from steploop.backends.cpu import runner as native
 from steploop.compiler import execute
 from steploop.compiler.ir.graph import op_name
-from steploop.compiler.schedule import Span, Unpacked, make_schedule
+from steploop.compiler.schedule import make_schedule
+from steploop.compiler.span import Span, Unpacked
 
 
 @pytest.fixture(autouse=True, params=["tiles", "team"])

@@ -12,7 +12,8 @@ from cpu_loops import assert_same, both, make_case, run
 
 from steploop.backends import cpu, eager
 from steploop.backends.cpu import runner as native
-from steploop.compiler.schedule import Span, make_schedule
+from steploop.compiler.schedule import make_schedule
+from steploop.compiler.span import Span
 
 T, B, H = 6, 9, 21
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "marks": set(),
     "compiler": {"view", "backends.contract"},
     "backends": {"tree"}
-    | {f"compiler.{name}" for name in "blocks choices ir ops printing program recording schedule words".split()},
+    | {f"compiler.{name}" for name in "blocks choices ir ops printing program recording schedule span words".split()},
     "front": {"compiler", "backends"},
     "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
     "recipes": {"public"},

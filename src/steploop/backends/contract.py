@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..compiler.ir.graph import LoopProgram
-    from ..compiler.schedule import Span
+    from ..compiler.span import Span
     from ..errors import BuildError
 
 Reasons = list[tuple[str, str]]  # why a backend can't take a loop: (reason, source line or "")

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..compiler.ir.graph import LoopProgram, Rows, rows_of, shape_at, symbols_of
 from ..compiler.printing import Source, call_text, fuse_addmm, last_uses, print_size
-from ..compiler.schedule import Span
+from ..compiler.span import Span
 from . import contract
 
 

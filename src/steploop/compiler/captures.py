@@ -21,6 +21,7 @@ from ..errors import warn
 from . import making
 from .captured import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
 from .dependencies import Dependencies, Number, ambient
+from .few_rows import same_for_few
 from .memory_operator import all_step_by_step
 from .patience import long_part
 from .program import Call, Program, name_of
@@ -293,7 +294,7 @@ def _fits(
     if any(size < 2 for name, size in sizes.items() if not is_batch(capture.forward, name)):
         return False
     if signature.batch in (0, 1) and capture.batch is None:
-        if not making.same_for_few(capture, signature.batch, program, dependencies):
+        if not same_for_few(capture, signature.batch, program, dependencies):
             return False
         likely = capture.signature.batch_hint
         sizes = {name: likely if is_batch(capture.forward, name) else size for name, size in sizes.items()}

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .ir.graph import LoopProgram, expression
-from .memory_operator import SequenceRunner, is_memory
+from .memory_operator import is_memory
 from .patterns import recognise
+from .sequence_runner import SequenceRunner
 
 if TYPE_CHECKING:
     from ..backends.contract import Choice, Runner, Widen

@@ -16,14 +16,15 @@ from torch.autograd import forward_ad
 from ..errors import UnsupportedError
 from . import forward_mode
 from .captured import Facts, sizes_of
-from .execute import Run, Shifted
 from .ir.graph import StepGraph, expression
 from .layout import Layout, split_needs
 from .lower import BackwardPlan, ForwardPlan, Needs, Saving
-from .memory_operator import autograd_in_kernels
 from .program import Call
 from .replay import Again, AgainBefore, Replay, ReplayPlan, span_steps
 from .schedule import Schedule, make_schedule
+from .sequence_runner import autograd_in_kernels
+from .span import Shifted
+from .span_runner import Run
 from .trace import Signature, Trace
 
 # By key, as long as something else holds them.

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import MismatchError, StepError
+from ..errors import MismatchError
 from .capture import FixedBatch, trace_forward, trace_joint
 from .captured import Capture, Facts, hint, lock, sizes_of
 from .dependencies import Dependencies, Number
+from .few_rows import does_the_same, essence
 from .free_numbers import FreeNumber, NotFree
-from .ir.graph import Size, expression
 from .memory_operator import calls_in, must_inline, tracing
-from .ops.table import operation_of
 from .partition import needed_nodes, problem_of, recurrent_components
 from .passes.histories import use_whole_histories
 from .passes.manager import find_mixing, simplify
@@ -32,17 +30,8 @@ from .recorder import Recorder
 from .refusals import KEEP
 from .side_effects import Snapshot
 from .stages import aside
-from .trace import Leaf, Observed, Signature, Trace
-
-
-class SideEffect(StepError):
-    """The step changed something in Python."""
-
-
-_DRAW = (
-    "A number from Python's or numpy's random generator, or from the clock, is drawn once when the step is captured. "
-    "Draw it with torch (torch.rand) inside the step, or pass it in as a sequence."
-)
+from .trace import Observed, Signature, Trace
+from .two_runs import SideEffect, check_same, check_same_constants
 
 
 def roots_of(program: Program) -> list[tuple[Any, str, Any, Any]]:
@@ -92,14 +81,14 @@ class _Maker:
         if signature.batch in (0, 1) and symbolic:
             # The step may look at the batch size: what it does with so few rows is what counts here.
             simplify(trace.graph)
-            if not _like(trace, signature, signature.batch, inline, program, self.free):
+            if not does_the_same(trace, signature, signature.batch, inline, program, self.free):
                 trace, recorder = self._watched(self._fixed_trace)
                 symbolic = False
         sizes = {k: hint(v) for k, v in sizes_of(trace, self.call).items()}
         floats = {number.path: number.value for number in self.free}
         if symbolic and signature.batch not in (0, 1) and not trace.holds_for(sizes, floats):
             # torch takes another way for few rows (a convolution does): a capture for B as small as this one.
-            signature.batch_hint = signature.batch
+            signature.batch_hint = cast(int, signature.batch)
             trace, symbolic, recorder = self._first_trace(inline)
         if self.free:
             self._check_free(trace, symbolic, inline)
@@ -143,8 +132,8 @@ class _Maker:
             plain = trace_forward(self.program, self.signature, symbolic, Observed())
         plain.keep_alive.extend(memory.calls)
         calls = [[(target, len(floats)) for target, floats in t.numbers] for t in (trace, plain)]
-        floats = [[number for _, floats in t.numbers for number in floats] for t in (trace, plain)]
-        if calls[0] != calls[1] or not np.allclose(*floats, rtol=1e-12, atol=0.0, equal_nan=True):
+        one, other = ([number for _, floats in t.numbers for number in floats] for t in (trace, plain))
+        if calls[0] != calls[1] or not np.allclose(one, other, rtol=1e-12, atol=0.0, equal_nan=True):
             raise NotFree({number.path for number in self.free})
 
     def _fixed_trace(self, observed: Observed) -> Trace:
@@ -170,8 +159,8 @@ class _Maker:
         if before.drawn():
             # Some thread drew a number; if it was the step, a second run comes out otherwise.
             again = trace(Observed(Recorder(), self.free))
-            _check_same(first, again)
-            _check_same_constants(first, again)
+            check_same(first, again)
+            check_same_constants(first, again)
         return first, recorder
 
     def _watched_again(self, trace: Callable[[Observed], Trace]) -> tuple[Trace, Recorder]:
@@ -270,8 +259,9 @@ def _contents_read(recorder: Recorder, dependencies: Dependencies) -> frozenset[
 def _settle(trace: Trace, dependencies: Dependencies) -> list[Any]:
     """The slots of a trace's tensors; the trace itself forgets them."""
     number = {id(t): i for i, t in enumerate(dependencies.tensors)}
-    trace.tensors = [t if isinstance(t, FreeNumber) else number.get(id(t), t) for t in trace.tensors]
-    return trace.tensors
+    slots: list[Any] = [t if isinstance(t, FreeNumber) else number.get(id(t), t) for t in trace.tensors]
+    trace.tensors = slots
+    return slots
 
 
 def _settled_floats(dependencies: Dependencies, free: Sequence[Number]) -> list[float | None]:
@@ -311,7 +301,7 @@ def _add_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:
             before.restore()
             if not capture.by_tracing.issuperset(changed):
                 raise _changes(changed)
-    _check_same(capture.forward, joint)
+    check_same(capture.forward, joint)
     joint.keep_alive.extend(use_whole_histories(joint.graph))
     return _with_more_reads(capture, dependencies, joint, recorder)
 
@@ -343,7 +333,7 @@ def _with_more_reads(
         free = capture.free(dependencies)
         capture.earlier[old] = capture.slots
         capture.slots = _renumbered(capture.slots, dependencies, walk)
-        capture.forward.tensors = capture.slots
+        capture.forward.tensors = cast("list[Any]", capture.slots)
         capture.reads, capture.key, capture.facts = reads, walk.key, walk.facts
         capture.floats, capture.pinned = _settled_floats(walk, free), walk.pinned
         walk.program.kept.walks[reads] = walk
@@ -367,8 +357,8 @@ def check_kept(program: Program, call: Call, capture: Capture, dependencies: Dep
         return
     signature = replace(capture.signature, batch=hint(call.batch) if call.batch is not None else None)
     fresh, walk = make(program, signature, call, [capture.reads], capture.free(dependencies))
-    kept = _essence(capture.forward, None), list(map(id, capture.tensors(dependencies)))
-    new = _essence(fresh.forward, None), list(map(id, fresh.tensors(walk)))
+    kept = essence(capture.forward, None), list(map(id, capture.tensors(dependencies)))
+    new = essence(fresh.forward, None), list(map(id, fresh.tensors(walk)))
     made = [i for i, s in enumerate(capture.slots) if not isinstance(s, int)]
     for ids in (kept[1], new[1]):
         ids[:] = [v for i, v in enumerate(ids) if i not in made]
@@ -377,97 +367,6 @@ def check_kept(program: Program, call: Call, capture: Capture, dependencies: Dep
             f"a capture of {type(program.root).__name__} was used again, and a new one is another:\n"
             f"kept: {kept}\nnew:  {new}\nThis is a mistake of steploop: please report it with the step."
         )
-
-
-# -- few rows --------------------------------------------------------------------------------------------------
-
-
-def same_for_few(capture: Capture, batch: int, program: Program, dependencies: Dependencies) -> bool:
-    """Whether the step does the same with 0 rows, or with 1, as with several: it may look at the batch size."""
-    if batch not in capture.like:
-        free = capture.free(dependencies)
-        capture.like[batch] = _like(capture.forward, capture.signature, batch, set(capture.inline), program, free)
-    return capture.like[batch]
-
-
-def _like(
-    trace: Trace, signature: Signature, batch: int, inline: set[int], program: Program, free: Sequence[Number]
-) -> bool:
-    groups = (signature.xs, signature.constants, signature.states)
-    few = Signature(*([_with_rows(leaf, batch) for leaf in group] for group in groups), batch, signature.dynamic)
-    try:
-        with aside(), tracing(inline) as memory:
-            other = trace_forward(program, few, False, Observed(Recorder(), free))
-        other.keep_alive.extend(memory.calls)
-    except Exception:
-        return False
-    with aside():
-        simplify(other.graph)
-    return _essence(trace, batch) == _essence(other, batch)
-
-
-def _with_rows(leaf: Leaf, batch: int) -> Leaf:
-    shape = (batch, *leaf.shape[1:]) if leaf.batched else leaf.shape
-    return Leaf(shape, leaf.dtype, leaf.device, leaf.batched)
-
-
-def _essence(trace: Trace, batch: int | None) -> list[Any]:
-    """What a trace computes with so many rows (None: any): its calls with their arguments, but for those that only
-    shape."""
-    graph = trace.graph
-    values = {s: sympy.Symbol("_".join(map(str, place))) for s, place in graph.symbols.items()}
-    if graph.batch is not None and batch is not None:
-        values[graph.batch] = sympy.Integer(batch)
-    named: dict[fx.Node, Any] = {}
-    calls: list[Any] = []
-
-    def plain(argument: Any) -> Any:
-        if isinstance(argument, fx.Node):
-            return named[argument]
-        if isinstance(argument, Size):
-            return str(argument.expr.xreplace(values))
-        if isinstance(argument, (list, tuple)):
-            return tuple(map(plain, argument))
-        if isinstance(argument, torch.ScriptObject):  # Python makes a new name for it at every look
-            return str(argument._type())
-        return str(argument) if isinstance(argument, int) and not isinstance(argument, bool) else repr(argument)
-
-    for node in graph.graph.nodes:
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-        if node.op == "placeholder":
-            named[node] = f"input {len(named)}"
-        elif node.op == "call_function" and operation_of(node).view == "shape":
-            named[node] = named[node.all_input_nodes[0]] if node.all_input_nodes else name
-        elif node.op == "call_function" and name in ("permute", "transpose", "t"):
-            order, source = _order_of_axes(node, name, values), named[node.args[0]]
-            named[node] = source if order == sorted(order) else f"call {len(calls)}"
-            calls += [("permute", source, order)] if order != sorted(order) else []
-        elif node.op == "call_function":
-            named[node] = f"call {len(calls)}"
-            kwargs = tuple((k, plain(v)) for k, v in sorted(node.kwargs.items()))
-            args = [a for i, a in enumerate(node.args) if i != _HANDLE_AT.get(node.target)]
-            calls.append((str(node.target), plain(args), kwargs))
-    return [*calls, *(named[n] for n in (*graph.outputs, *graph.nexts))]
-
-
-# Which argument is the number of something made in the trace: a loop, or a remembering operation.
-_HANDLE_AT = {
-    torch.ops.steploop.inner_loop.default: 1, torch.ops.steploop.inner_loop_backward.default: 3,
-    torch.ops.steploop.memory.default: 1, torch.ops.steploop.memory_backward.default: 2,
-}  # fmt: skip
-
-
-def _order_of_axes(node: fx.Node, name: str, values: dict[Any, Any]) -> list[int]:
-    """The axes of a permutation, but for those of size 1: torch moves them otherwise where the batch is one."""
-    rank = node.meta["val"].dim()
-    order = list(range(rank))
-    if name == "permute":
-        order = [d % rank for d in node.args[1]]
-    elif rank:
-        a, b = (0, rank - 1) if name == "t" else (d % rank for d in node.args[1:3])
-        order[a], order[b] = order[b], order[a]
-    sizes = [sympy.sympify(expression(n)).xreplace(values) for n in node.args[0].meta["val"].shape]
-    return [d for d in order if sizes[d] != 1]
 
 
 # -- the parts of the graph that remember ----------------------------------------------------------------------
@@ -483,26 +382,3 @@ def _memories_in_loops(trace: Trace, program: Program) -> set[int]:
         return {id(call.op) for call in calls_in(graph.graph)}
     problem = problem_of(graph)
     return must_inline(graph.graph, recurrent_components(problem, needed_nodes(problem)))
-
-
-# -- two runs --------------------------------------------------------------------------------------------------
-
-
-def _check_same(forward: Trace, joint: Trace) -> None:
-    """A second run of the step must do what the first did; otherwise Python decided differently."""
-    for (one, first), (two, second) in zip(forward.numbers, joint.numbers):
-        if one is not two:
-            return  # with gradients some operations take another form; nothing can be said of what follows
-        if repr(first) != repr(second):
-            raise SideEffect(
-                f"two runs of the step computed with different numbers ({one}): {first} and {second}. {_DRAW}"
-            )
-
-
-def _check_same_constants(first: Trace, again: Trace) -> None:
-    """The same for tensors that the step made of Python's numbers, and for what it calls."""
-    calls = [[target for target, _ in t.numbers] for t in (first, again)]
-    pairs = list(zip(first.tensors, again.tensors))
-    same = calls[0] == calls[1] and len(first.tensors) == len(again.tensors)
-    if not same or any(a is not b and isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs):
-        raise SideEffect(f"two runs of the step did different things. {_DRAW}")

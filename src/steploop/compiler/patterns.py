@@ -22,9 +22,9 @@ from torch import Tensor, fx
 from ..backends.contract import Runner
 from ..marks import wide
 from .ir.graph import LoopProgram, Rows, expression, rows_of
-from .memory_operator import Dense
 from .ops.table import linear_groups, operation_of
-from .schedule import Span
+from .sequence_runner import Dense
+from .span import Span
 
 aten = torch.ops.aten
 

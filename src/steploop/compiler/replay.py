@@ -24,8 +24,8 @@ from .memory_operator import is_memory
 from .ops.table import operation_of
 from .partition import Problem, State
 from .passes.manager import mixing_reasons
-from .schedule import Span
 from .show_loops import show_loops
+from .span import Span
 from .stages import note
 
 WIDE = 4096  # bytes of a row's value that may be worth making again

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
-from ...compiler.schedule import Span
+from ...compiler.span import Span
 from .fuse import Plan
 from .language import Buffer, Const, Dim, Expr, Iota, Load, Product, Reduce, Routine, Scan, Scatter, Statement
 from .ops_linalg import MEANINGS

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...compiler import blocks
 from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
-from ...compiler.schedule import Span, Unpacked
+from ...compiler.span import Span, Unpacked
 from ...errors import BuildError, InputError, without_memory
 from .. import contract, eager
 from . import checks, products, threads

@@ -181,7 +181,8 @@ def _maker(like: Tensor) -> tuple[Callable[..., Tensor], str]:
 
 
 def _numbers(runner: Runner, batch: int, sizes: dict[str, int]) -> Any:
-    from ...compiler.schedule import Span, make_schedule
+    from ...compiler.schedule import make_schedule
+    from ...compiler.span import Span
 
     span = Span(make_schedule(1, batch, torch.device("cpu")), 0, 1)
     numbers = runner._numbers(span, batch, True, False, sizes)
