@@ -200,7 +200,7 @@ def _checked(before: Snapshot, recorder: Recorder, seed: int) -> list[str]:
     before.put_back_recomputed()
     changed = before.changes()
     tensors = [c for c in changed if c.startswith("the tensor ")]
-    moved = before.resumed(recorder.resumed)
+    moved = before.resumed(recorder.resumed) + recorder.assigned()
     if recorder.refused is not None or tensors or moved or seed != torch.initial_seed():
         before.restore()
     if recorder.refused is not None:

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import StepError
+from .guards import MISSING
 from .reads import (
     PACKAGE,
     STDLIB,
@@ -79,6 +80,7 @@ class Recorder:
         self.codes: dict[types.CodeType, str] = {}
         self.resumed: set[int] = set()  # frames of generators
         self.variables: set[contextvars.ContextVar[Any]] = set()
+        self._assigned: dict[contextvars.ContextVar[Any], Any] = {}  # with what they were before
         self.modules: set[str] = set()
         self.tensors: list[Tensor] = []
         self.inner: list[Reads] = []  # what the steps of inner loops have read
@@ -150,6 +152,8 @@ class Recorder:
         if kind is contextvars.ContextVar:
             if not owner.name.startswith("steploop"):
                 self.variables.add(owner)
+                if function.__name__ == "set":
+                    self._assigned.setdefault(owner, owner.get(MISSING))
         elif function is builtins.globals or function is builtins.vars or function is builtins.locals:
             self.modules.add(frame.f_globals.get("__name__", ""))
         elif kind is types.ModuleType or kind is type:
@@ -174,6 +178,14 @@ class Recorder:
         own = kind_of_file(frame.f_code.co_filename) in whose
         if self.refused is None and own:
             self.refused = reads_what_changes(why, frame.f_code.co_filename, frame.f_lineno)
+
+    def assigned(self) -> list[str]:
+        """The context variables that are not what they were. They are put back, but for those that had no value."""
+        changed = [(v, was) for v, was in self._assigned.items() if v.get(MISSING) is not was]
+        for variable, was in changed:
+            if was is not MISSING:
+                variable.set(was)
+        return [f"the context variable {variable.name!r}" for variable, _ in changed]
 
     # -- afterwards ----------------------------------------------------------------------------------------
 

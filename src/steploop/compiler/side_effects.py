@@ -7,33 +7,40 @@ the step for real changes it at the first step and not at the second.
 
 from __future__ import annotations
 
-import array
 import collections
 import functools
+import os
 import random
+import sys
+import threading
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .changeable import (
+    ADDED,
+    PLAIN,
+    Cell,
+    ClassEntries,
+    Entries,
+    Held,
+    Position,
+    Slot,
+    changeable,
+    position_of,
+    taken_from,
+)
 from .dependencies import attributes_of, slots_of
 from .guards import MISSING, class_dictionary, contents
 from .reads import globals_of, kind_of_file, kind_of_module, trusted
 
 # More objects than this are not looked at: no step's own values are so many.
 _MOST = 200_000
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, slice)
-# Attributes that torch and Python themselves add to objects.
-_ADDED = frozenset(
-    "_non_persistent_buffers_set _is_full_backward_hook _backward_pre_hooks _backward_hooks _state_dict_hooks "
-    "_state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks _forward_hooks_with_kwargs "
-    "_forward_hooks_always_called _forward_pre_hooks_with_kwargs __warningregistry__ __annotations__ "
-    "__dict__ __weakref__ __abstractmethods__ _abc_impl _steploop_kept".split()
-)  # and what a Step keeps between calls
 
 
 class Snapshot:
@@ -42,12 +49,13 @@ class Snapshot:
     def __init__(self, roots: Sequence[Any]):
         self._seen: set[int] = set()
         self._alive: list[Any] = []
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
         self._tensors: list[tuple[Tensor, str, Tensor, int]] = []
         self._generators: list[Any] = []
         self._frames: list[tuple[int, str]] = []
         self._recomputed: list[tuple[dict, str, Any]] = []
         self._queue: collections.deque[tuple[Any, str]] = collections.deque((root, "") for root in roots)
+        self._held.append(Entries(os.environ, "os.environ"))
         while self._queue and len(self._seen) < _MOST:
             self._visit(*self._queue.popleft())
         self.random = self._random()
@@ -89,7 +97,7 @@ class Snapshot:
     # -- what can be reached -----------------------------------------------------------------------------
 
     def _follow(self, value: Any, path: str) -> None:
-        if not isinstance(value, _PLAIN) and id(value) not in self._seen:
+        if not isinstance(value, PLAIN) and id(value) not in self._seen:
             self._queue.append((value, path))
 
     def _visit(self, value: Any, path: str) -> None:
@@ -100,6 +108,7 @@ class Snapshot:
         if isinstance(value, Tensor):
             if _has_version(value):
                 self._tensors.append((value, path, value.data, value._version))
+                self._attributes(value, vars(value), path)
         elif isinstance(value, types.FunctionType):
             self._function(value, path)
         elif isinstance(value, types.MethodType):
@@ -115,24 +124,30 @@ class Snapshot:
             self._class(value)
         elif isinstance(value, types.ModuleType):
             if not trusted(kind_of_module(value.__name__)):
-                self._names(vars(value), list(vars(value)), path)
+                self._attributes(value, vars(value), path)
         elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
             self._generators.append(value)
         elif isinstance(value, functools._lru_cache_wrapper):
-            self._held.append(_Position(value, path, lambda v: v.cache_info().misses))
+            self._held.append(Position(value, path, lambda v: v.cache_info().misses))
             self._follow(value.__wrapped__, path)
         elif isinstance(value, types.GeneratorType):
             if value.gi_frame is not None:
                 self._frames.append((id(value.gi_frame), path))
         elif isinstance(value, weakref.ref):
             self._follow(value(), path)
+        elif isinstance(value, threading.local):
+            self._attributes(value, vars(value), path)
         elif not _has_own_business(value):
             self._contents(value, path)
 
     def _contents(self, value: Any, path: str) -> None:
-        kind = next((k for bases, k in _KINDS if isinstance(value, bases)), None)
-        if kind is not None:
-            self._held.append(kind(value, path))
+        held = changeable(value, path)
+        if held is not None:
+            self._held.append(held)
+        if isinstance(value, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
+            for item in list(value.values()):
+                self._follow(item, f"{path}.values()")
+            return
         if isinstance(value, (dict, types.MappingProxyType)):
             for key, item in list(value.items()):
                 self._follow(key, path)
@@ -140,22 +155,27 @@ class Snapshot:
         elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
             for i, item in enumerate(value):
                 self._follow(item, f"{path}[{i}]")
-        elif kind is None and hasattr(type(value), "__next__") and attributes_of(value) is None:
-            self._held.append(_Position(value, path, _position))
+        elif held is None and hasattr(type(value), "__next__") and attributes_of(value) is None:
+            self._held.append(Position(value, path, position_of))
+            for inner in taken_from(value):
+                self._follow(inner, path)
         attributes = attributes_of(value)
         if attributes is not None:
-            made = recomputed(value) if isinstance(value, nn.Module) else frozenset()
-            self._recomputed += [(attributes, name, attributes.get(name, MISSING)) for name in made]
-            self._held.append(_Entries(attributes, path, _ADDED | made))
-            for name, item in list(attributes.items()):
-                if name != "_steploop_kept" and name not in made:
-                    self._follow(item, f"{path}.{name}" if path else str(name))
+            self._attributes(value, attributes, path)
         for slot in slots_of(type(value)):
             item = getattr(value, slot, MISSING)
-            self._held.append(_Slot(value, f"{path}.{slot}", slot))
+            self._held.append(Slot(value, f"{path}.{slot}", slot))
             if item is not MISSING:
                 self._follow(item, f"{path}.{slot}")
         self._follow(type(value), type(value).__name__)
+
+    def _attributes(self, value: Any, attributes: dict, path: str) -> None:
+        made = recomputed(value) if isinstance(value, nn.Module) else frozenset()
+        self._recomputed += [(attributes, name, attributes.get(name, MISSING)) for name in made]
+        self._held.append(Entries(attributes, path, ADDED | made))
+        for name, item in list(attributes.items()):
+            if name != "_steploop_kept" and name not in made:
+                self._follow(item, f"{path}.{name}" if path else str(name))
 
     def _class(self, cls: type) -> None:
         for base in cls.__mro__:
@@ -165,16 +185,16 @@ class Snapshot:
             where = class_dictionary(base)
             if where is None:
                 continue
-            self._held.append(_ClassEntries(where, base))
+            self._held.append(ClassEntries(where, base))
             for name, item in list(where.items()):
-                if name not in _ADDED:
+                if name not in ADDED:
                     self._follow(item, f"{base.__name__}.{name}")
 
     def _function(self, function: types.FunctionType, path: str) -> None:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-            self._held.append(_Cell(cell, name))
+            self._held.append(Cell(cell, name))
             self._follow(contents(cell), name)
-        self._held.append(_Entries(function.__dict__, path, _ADDED))
+        self._held.append(Entries(function.__dict__, path, ADDED))
         for name, item in list(function.__dict__.items()):
             self._follow(item, f"{path}.{name}")
         if trusted(kind_of_file(function.__code__.co_filename)):
@@ -183,14 +203,15 @@ class Snapshot:
             self._follow(value, f"{path} (a default)")
         named = globals_of(function.__code__)
         self._names(function.__globals__, named.names, "")
-        for name in named.names:
-            module = function.__globals__.get(name)
+        modules = {name: function.__globals__.get(name) for name in named.names}
+        modules.update((name, sys.modules.get(name)) for name in named.imports)
+        for name, module in modules.items():
             if isinstance(module, types.ModuleType) and not trusted(kind_of_module(module.__name__)):
                 self._names(vars(module), named.attributes, name)
 
     def _names(self, variables: dict, names: Iterable[str], path: str) -> None:
-        names = [n for n in names if n not in _ADDED]
-        self._held.append(_Entries(variables, path, frozenset(), names))
+        names = [n for n in names if n not in ADDED]
+        self._held.append(Entries(variables, path, frozenset(), names))
         for name in names:
             value = variables.get(name, MISSING)
             if value is not MISSING and not isinstance(value, types.ModuleType):
@@ -204,173 +225,13 @@ def recomputed(module: nn.Module) -> frozenset[str]:
     return frozenset(n for n in names if isinstance(n, str))
 
 
-# -- one thing that can change each ----------------------------------------------------------------------------
-
-
-class _Held:
-    """Something that can change.  changes(): the paths of what did.  restore(): puts it back."""
-
-    def changes(self) -> list[str]:
-        raise NotImplementedError
-
-    def restore(self) -> None:
-        raise NotImplementedError
-
-
-class _Entries(_Held):
-    """The entries of a dictionary; `names`: only these."""
-
-    def __init__(
-        self, where: Any, path: str, ignored: frozenset[str] = frozenset(), names: Sequence[str] | None = None
-    ):
-        self.where, self.path, self.ignored, self.names = where, path, ignored, names
-        self.copy = self._now()
-
-    def _now(self) -> dict:
-        if self.names is not None:
-            return {n: self.where[n] for n in self.names if n in self.where}
-        return {k: v for k, v in self.where.items() if k not in self.ignored and not str(k).startswith("_steploop")}
-
-    def changes(self) -> list[str]:
-        now = self._now()
-        if len(now) == len(self.copy) and all(a is b for a, b in zip(now.values(), self.copy.values())):
-            return []
-        keys = [k for k in {**self.copy, **now} if not _same(now.get(k, MISSING), self.copy.get(k, MISSING))]
-        return [f"{self.path}.{k}" if self.path else str(k) for k in keys]
-
-    def restore(self) -> None:
-        now = self._now()
-        for key in now.keys() - self.copy.keys():
-            self._remove(key)
-        for key, value in self.copy.items():
-            if now.get(key, MISSING) is not value:
-                self._put(key, value)
-
-    def _put(self, key: Any, value: Any) -> None:
-        self.where[key] = value
-
-    def _remove(self, key: Any) -> None:
-        del self.where[key]
-
-
-class _ClassEntries(_Entries):
-    def __init__(self, where: dict, cls: type):
-        self.cls = cls
-        super().__init__(where, cls.__name__, _ADDED)
-
-    def _put(self, key: Any, value: Any) -> None:
-        setattr(self.cls, key, value)
-
-    def _remove(self, key: Any) -> None:
-        delattr(self.cls, key)
-
-
-class _Members(_Held):
-    """A list, a set, a deque: compared and put back whole."""
-
-    def __init__(self, value: Any, path: str):
-        self.value, self.path, self.copy = value, path, tuple(value)
-
-    def changes(self) -> list[str]:
-        now = tuple(self.value)
-        same = len(now) == len(self.copy) and all(map(_same, now, self.copy))
-        return [] if same else [self.path or "a container that the step reads"]
-
-    def restore(self) -> None:
-        self.value.clear()
-        (self.value.update if isinstance(self.value, set) else self.value.extend)(self.copy)
-
-
-class _Bytes(_Held):
-    """Memory: an array of numpy's or of Python's, a bytearray."""
-
-    def __init__(self, value: Any, path: str):
-        self.value, self.path, self.copy = value, path, self._copied(value)
-
-    @staticmethod
-    def _copied(value: Any) -> Any:
-        return value.copy() if isinstance(value, np.ndarray) else value[:]
-
-    def changes(self) -> list[str]:
-        if isinstance(self.value, np.ndarray):
-            same = self.value.shape == self.copy.shape and self.value.tobytes() == self.copy.tobytes()
-        else:
-            same = self.value == self.copy
-        return [] if same else [self.path]
-
-    def restore(self) -> None:
-        if isinstance(self.value, np.ndarray):
-            self.value[...] = self.copy
-        else:
-            self.value[:] = self.copy
-
-
-class _Slot(_Held):
-    def __init__(self, value: Any, path: str, slot: str):
-        self.value, self.path, self.slot = value, path, slot
-        self.copy = getattr(value, slot, MISSING)
-
-    def changes(self) -> list[str]:
-        return [] if _same(getattr(self.value, self.slot, MISSING), self.copy) else [self.path]
-
-    def restore(self) -> None:
-        if self.copy is MISSING:
-            delattr(self.value, self.slot)
-        else:
-            object.__setattr__(self.value, self.slot, self.copy)
-
-
-class _Cell(_Held):
-    """A variable of an enclosing function."""
-
-    def __init__(self, cell: types.CellType, name: str):
-        self.cell, self.name, self.copy = cell, name, contents(cell)
-
-    def changes(self) -> list[str]:
-        same = _same(contents(self.cell), self.copy)
-        return [] if same else [f"{self.name}, a variable of an enclosing function"]
-
-    def restore(self) -> None:
-        if self.copy is not MISSING:
-            self.cell.cell_contents = self.copy
-
-
-class _Position(_Held):
-    """How far an iterator, or a cache of calls, has come. That can't be put back."""
-
-    def __init__(self, value: Any, path: str, position: Callable[[Any], Hashable]):
-        self.value, self.path, self.position = value, path, position
-        self.copy = position(value)
-
-    def changes(self) -> list[str]:
-        return [] if self.position(self.value) == self.copy else [self.path]
-
-    def restore(self) -> None:
-        pass
-
-
-_KINDS: list[tuple[Any, Callable[[Any, str], _Held]]] = [
-    (dict, _Entries), ((list, set, collections.deque), _Members), ((np.ndarray, bytearray, array.array), _Bytes),
-]  # fmt: skip
-
-
-def _position(iterator: Any) -> Hashable:
-    """Something that is another once an iterator was advanced."""
-    try:
-        return repr(iterator.__reduce__())
-    except TypeError:  # Python 3.14 no longer tells of some
-        return repr(iterator), getattr(iterator, "__length_hint__", int)()
-
-
 def _has_own_business(value: Any) -> bool:
-    """Whether an object of Python's or torch's changes for reasons of its own: a weak dictionary, a lock, autocast."""
+    """Whether an object of Python's or torch's changes for reasons of its own: a lock, a weak set, autocast."""
     kind = type(value)
     module = kind.__module__.split(".")[0]
+    if kind in (weakref.WeakKeyDictionary, weakref.WeakValueDictionary):
+        return False
     return module in ("weakref", "_thread", "functools") or module == "torch" and not isinstance(value, nn.Module)
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and (a == b or (a != a and b != b)))
 
 
 def _has_version(tensor: Tensor) -> bool:
