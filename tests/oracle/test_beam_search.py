@@ -76,9 +76,9 @@ PENALTIES = [("average",), ("per_label", 0.8), falling, lambda log_prob, length:
 def both(model, memory, options, backend, size=LABELS**STEPS, n_best=4, **more):
     """(what beam search found of each row, every hypothesis of each row)."""
     options = dict(options)
-    scorer = Bigram().double()
-    if options.pop("scorers", False):
-        options["scorers"] = [(0.6, scorer)]
+    scorers = options.pop("scorers", None)
+    if scorers is not None:
+        options["scorers"] = [(0.6, Bigram().double())] if scorers is True else scorers
     rows = len(memory)
     prefix = options.pop("prefix", None)
     given = {} if prefix is None else {"prefix": torch.tensor(prefix)[:, None].expand(-1, rows)}
@@ -116,9 +116,6 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best(options):
     torch.manual_seed(len(str(options)))
     hyps, everything = both(Model().double(), torch.randn(2, 3, 4, dtype=torch.float64), options, "reference")
     compare(hyps, everything, 4)
-    # A suppressed or forbidden label is no sequence within the limits: what was found is the best, provably or not.
-    for b, row in enumerate(everything):
-        assert not row or hyps.bound[b] <= hyps.scores[b, 0] + 1e-12 or not hyps.proved_best[b]
 
 
 ONE_LOOP = {
@@ -198,6 +195,141 @@ def test_what_is_proved_best_is_best(request):
             assert best <= max(float(hyps.bound[b]), found) + 1e-9
             proved, right, total = proved + bool(hyps.proved_best[b]), right + is_best, total + 1
     assert proved >= 0.5 * right, (proved, right, total)
+
+
+class Reward(sl.Step):
+    """Raises scores, late: a bound from log-probabilities that only fall knows nothing of it."""
+
+    def __init__(self, sharp=3.0):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(STEPS, LABELS))
+        self.at, self.sharp = sl.State(init=0, dtype=torch.int64), sharp
+
+    def step(self, label):
+        self.at.next = self.at.prev + 1
+        return self.sharp * self.table[self.at.prev.clamp(max=STEPS - 1)]
+
+
+class Penalty(Reward):
+    never_positive = True
+
+    def step(self, label):
+        return -super().step(label).abs()
+
+
+NARROW = {
+    **{name: {name: option} for name, option in OPTIONS.items()},
+    "reward": {"scorers": Reward},
+    "penalty": {"scorers": Penalty},
+    "scorers and average": {"scorers": True, "length_penalty": ("average",)},
+    "allowed and coverage": {"allowed": NotTwice(), "coverage": OPTIONS["coverage"]},
+    "min_steps and per_label": {"min_steps": 2, "length_penalty": ("per_label", 0.4)},
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_what_is_proved_best_with_other_options_is_best(name):
+    proved, model = 0, Model().double()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        options = dict(NARROW[name])
+        if isinstance(options.get("scorers"), type):
+            options["scorers"] = [(0.6, options["scorers"]().double())]
+        memory = torch.randn(4, 3, 4, dtype=torch.float64)
+        hyps, everything = both(model, memory, options, "reference", size=1 + seed % 3, n_best=1)
+        for b, row in enumerate(everything):
+            is_best = not row or float(hyps.scores[b, 0]) >= row[0][0] - 1e-9
+            assert is_best or not bool(hyps.proved_best[b]), seed
+            proved += bool(hyps.proved_best[b])
+    assert proved == 0 if name == "reward" else proved > 0
+
+
+def test_scores_that_are_no_log_probabilities_are_seen():
+    """`normalised` says that they are; where they are not, nothing is proved."""
+
+    class Raw(Model):
+        def step(self, label, *, memory):
+            return super().step(label, memory=memory)["scores"]
+
+    torch.manual_seed(0)
+    memory, model = torch.randn(3, 3, 4, dtype=torch.float64), Raw().double()
+    common = {"start": START, "end": END, "max_steps": STEPS, "memory": memory, "backend": "reference"}
+    for size in (1, 2, 27):
+        assert not sl.search.beam(model, size=size, normalised=True, **common).proved_best.any()
+    assert sl.search.beam(model, size=27, **common).proved_best.all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_compiled_searches_see_rewards_too(backend):
+    torch.manual_seed(3)
+    model, memory = Model().double(), torch.randn(3, 3, 4, dtype=torch.float64)
+    for scorer in (Reward().double(), Penalty().double()):
+        found, expected = (
+            sl.search.beam(
+                model, start=START, end=END, max_steps=STEPS, size=2, n_best=2, scores="scores", memory=memory,
+                scorers=[(0.5, scorer)], backend=name,
+            )
+            for name in (backend, "reference")
+        )  # fmt: skip
+        for name in ("labels", "scores", "proved_best", "bound"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+class Reads(sl.Step):
+    """A decoder over a memory with lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.cell = nn.Embedding(9, 8), sl.nn.GRUCell(16, 8)
+        self.attention, self.head = sl.nn.attention.GeneralAttention(8, 8), nn.Linear(8, 9)
+        self.context = sl.State(8)
+
+    def step(self, label, *, memory, memory_lengths):
+        h = self.cell(torch.cat([self.embedding(label), self.context.prev], -1))
+        self.context.next, _ = self.attention(h, memory=memory, memory_lengths=memory_lengths)
+        return 4 * self.head(h + self.context.next)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("search", ["greedy", "beam"])
+def test_whatever_pads_the_memory(search, backend):
+    torch.manual_seed(1)
+    model, memory, lengths = Reads(), torch.randn(3, 6, 8), torch.tensor([6, 3, 4])
+    padded = torch.full((3, 11, 8), float("nan"))
+    padded[:, :6] = memory
+    more = {"size": 4, "n_best": 4} if search == "beam" else {}
+    found, expected = (
+        getattr(sl.search, search)(
+            model, start=1, end=0, max_steps=12, memory=m, memory_lengths=lengths, backend=backend, **more
+        )
+        for m in (padded, memory)
+    )
+    assert found.to_lists() == expected.to_lists()
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("search", ["greedy", "sample", "beam"])
+def test_the_same_bits_for_any_number_of_threads(search):
+    torch.manual_seed(1)
+    model, memory = Reads(), torch.randn(40, 6, 8)
+    more = {"size": 4, "n_best": 4} if search == "beam" else {}
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(2)
+            results.append(
+                getattr(sl.search, search)(
+                    model, start=1, end=0, max_steps=12, memory=memory, memory_lengths=torch.full((40,), 6),
+                    backend="auto", **more,
+                )
+            )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("labels", "scores", "log_probs", "label_log_probs"):
+        assert torch.equal(getattr(results[0], name), getattr(results[1], name)), name
 
 
 def test_a_wider_beam_of_sums_that_proves_its_result_is_never_worse():

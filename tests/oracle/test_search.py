@@ -36,6 +36,18 @@ class Chain(sl.Step):
         return self.table[label]
 
 
+class Constantly(sl.Step):
+    """A scorer of any number of labels."""
+
+    def __init__(self, labels, value=0.0):
+        super().__init__()
+        self.labels, self.value, self.seen = labels, value, sl.State()
+
+    def step(self, label):
+        self.seen.next = self.seen.prev
+        return torch.full((len(label), self.labels), self.value)
+
+
 def chain(labels=5, seed=0):
     return Chain(torch.randn(labels, labels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
@@ -154,8 +166,19 @@ def test_labels_that_do_not_exist_and_options_that_do_not_fit():
         sl.search.greedy(model, end=9, **common)
     with pytest.raises(sl.InputError, match=r"There is no label 7"):
         sl.search.beam(model, end=0, suppress=(7,), **common)
-    with pytest.raises((sl.OutsideError, IndexError)):
-        sl.search.greedy(model, start=12, end=0, max_steps=3, batch_size=1, **PLAIN)
+    for run in (sl.search.greedy, sl.search.beam):
+        with pytest.raises(sl.OutsideError, match="a label that it does not know.*\n.*\n.*start 12"):
+            run(model, start=12, end=0, max_steps=3, batch_size=1, **PLAIN)
+        with pytest.raises(sl.OutsideError, match="start 1, prefix from 1 to 9"):
+            run(model, start=1, end=0, max_steps=3, prefix=torch.tensor([[9], [1]]), **PLAIN)
+    with pytest.raises(sl.OutsideError, match="labels from 1 to 7"):
+        sl.search.rescore(model, torch.tensor([[[7, 1]]]), torch.tensor([[2]]), start=1, end=0, **PLAIN)
+    for wrong in ({"scorers": [(1.0, Constantly(3))]}, {"scorers": [(1.0, Constantly(1))]},
+                  {"allowed": lambda _: torch.ones(1, 3, dtype=torch.bool)}):  # fmt: skip
+        with pytest.raises(sl.InputError, match=r"expected: \(B, 5\) (bool|floating), as many as the model's"):
+            sl.search.beam(model, end=0, **common, **wrong)
+    with pytest.raises(sl.InputError, match="or a scorer, gave scores that are NaN"):
+        sl.search.beam(model, end=0, scorers=[(1.0, Constantly(5, float("nan")))], **common)
     for wrong, text in [
         ({"size": 2, "n_best": 3}, "n_best <= size"), ({"size": 3, "groups": 2}, "multiple of groups"),
         ({"stop": "soon"}, "no such stop rule"), ({"length_penalty": ("gnmt",)}, "no such length penalty"),

@@ -235,7 +235,7 @@ def taken_from(iterator: Any) -> list[Any]:
 
 
 def _told(file: Any) -> Hashable:
-    """How far a file was read; a pipe tells nothing, and neither does a text whose lines are taken one by one."""
+    """How far a file was read. A pipe can't tell. A text whose lines are taken one by one can't either: it was read."""
     try:
         return file.tell()
     except (OSError, ValueError):

@@ -40,6 +40,11 @@ class Beam(Search):
             (Kasai et al. 2022).
 
     Each step gives `bound` (B,) too: no hypothesis that it gave up can have a better score.
+
+    What is proved stands on scores that only fall. Scorers, and a model with `normalised`, may give other numbers than
+    log-probabilities. Theirs are taken for such as long as they sum to one at most over the labels. A scorer whose
+    attribute `never_positive` is True need only not be positive. Where that does not hold, nothing of the row is proved
+    and "exact" goes on as "all" does.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class Beam(Search):
         self.exact = stop == "exact" and self._bounded()
         self.ends = None if self.most_ends is None else State(init=0, dtype=torch.int64)
         self.covered = None if self.coverage is None else State(...)
+        looks = self._bounded() and (self.normalised or len(self.scorers) > 0)
+        self.falling = State(init=True, dtype=torch.bool) if looks else None  # (B,) whether scores have only fallen
 
     def _bounded(self) -> bool:
         """Whether the penalty's bound holds: what labels and coverage still add must not be positive."""
@@ -78,6 +85,13 @@ class Beam(Search):
     def provable(self) -> bool:
         """Whether there is a bound on everything that was given up."""
         return self._bounded() and self.penalty.monotone and self.groups == 1
+
+    def heed(self, values: Tensor, *, is_sure: bool = False, never_positive: bool = False) -> None:
+        if self.falling is None or is_sure:
+            return
+        most = values.amax(-1) if never_positive else torch.logsumexp(values, -1) - SUMS_TO_ONE
+        ok = (self._by_row(most) <= 0) | self.ended.prev
+        self.falling.rewrite(self.falling.latest & ok.all(-1))
 
     def size_own(self, output: Any) -> None:
         if self.covered is not None:
@@ -158,6 +172,8 @@ class Beam(Search):
         bound = self.penalty.bound(growing, steps, self.limit.prev)
         score = self.penalty.comparable(self.score.next, steps.unsqueeze(1))
         settled = ended & (score > NEVER) & (score >= bound.unsqueeze(1))
+        if self.falling is not None:
+            settled = settled & self.falling.latest.unsqueeze(1)
         return settled.sum(1) >= self.n_best
 
     def final_scores(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor | float]:
@@ -171,9 +187,11 @@ class Beam(Search):
         is_open = ~state["ended"] & (state["taken"] < state["limit"]).unsqueeze(1)
         growing = torch.where(is_open, state["total"], NEVER).amax(1)
         bound = self.penalty.bound(growing, state["taken"], state["limit"])
-        return torch.maximum(bound, bounds.amax(0)) if len(bounds) else bound
+        bound = torch.maximum(bound, bounds.amax(0)) if len(bounds) else bound
+        return bound if self.falling is None else torch.where(state["falling"], bound, float("inf"))
 
 
+SUMS_TO_ONE = 1e-3  # how far the logarithm of the sum of probabilities may lie above zero: rounding
 MOST = 16  # that are looked for one by one; each is some operations more in the step
 BLOCK = 32  # values of which only the largest is looked at, until it is the largest of all
 

@@ -19,6 +19,7 @@ from ..nn._constants import _begins_with, _takes, check_constants_used
 from ..states import States
 from ..step import Step, survey
 from .hypotheses import Hypotheses, of_slot, traced_back
+from .labels import explained_labels
 from .search import NEVER, Search
 from .started import taken_apart
 
@@ -76,10 +77,12 @@ class _Run:
         xs = tuple(x[: self.steps] for x in self.xs)
         arguments = {"steps": self.steps, "batch_size": self.batch, **self.constants}
         with explained(self.search, xs, arguments):
-            prepared = loop.prepare(*xs, **arguments)
-            own = prepared.states(prepared.call.initial)
-            prepared = loop.prepare(*xs, state=self._first_states(own, prepared), **arguments)
-            result = dispatch.run(prepared.program, prepared.call, self.backend)
+            prefix = None if self.prefix is None else self.prefix.labels
+            with explained_labels(start=self.start, prefix=prefix):
+                prepared = loop.prepare(*xs, **arguments)
+                own = prepared.states(prepared.call.initial)
+                prepared = loop.prepare(*xs, state=self._first_states(own, prepared), **arguments)
+                result = dispatch.run(prepared.program, prepared.call, self.backend)
             outputs, state = prepared.finish(result)
         self._check_nan(outputs["nan"])
         return self._found(outputs, state, cast(Tensor, result.taken))
@@ -159,7 +162,7 @@ class _Run:
             step, row = bad.nonzero()[0].tolist()
             raise InputError(
                 message(
-                    "The model gave scores that are NaN.",
+                    "The model, or a scorer, gave scores that are NaN.",
                     expected="numbers; -inf for a label that cannot come",
                     found=f"NaN in row {row} at step {step}",
                 )

@@ -37,7 +37,7 @@ class Search(Step):
                so far (R, max_steps) int64, -1 where there is none yet, to (R, V) bool.
     no_repeat: n: no n labels come twice in a row's hypothesis in the same order; 0: they may.
     scorers:   (weight, Step) pairs, each Step label -> (B, V) log-probabilities (Gulcehre et al. 2015, shallow fusion);
-               a `sl.memory.NGramScorer` is one.
+               a `sl.memory.NGramScorer` is one. Other values may be rewards: then nothing is proved (see `Beam`).
     keep:      parts of the model's output to keep for every label: keys, indices or functions.
     scores:    where the scores are in an output that is a tree: a key, an index or a function; None: it is them.
     normalised: the scores are log-probabilities already; else log_softmax makes them so.
@@ -115,11 +115,14 @@ class Search(Step):
         self._check_scores(scores)
         log_probs = scores if self.normalised else torch.log_softmax(scores, -1)
         log_probs = self._by_row(torch.where(torch.isnan(log_probs), NEVER, log_probs)).to(self.score.prev.dtype)
-        gains = log_probs
+        gains, bad = log_probs, self._nan(scores)
         everything = [held]
+        self.heed(scores, is_sure=not self.normalised)
         for weight, scorer in zip(self.weights, cast("Iterable[Step]", self.scorers), strict=True):
             more, its = self._run(scorer, rows, (), constants)
-            gains = gains + weight * self._by_row(more).to(gains.dtype)
+            _check_like(more, scores, "A scorer gives a number for every label.", "floating")
+            gains, bad = gains + weight * self._by_row(more).to(gains.dtype), bad | self._nan(more)
+            self.heed(more, never_positive=getattr(scorer, "never_positive", False))
             everything.append(its)
         permitted = self._permitted(log_probs, rows, constants, everything)
         if permitted is not None:
@@ -130,7 +133,7 @@ class Search(Step):
         for copies in everything:
             copies.keep(ended)
             copies.write(parent)
-        return self._result(parent, log_prob, output) | {"nan": self._nan(scores, ended), **more}
+        return self._result(parent, log_prob, output) | {"nan": (bad & ~ended).any(-1), **more}
 
     def choose(self, gains: Tensor, output: Any) -> Choice:
         """(parent or None where each hypothesis goes on, label, score, total), (B, K) each; what else the step gives.
@@ -138,6 +141,12 @@ class Search(Step):
         gains: (B, K, V), what each label adds to the total log-probability; -inf where it may not come.
         """
         raise NotImplementedError
+
+    def heed(self, values: Tensor, *, is_sure: bool = False, never_positive: bool = False) -> None:
+        """Look at what the model or a scorer gave, (B * K, V): whether it can raise a score is of use to some searches.
+
+        is_sure: it can't.  never_positive: a scorer says so of itself.
+        """
 
     def _run(self, step: Step, rows: Tensor, xs: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, Copies]:
         copies = Copies(step, self.copies)
@@ -229,9 +238,9 @@ class Search(Step):
         if self.constraint is not None:
             more, its = self._run(self.constraint, rows, (), constants)
             held.append(its)
-            found = self._joined(found, self._by_row(self._as_mask(more)))
+            found = self._joined(found, self._by_row(self._as_mask(more, like)))
         if self.permits is not None:
-            found = self._joined(found, self._by_row(self._as_mask(self.permits(self.labels.prev.flatten(0, 1)))))
+            found = self._joined(found, self._by_row(self._as_mask(self.permits(self.labels.prev.flatten(0, 1)), like)))
         if self.no_repeat:
             found = self._joined(found, ~self._repeated(like))
         return found
@@ -239,15 +248,8 @@ class Search(Step):
     def _joined(self, one: Tensor | None, other: Tensor) -> Tensor:
         return other if one is None else one & other
 
-    def _as_mask(self, mask: Any) -> Tensor:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
-            raise InputError(
-                message(
-                    "allowed= says for every label whether it may come.",
-                    expected="(B, V) bool, True = it may",
-                    found=describe(mask),
-                )
-            )
+    def _as_mask(self, mask: Any, like: Tensor) -> Tensor:
+        _check_like(mask, like, "allowed= says for every label whether it may come: True, it may.", "bool")
         return mask
 
     def _repeated(self, like: Tensor) -> Tensor:
@@ -289,13 +291,15 @@ class Search(Step):
                 )
             )
 
-    def _nan(self, scores: Tensor, ended: Tensor) -> Tensor:
-        """(B,) whether a hypothesis that was open got a score that is no number."""
-        return (self._by_row(torch.isnan(scores).any(-1)) & ~ended).any(-1)
+    def _nan(self, scores: Tensor) -> Tensor:
+        """(B, K) which hypotheses got a score that is no number."""
+        return self._by_row(torch.isnan(scores).any(-1))
 
 
 class NextLabels(Step):
     """An n-gram scorer as a scorer of a search: of the labels that may come after the one before."""
+
+    never_positive = True  # though what a model that backs off gives need not sum to one
 
     def __init__(self, scorer: NGramScorer) -> None:
         super().__init__()
@@ -327,6 +331,14 @@ def checked_step(model: Any, what: str) -> Step:
             )
         )
     return model
+
+
+def _check_like(value: Any, scores: Tensor, what: str, kind: str) -> None:
+    """Whether a scorer or a constraint gives one value for each of the model's labels."""
+    size = scores.shape[-1]
+    is_kind = isinstance(value, Tensor) and (value.dtype == torch.bool if kind == "bool" else value.is_floating_point())
+    if not is_kind or value.dim() != 2 or value.shape[1] != size:
+        raise InputError(message(what, expected=f"(B, {size}) {kind}, as many as the model's", found=describe(value)))
 
 
 def whole(name: str, value: Any, least: int) -> int:
