@@ -152,7 +152,7 @@ class Recorder:
         if kind is contextvars.ContextVar:
             if not owner.name.startswith("steploop"):
                 self.variables.add(owner)
-                if function.__name__ == "set":
+                if function.__name__ == "set" and kind_of_file(frame.f_code.co_filename) in (USER, PACKAGE):
                     self._assigned.setdefault(owner, owner.get(MISSING))
         elif function is builtins.globals or function is builtins.vars or function is builtins.locals:
             self.modules.add(frame.f_globals.get("__name__", ""))
