@@ -12,7 +12,17 @@ from torch.autograd import forward_ad
 from . import kinds, until
 from .backends import BACKENDS, choose, reference  # noqa: F401 (choose hands the backends down)
 from .compiler.program import Call, Program, Result
-from .errors import InputError, SingularError, StepError, UnsupportedError, describe, message, raised_at, singular
+from .errors import (
+    DivisionError,
+    InputError,
+    SingularError,
+    StepError,
+    UnsupportedError,
+    describe,
+    message,
+    raised_at,
+    singular,
+)
 
 SAVE = ("auto", "states", "all")
 
@@ -25,7 +35,7 @@ def run(program: Program, call: Call, backend: str, save: str = "auto") -> Resul
         return _run_compiled(program, call, backend, save)
     except SingularError as error:
         return _as_the_plain_loop(error, program, call)
-    except IndexError as error:
+    except (IndexError, DivisionError) as error:
         if call.until is None:
             raise
         return _as_the_plain_loop(error, program, call)
@@ -54,7 +64,7 @@ def _run_compiled(program: Program, call: Call, backend: str, save: str) -> Resu
     return traced_calls.run(program, call, backend, save)
 
 
-def _as_the_plain_loop(error: SingularError | IndexError, program: Program, call: Call) -> Result:
+def _as_the_plain_loop(error: SingularError | IndexError | DivisionError, program: Program, call: Call) -> Result:
     """What the plain loop gives, where a compiled one met a matrix without a solution, or an index outside its axis.
 
     As a rule that is an error too; one of a matrix now names the step and the row. But a compiled loop may run steps of

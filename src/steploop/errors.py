@@ -9,6 +9,7 @@
     ├── MismatchError(AssertionError)         verify found a difference
     ├── DataError(ValueError)                 recipes: a data file; an exported loop
     ├── BuildError(RuntimeError)              the native compiler failed
+    ├── DivisionError(ZeroDivisionError, RuntimeError)  a division of whole numbers by zero
     └── OutsideError(IndexError, RuntimeError)  an index outside its axis, found while a loop runs
 
 A message says what was expected, what was found, the user's own file and line, and what to type next.
@@ -63,6 +64,10 @@ class BuildError(SteploopError, RuntimeError):
 
 class OutsideError(SteploopError, IndexError, RuntimeError):
     """An index outside its axis. torch raises one of IndexError and RuntimeError, by operation; this is both."""
+
+
+class DivisionError(SteploopError, ZeroDivisionError, RuntimeError):
+    """A division of whole numbers by zero, found while a loop runs; torch raises RuntimeError."""
 
 
 class SingularError(SteploopError, torch.linalg.LinAlgError):  # type: ignore[misc, name-defined]

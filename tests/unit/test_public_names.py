@@ -9,8 +9,8 @@ import torch
 import steploop as sl
 
 NAMES = """
-BuildError CarryError DataError InputError Loop MismatchError OutsideError Report SingularError State StateError States
-Step StepError SteploopError Stream UnsupportedError length_mask memory nn plan register_operation
+BuildError CarryError DataError DivisionError InputError Loop MismatchError OutsideError Report SingularError State
+StateError States Step StepError SteploopError Stream UnsupportedError length_mask memory nn plan register_operation
 scan search seq2seq share unbatched verify view
 """.split()
 
@@ -32,6 +32,7 @@ def test_every_error_is_a_steploop_error_and_a_builtin_one():
         sl.DataError: ValueError,
         sl.BuildError: RuntimeError,
         sl.OutsideError: IndexError,
+        sl.DivisionError: ZeroDivisionError,
         sl.SingularError: torch.linalg.LinAlgError,
     }
     for error, builtin in kinds.items():

@@ -96,10 +96,17 @@ def _pointwise(loop: LoopProgram, prev: fx.Node, node: fx.Node, plain: Callable)
         return Recognised("count", loop, None, _counting(source), plain)
     if not _same_sequence(source, prev, loop):
         return None
+    if node.target is aten.add.Tensor and not _adds_up(prev.meta["val"].dtype):
+        return None
     name, scan = known
     found = Recognised(name, loop, source, scan, plain)
     found.accumulates = True
     return found
+
+
+def _adds_up(dtype: torch.dtype) -> bool:
+    """Whether a running sum is what the loop gives: that of bools is an `or`, and 16 bits are rounded at each step."""
+    return dtype != torch.bool and (not dtype.is_floating_point or dtype.itemsize >= 4)
 
 
 def _same_sequence(source: Any, prev: fx.Node, loop: LoopProgram) -> bool:

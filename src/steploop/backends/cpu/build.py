@@ -26,7 +26,7 @@ from . import cache
 from .cache import folder
 
 FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fwrapv",
     "-fvisibility=hidden", "-w",
 )  # fmt: skip
 GENERIC = "-mtune=generic"

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...compiler.ir.graph import size_at
-from ...errors import OutsideError, SteploopError, message, singular
+from ...errors import DivisionError, OutsideError, SteploopError, message, singular
 from .language import Check
 
+DIVISION = "division"  # the operation of checks for zeros
 _CALLED = {
     "index": "x[index]", "_unsafe_index": "x[index]", "index_put": "x[index] = ...",
     "_unsafe_index_put": "x[index] = ...", "scatter": "scatter or one_hot",
@@ -20,6 +21,16 @@ _FROM_END = frozenset(n for n in _CALLED if "index" in n)  # operations for whic
 
 def error(check: Check, sizes: dict[str, int]) -> SteploopError:
     """The error for a check that failed. sizes: the values of symbols."""
+    if check.operation == DIVISION:
+        return DivisionError(
+            message(
+                "a division of whole numbers by zero, which torch refuses as well",
+                expected="divisors that are not 0",
+                found="a 0, in a row that runs",
+                at=check.line,
+                fix="clamp the divisor, or divide numbers of a floating dtype",
+            )
+        )
     if check.operation.startswith("linalg."):
         return singular(check.operation, at=check.line)
     size = size_at(check.size, sizes)

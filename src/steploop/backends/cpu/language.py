@@ -164,6 +164,7 @@ class Routine(Statement):
 class Check:
     """Indices that must be inside an axis of `size`: what took them (an ATen name), and where it stands.
 
+    Of a division of whole numbers the index is 1 where the divisor is 0, else 0.
     Of "linalg.solve" and its like the index is the number of a column without a pivot: 0, where all have one.
     """
 

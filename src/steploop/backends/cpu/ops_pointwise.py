@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .checks import DIVISION
 from .language import Expr
 from .lowering import Lowering, Unsupported, lowers
 
@@ -20,9 +21,11 @@ _ARITHMETIC = {
     "bitwise_left_shift": "shift_left", "bitwise_right_shift": "shift_right",
     "__lshift__": "shift_left", "__rshift__": "shift_right",
 }  # fmt: skip
+_TO_INTEGERS = ("floor", "ceil", "trunc", "round")
+_DIVISIONS = ("floor_divide", "trunc_divide", "remainder", "fmod")
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _UNARY = (
-    "neg", "abs", "reciprocal", "sqrt", "rsqrt", "floor", "ceil", "trunc", "sign", "exp", "exp2", "expm1",
+    "neg", "abs", "reciprocal", "sqrt", "rsqrt", "sign", "exp", "exp2", "expm1",
     "log", "log1p", "log2", "log10", "tanh", "sigmoid", "erf", "erfc", "lgamma", "sin", "cos", "tan",
     "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "bitwise_not",
 )  # fmt: skip
@@ -79,6 +82,8 @@ def _plain(arg: Any) -> Any:
 def _register_plain() -> None:
     for name in _UNARY:
         lowers(name)(lambda low, node, op=name: Point(low, node).op(op, node_arg(low, node, 0)))
+    for name in _TO_INTEGERS:
+        lowers(name)(lambda low, node, op=name: _to_integers(low, node, op))
     for name, op in _ARITHMETIC.items():
         lowers(name)(lambda low, node, op=op: _arithmetic(low, node, op))
     for name in _COMPARISONS:
@@ -114,7 +119,25 @@ def _arithmetic(low: Lowering, node: fx.Node, op: str) -> Expr:
             raise Unsupported(f"{op} on bools")
     if op == "pow":
         return _power(point, a, b)
-    return point.op(op, a, b)
+    return _divided(point, op, a, b) if op in _DIVISIONS else point.op(op, a, b)
+
+
+def _divided(point: Point, op: str, a: Any, b: Any) -> Expr:
+    """A division of whole numbers: the kernel tells when it finds a zero below, see `Check`."""
+    if point.dtype.is_floating_point or (isinstance(b, int) and b != 0):
+        return point.op(op, a, b)
+    low, below = point.low, point(b)
+    none = low.make.cast(low.make.op("eq", [below, low.const(0, point.dtype, point.shape)], torch.bool), torch.int64)
+    check = [low.const(n, torch.int64, point.shape) for n in (1, low.check(1, DIVISION))]
+    fine = low.make.cast(low.make.op("inside", [none, *check], torch.int64), point.dtype)
+    return point.op(op, a, point.add(below, fine))  # (`fine` is 0: added, so that the check is not left out)
+
+
+def _to_integers(low: Lowering, node: fx.Node, op: str) -> Expr:
+    if node.kwargs.get("decimals"):
+        raise Unsupported("round to decimals")
+    point, (value, *_) = Point(low, node), low.args(node)
+    return point.op(op, value) if point.dtype.is_floating_point else point(value)
 
 
 def _power(point: Point, base: Any, exponent: Any) -> Expr:
@@ -169,19 +192,12 @@ def _div(low: Lowering, node: fx.Node) -> Expr:
         if isinstance(b, (int, float)) and b != 0 and math.frexp(b)[0] in (0.5, -0.5):
             return point.mul(a, 1.0 / b)  # exact
         return point.div(a, b)
-    return point.op("floor_divide" if mode == "floor" else "trunc_divide", a, b)
+    return _divided(point, "floor_divide" if mode == "floor" else "trunc_divide", a, b)
 
 
 @lowers("floor_divide")
 def _floor_divide(low: Lowering, node: fx.Node) -> Expr:
-    return Point(low, node).op("floor_divide", *low.args(node)[:2])
-
-
-@lowers("round")
-def _round(low: Lowering, node: fx.Node) -> Expr:
-    if node.kwargs.get("decimals"):
-        raise Unsupported("round to decimals")
-    return Point(low, node).op("round", low.args(node)[0])
+    return _divided(Point(low, node), "floor_divide", *low.args(node)[:2])
 
 
 @lowers("special_expm1", "special_erf", "special_log1p")
@@ -417,10 +433,8 @@ def _threshold(low: Lowering, node: fx.Node) -> Expr:
 def _hardtanh_backward(low: Lowering, node: fx.Node) -> Expr:
     point = Point(low, node)
     grad, x, lowest, highest = low.args(node)
-    outside = point.op(
-        "bitwise_or", point.test("le", x, lowest), point.test("ge", x, highest), dtype=torch.bool
-    )
-    return point.where(outside, 0, grad)
+    tests = point.test("gt", x, lowest), point.test("lt", x, highest)
+    return point.where(point.op("bitwise_and", *tests, dtype=torch.bool), grad, 0)  # (0 for NaN, as torch)
 
 
 @lowers("leaky_relu")

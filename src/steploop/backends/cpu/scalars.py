@@ -101,8 +101,8 @@ SCALARS: dict[str, Scalar] = {
     "bitwise_or": Scalar("{0} | {1}", torch.bitwise_or),
     "bitwise_xor": Scalar("{0} ^ {1}", torch.bitwise_xor),
     "bitwise_not": Scalar("~{0}", torch.bitwise_not),
-    "shift_left": Scalar("{0} << {1}", torch.bitwise_left_shift),
+    "shift_left": Scalar(_call("shift_left", 2), torch.bitwise_left_shift),
     "inside": Scalar("inside({0}, {1}, {2}, call.fault, m)", _inside),  # (index, size, number of the check)
     "inside_from_end": Scalar("inside_from_end({0}, {1}, {2}, call.fault, m)", _inside_from_end),
-    "shift_right": Scalar("{0} >> {1}", torch.bitwise_right_shift),
+    "shift_right": Scalar(_call("shift_right", 2), torch.bitwise_right_shift),
 }

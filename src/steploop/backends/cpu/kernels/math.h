@@ -100,14 +100,15 @@ template <class V> INLINE V sign_of(V x) {
   return choose(greater(x, V{}), one, V{}) - choose(less(x, V{}), one, V{});
 }
 
-// Division of integers never traps: x / 0 is 0 here (torch raises).
+// Division of integers never traps: x / 0 is 0 here (the caller has looked for zeros, and raises an error).
+template <class T> constexpr bool is_minus_one(T y) { return std::is_signed<T>::value && y == (T)-1; }
 template <class V> INLINE V trunc_divide(V a, V b) {
   if constexpr (is_real<V>()) return lanes_trunc(a / b);
-  else return lanewise(a, b, [](auto x, auto y) { return (decltype(x))(y == 0 ? 0 : y == (decltype(y))-1 ? -x : x / y); });
+  else return lanewise(a, b, [](auto x, auto y) { return (decltype(x))(y == 0 ? 0 : is_minus_one(y) ? -x : x / y); });
 }
 template <class V> INLINE V fmod_of(V a, V b) {
   if constexpr (is_real<V>()) return fmod_real(a, b);
-  else return lanewise(a, b, [](auto x, auto y) { return (decltype(x))(y == 0 || y == (decltype(y))-1 ? 0 : x % y); });
+  else return lanewise(a, b, [](auto x, auto y) { return (decltype(x))(y == 0 || is_minus_one(y) ? 0 : x % y); });
 }
 template <class V> INLINE V remainder_of(V a, V b) {
   V r = fmod_of(a, b);
@@ -128,6 +129,22 @@ template <class V> INLINE V floor_divide(V a, V b) {
     V r = fmod_of(a, b);
     return choose(not_equal(r, V{}) & (less(r, V{}) ^ less(b, V{})), q - (Elem<V>)1, q);
   }
+}
+
+// Shifts by less than nothing, or by all bits and more: nothing is left but the sign.
+template <class V> INLINE V shift_left(V a, V b) {
+  return lanewise(a, b, [](auto x, auto y) {
+    using T = decltype(x);
+    constexpr int bits = 8 * sizeof(T);
+    return y < 0 || y >= (T)bits ? (T)0 : (T)((typename std::make_unsigned<T>::type)x << y);
+  });
+}
+template <class V> INLINE V shift_right(V a, V b) {
+  return lanewise(a, b, [](auto x, auto y) {
+    using T = decltype(x);
+    constexpr int most = 8 * sizeof(T) - std::is_signed<T>::value;
+    return (T)(y < 0 || y >= (T)most ? most == 8 * sizeof(T) ? 0 : x >> most : x >> y);
+  });
 }
 
 // n = round(x / ln 2) and the rest r = x - n ln 2, |r| <= ln 2 / 2
