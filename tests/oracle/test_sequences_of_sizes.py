@@ -15,6 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import attention_cases
 import cell_cases
 import memory_cases
 from agree import agree, agree_scan, situations
@@ -63,6 +64,33 @@ def test_remembering_operations(case):
     for steps, batch in sequence(draw, 2):
         xs = [make(steps, batch) for make in case.xs]
         agree(operation, *xs, **case.constants(batch), **ways(draw, steps, batch))
+
+
+class Looks(sl.Step):
+    """An attention asked by a recurrent query."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.attention = case.make()
+        self.query, self.h = nn.Linear(4, case.query), sl.State(4)
+        self.mix = nn.Linear(case.context + 3, 4)
+
+    def step(self, x, *, memory, memory_lengths):
+        context, weights = self.attention(self.query(self.h.prev), memory=memory, memory_lengths=memory_lengths)
+        self.h.next = torch.tanh(self.mix(torch.cat([context, x], -1)) + 0.5 * self.h.prev)
+        return self.h.next, weights
+
+
+@pytest.mark.parametrize("case", attention_cases.CASES, ids=lambda case: case.name)
+def test_attentions(case):
+    draw, step = random.Random(case.name), cell_cases.randomised(Looks(case), torch.float64)
+    backend = backend_of(draw)
+    for steps, batch, size in sequence(draw, 3):
+        memory = torch.randn(batch, size, attention_cases.MEMORY, dtype=torch.float64, requires_grad=True)
+        valid = torch.tensor([draw.randint(0, size) for _ in range(batch)], dtype=torch.int64)
+        xs = torch.randn(steps, batch, 3, dtype=torch.float64, requires_grad=draw.random() < 0.7)
+        how = ways(draw, steps, batch)
+        agree(step, xs, memory=memory, memory_lengths=valid, backend=backend, save="states", **how)
 
 
 class Attends(sl.Step):

@@ -101,5 +101,6 @@ class Rowwise:
     def summed_product(self, a: Tensor, b: Tensor, inner: int) -> Tensor:
         """The sum over steps of bmm(a, b), both packed: (B * inner, m, n)."""
         a, b = self.fold(a, inner), self.fold(b, inner)
-        a = a.permute(0, 2, 1, 3).reshape(a.shape[0], a.shape[2], -1)
-        return torch.bmm(a, b.reshape(b.shape[0], -1, b.shape[3]))
+        rows, steps, m, k = a.shape
+        a = a.permute(0, 2, 1, 3).reshape(rows, m, steps * k)
+        return torch.bmm(a, b.reshape(rows, steps * k, b.shape[3]))
