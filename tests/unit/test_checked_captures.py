@@ -59,3 +59,25 @@ def test_a_stale_capture_is_seen():
     with pytest.raises(sl.MismatchError, match="a new one is another"):
         for _ in range(3):
             next(runs)
+
+
+def test_streamed_steps_are_checked_too(monkeypatch):
+    """Each capture at steps 1, 2, 4, ...; what the kernel reads at every step."""
+    looked, before = [], captures.making.check_kept
+    monkeypatch.setattr(captures.making, "check_kept", lambda *given: (looked.append(1), before(*given)))
+    cell = sl.nn.GRUCell(3, 4)
+    stream, plain = sl.Loop(cell).stream(2), sl.Loop(cell, backend="reference").stream(2)
+    with torch.no_grad():
+        for step in range(20):
+            x = torch.randn(2, 3)
+            torch.testing.assert_close(stream(x), plain(x))
+            if step == 10:
+                cell.weight_hh.data.mul_(2)
+    assert len(looked) >= 4
+    run = stream._fast._run
+    if hasattr(run, "stepper"):  # natively: a copy that nobody made anew
+        held = run.stepper.held
+        place = next(i for i, h in enumerate(held) if h is not None)
+        held[place] = held[place] + 1
+        with pytest.raises(sl.MismatchError, match="an old copy"), torch.no_grad():
+            stream(torch.randn(2, 3))

@@ -73,12 +73,17 @@ def find(
             capture, dependencies = _find(program, call, settings, before_making)
         program.kept.quick = (settings, shapes), capture, dependencies, capture.key
     if _CHECK:
-        _check_kept(program, call, capture, dependencies)
+        check_kept(program, call, capture, dependencies)
     return capture, dependencies
 
 
-def _check_kept(program: Program, call: Call, capture: Capture, dependencies: Dependencies) -> None:
-    """Compares a kept capture with a new one, at its calls number 1, 2, 4, 8, ...: for tests of this library.
+def checking() -> bool:
+    """Whether kept captures are compared with new ones: STEPLOOP_CHECK=1."""
+    return _CHECK
+
+
+def check_kept(program: Program, call: Call, capture: Capture, dependencies: Dependencies) -> None:
+    """Compares a kept capture with a new one, at its calls (and streamed steps) number 1, 2, 4, 8, ...: for tests.
 
     What is captured for it alone counts for nothing, and is no stage of the call.
     """

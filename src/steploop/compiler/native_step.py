@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import BuildError
+from ..errors import BuildError, MismatchError
 from . import words
 from .captured import Capture
 from .guards import same_content
@@ -156,6 +156,16 @@ class NativeStep:
         if [*map(Tensor.data_ptr, self.watched)] != self.places or self.bytes_differ() >= 0:  # type: ignore[no-untyped-call]
             self._look_again()
         return self.run(xs, states, mask, resets, back)
+
+    def check(self) -> None:
+        """MismatchError where the kernel reads what was made of weights or constants that have changed since."""
+        self._look_again()
+        for kept, now in zip(self.stepper.held, self.stepper.arranged(self._constants())):
+            if kept is not None and not same_content(kept, now):
+                raise MismatchError(
+                    "a stream read an old copy of a weight or of a constant. This is a mistake of steploop: please "
+                    "report it with the step."
+                )
 
     take = with_marks  # marks are nothing that the kernel is not given anyway
 

@@ -65,6 +65,7 @@ class StreamStep:
         self._same_kinds = kinds_guard([x[0] for x in call.xs])
         self._unchanged = self.dependencies.unchanged
         self._same_constants = Kinds(call.constants).unchanged if call.constants else None
+        self._checked = call if captures.checking() else None
         stepping = choice(backend).stepping() if self.device.type == "cpu" else None
         self._run = None if stepping is None else native(self, call, stepping)
         if self._run is None:
@@ -85,6 +86,9 @@ class StreamStep:
             self.holds = False
         if not self.holds:
             return None
+        if self._checked is not None:
+            captures.check_kept(self.program, self._checked, self.capture, self.dependencies)
+            self._run.check()
         if mask is None and resets is None:
             return self._run.take(xs, states)
         return self._run.with_marks(xs, states, mask, resets, back)
@@ -150,6 +154,9 @@ class _WithMarks:
     """Rows that start anew, and rows that take no part, around a step of whole tensors."""
 
     mixes = False  # whether one row sees others
+
+    def check(self) -> None:
+        """What was made of weights and constants is made anew at each step: nothing can be old."""
 
     def take(self, xs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         raise NotImplementedError

@@ -74,11 +74,15 @@ class Stepper:
     def set_constants(self, constants: Sequence[Tensor | None]) -> None:
         """Takes the values that do not change from step to step, again when one of them has changed."""
         self._constants = constants
-        self.held = [None if c is None else arrange(c) for c, arrange in zip(constants, self._arrange)]
+        self.held = self.arranged(constants)
         for i, value in enumerate(self.held):
             if value is not None:
                 for table in self._tables:
                     table.pointers[i] = value.data_ptr() or no_memory(value) or 0
+
+    def arranged(self, constants: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The values that do not change, as they lie in memory for the kernel."""
+        return [None if c is None else arrange(c) for c, arrange in zip(constants, self._arrange)]
 
     def _take(self, states: Sequence[Tensor]) -> _Table:
         """Two new sets of memory, and the table for a step from these states into the first."""
