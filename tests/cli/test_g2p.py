@@ -228,6 +228,13 @@ def test_models_that_are_none(steploop, tmp_path, name, content, told):
     assert ran.code == 2 and told in ran.err and "Traceback" not in ran.err
 
 
+def test_a_run_that_has_not_ended(steploop, tmp_path):
+    """Its weights stand in no file of their own yet."""
+    (tmp_path / "best.ckpt").write_bytes(b"any")
+    ran = steploop("g2p", "a", "--model", tmp_path / "model.safetensors")
+    assert ran.code == 2 and "best.ckpt, the best so far of a run that has not ended" in " ".join(ran.err.split())
+
+
 def test_the_model_of_another_recipe(steploop, trained, tmp_path):
     ran = steploop("g2p", "a", "--model", trained / "best.ckpt")
     assert ran.code == 2 and "a checkpoint of another model" in ran.err

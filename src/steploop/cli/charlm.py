@@ -69,7 +69,8 @@ def train_charlm(
 
     from ..recipes import processes
     from ..recipes.charlm_training import WEIGHTS, Settings, fit
-    from ..recipes.training import BEST, LAST
+    from ..recipes.checkpoints import BEST
+    from ..recipes.training import LAST
 
     begun = _shape_to_begin_with(out / LAST if resume else None)
     shape = given(begun, cell, layers=layers, units=units, embedding=embedding, dropout=dropout)

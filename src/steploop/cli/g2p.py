@@ -77,9 +77,10 @@ def train_g2p(
     if units is not None and units % 2:
         raise DataError(f"--units is an even number: half of the encoder's read in each direction; got {units}")
     from ..recipes import processes
+    from ..recipes.checkpoints import BEST
     from ..recipes.g2p import Checkpoint, Shape
     from ..recipes.g2p_training import WEIGHTS, Settings, fit
-    from ..recipes.training import BEST, LAST
+    from ..recipes.training import LAST
 
     before = Checkpoint.read(out / LAST) if resume else None
     lexicon = _lexicon(data, stress or (before is not None and before.symbols.stress))

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import steploop as sl
 
 from ..errors import DataError
-from .checkpoints import read_checkpoint
+from .checkpoints import read_checkpoint, save_weights
 from .shape import CELLS, ModelShape
 from .texts import Vocabulary
 
@@ -172,10 +172,8 @@ class Checkpoint:
 
     def save_weights(self, path: Path) -> None:
         """A safetensors file, which any program can read; the card, without the history, is in its header."""
-        from safetensors.torch import save_file
-
         card = json.dumps(self.card(self.shape, self.vocabulary, self.history[-1:]))
-        save_file({name: value.contiguous() for name, value in self.weights.items()}, path, {"charlm": card})
+        save_weights(self.weights, path, {"charlm": card})
 
     def check_same(self, shape: Shape, vocabulary: Vocabulary) -> None:
         """Raises DataError that names both sides unless this checkpoint is of that model and vocabulary."""

@@ -23,8 +23,9 @@ import steploop as sl
 from ..errors import DataError
 from . import processes, texts
 from .charlm import CharModel, Checkpoint, Shape, Streams, Window, bits, cross_entropy
+from .checkpoints import BEST
 from .processes import Processes
-from .training import BEST, Training, check_settings, prepare, train, write_plan
+from .training import Training, check_settings, prepare, train, write_plan
 
 matplotlib.use("Agg")  # only files are drawn, and a server has no display
 from matplotlib import pyplot  # noqa: E402

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import DataError
+
+BEST = "best.ckpt"
 
 
 def read_checkpoint(path: Path, recipe: str, format: str) -> dict[str, Any]:
@@ -26,6 +30,15 @@ def read_checkpoint(path: Path, recipe: str, format: str) -> dict[str, Any]:
     if not isinstance(card, dict) or card.get("format") != format:
         raise DataError(f"{path} is a checkpoint of another model: it holds no {format!r}.")
     return content
+
+
+def save_weights(weights: dict[str, Tensor], path: Path, card: dict[str, str]) -> None:
+    """A safetensors file; the one that was there stays until the new one is whole."""
+    from safetensors.torch import save_file
+
+    part = path.with_name(f"{path.name}.part")
+    save_file({name: value.contiguous() for name, value in weights.items()}, part, card)
+    os.replace(part, path)
 
 
 def _why_not(path: Path, error: Exception) -> str:

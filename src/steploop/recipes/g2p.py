@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import steploop as sl
 
 from ..errors import DataError
-from .checkpoints import read_checkpoint
+from .checkpoints import BEST, read_checkpoint, save_weights
 from .lexicon import Phonemes, Symbols
 from .shape import CELLS, ModelShape
 
@@ -140,10 +140,8 @@ class Checkpoint:
 
     def save_weights(self, path: Path) -> None:
         """A safetensors file, which any program can read; the card is in its header."""
-        from safetensors.torch import save_file
-
         card = json.dumps(self.card(self.shape, self.symbols, self.history[-1:]))
-        save_file({name: value.contiguous() for name, value in self.weights.items()}, path, {"g2p": card})
+        save_weights(self.weights, path, {"g2p": card})
 
     def model(self, backend: str = "auto") -> Model:
         """The trained model, ready to say words."""
@@ -178,7 +176,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             card = json.loads((file.metadata() or {}).get("g2p", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
-        raise DataError(f"No such file: {path}\n  fix:      steploop train g2p makes one") from None
+        best = path.with_name(BEST)
+        fix = "steploop train g2p makes one"
+        if best.exists():
+            fix = f"--model {best}, the best so far of a run that has not ended"
+        raise DataError(f"No such file: {path}\n  fix:      {fix}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} is not a safetensors file: {error}") from None
     if card.get("format") != FORMAT:

@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import steploop as sl
 
 from . import processes
+from .checkpoints import BEST
 from .g2p import Checkpoint, Model, Pronouncer, Shape
 from .g2p_scores import Scores
 from .lexicon import Lexicon, Symbols
 from .processes import Processes
-from .training import BEST, Training, check_settings, prepare, train, write_plan
+from .training import Training, check_settings, prepare, train, write_plan
 
 VALIDATIONS = 20  # in a whole run; fewer where they would take more than a tenth of its time
 PATIENCE = 2  # validations without a better PER, after which the learning rate is halved

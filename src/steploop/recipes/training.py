@@ -24,8 +24,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ..errors import DataError
 from . import processes
+from .checkpoints import BEST
 
-LAST, BEST = "last.ckpt", "best.ckpt"
+LAST = "last.ckpt"
 NEVER = sys.maxsize  # steps
 
 
