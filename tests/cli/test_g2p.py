@@ -257,3 +257,16 @@ def test_evaluate(steploop, words, pronounces, one_model, tmp_path):
     assert (tmp_path / "dev-by-length.png").read_bytes().startswith(b"\x89PNG")
     ran = steploop("evaluate", "g2p", *model, "--part", "all")
     assert ran.code == 2 and "--part is one of train, dev, test" in ran.err
+
+
+def test_stress_from_training_to_a_word(steploop, words, tmp_path):
+    """The digits are phonemes of their own then, in training, in what is said and in what is judged."""
+    out, model = tmp_path / "stressed", ("--model", tmp_path / "stressed" / "model.safetensors")
+    ran = steploop("train", "g2p", "--data", words, "--stress", "--out", out, *TINY, "--max-steps", "6")
+    assert ran.code == 0, ran.err
+    symbols = Checkpoint.read(out / "model.safetensors").symbols
+    assert symbols.stress and {"AH1", "IY0"} <= set(symbols.phonemes)
+    ran = steploop("g2p", *model, "abcd", "--beam", "1")
+    assert ran.code == 0 and set(ran.out.split("\t")[1].split()) <= set(symbols.phonemes), ran.out + ran.err
+    ran = steploop("evaluate", "g2p", *model, "--data", words, "--part", "dev", "--beam", "1", "--out", tmp_path)
+    assert ran.code == 0 and "greedy" in ran.out, ran.err
