@@ -70,6 +70,12 @@ def test_beam():
 
 
 @pytest.mark.usefixtures("_by_the_plain_loop")
+def test_minimum_risk():
+    _, costs = importlib.import_module("minimum_risk").train(60, words_at_once=16)
+    fell(costs, 0.75)
+
+
+@pytest.mark.usefixtures("_by_the_plain_loop")
 @pytest.mark.parametrize("name", ["beam", "ctc", "kalman", "recall", "spiking", "state_space"])
 def test_what_explain_shows_of_it_runs(name):
     step, inputs, *constants = importlib.import_module(name).example()
