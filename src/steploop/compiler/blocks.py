@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 LEAST = 1 << 20  # bytes; smaller blocks the allocator keeps itself
 KEPT = int(os.environ.get("STEPLOOP_KEEP_MB", "512")) << 20
@@ -96,7 +97,8 @@ def _alone() -> tuple[int, int] | None:
     return alone if alone != held and alone != named and alone == block.references() else None
 
 
-_ALONE = _alone()
+with _disable_current_modes():  # the first call of all may be one that a tracer of torch's records
+    _ALONE = _alone()
 _blocks = Blocks(KEPT)
 os.register_at_fork(after_in_child=lambda: setattr(_blocks, "lock", threading.Lock()))
 
