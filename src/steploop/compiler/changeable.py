@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .guards import MISSING, contents
+from .guards import MISSING, bytes_of, contents
 
+WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+_RESIZED = (bytearray, array.array)  # memory that can grow
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, range, slice)
 # Attributes that torch and Python themselves add to objects.
 ADDED = frozenset(
@@ -105,32 +107,24 @@ class _Bytes(Held):
     """Memory: an array of numpy's or of Python's, a bytearray, a view of memory, a number of ctypes'."""
 
     def __init__(self, value: Any, path: str):
-        self.value, self.path = value, path
-        self.copy = self._copied()
-
-    def _copied(self) -> Any:
-        value = self.value
-        if isinstance(value, np.ndarray):
-            return value.shape, value.copy()
-        return (), value[:] if isinstance(value, (bytearray, array.array)) else bytes(memoryview(value))
+        self.value, self.path, self.shape = value, path, getattr(value, "shape", None)
+        copy = value.copy() if isinstance(value, np.ndarray) else bytes_of(value)
+        self.copy: Any = value[:] if isinstance(value, _RESIZED) else copy
 
     def changes(self) -> list[str]:
-        (shape, before), (now_shape, now) = self.copy, self._copied()
-        if isinstance(before, np.ndarray):
-            return [] if shape == now_shape and before.tobytes() == now.tobytes() else [self.path]
-        return [] if before == now else [self.path]
+        same = getattr(self.value, "shape", None) == self.shape and bytes_of(self.value) == bytes_of(self.copy)
+        return [] if same else [self.path]
 
     def restore(self) -> None:
-        _, before = self.copy
         if isinstance(self.value, np.ndarray):
-            self.value[...] = before
-        elif isinstance(self.value, (bytearray, array.array)):
-            self.value[:] = before
+            self.value[...] = self.copy
+        elif isinstance(self.value, _RESIZED):
+            self.value[:] = self.copy
         else:
-            ctypes.memmove((ctypes.c_char * len(before)).from_buffer(self.value), before, len(before))
+            ctypes.memmove((ctypes.c_char * len(self.copy)).from_buffer(self.value), self.copy, len(self.copy))
 
 
-class _WeakEntries(Held):
+class WeakEntries(Held):
     """The entries of a weak dictionary. Those that go are none of the step's: what they were for was let go."""
 
     def __init__(self, value: Any, path: str):
@@ -198,10 +192,9 @@ class Position(Held):
         pass
 
 
-KINDS: list[tuple[Any, Callable[[Any, str], Held]]] = [
+_KINDS: list[tuple[Any, Callable[[Any, str], Held]]] = [
     (dict, Entries), ((list, set, collections.deque), _Members),
-    ((np.ndarray, bytearray, array.array), _Bytes), ((ctypes._SimpleCData, ctypes.Structure, ctypes.Array), _Bytes),
-    ((weakref.WeakKeyDictionary, weakref.WeakValueDictionary), _WeakEntries),
+    ((np.ndarray, *_RESIZED, ctypes._SimpleCData, ctypes.Structure, ctypes.Array), _Bytes),
 ]  # fmt: skip
 
 
@@ -211,7 +204,7 @@ def changeable(value: Any, path: str) -> Held | None:
         return _Bytes(value, path)
     if isinstance(value, io.IOBase) and not value.closed and value.readable() and not value.writable():
         return Position(value, path, _told)
-    kind = next((k for bases, k in KINDS if isinstance(value, bases)), None)
+    kind = next((k for bases, k in _KINDS if isinstance(value, bases)), None)
     return None if kind is None else kind(value, path)
 
 

@@ -240,7 +240,7 @@ class Guards:
     def _rare_unchanged(self) -> bool:
         return (
             all(getattr(o, slot, MISSING) is value for o, slot, value in self.slots)
-            and all(_bytes(b) == held for b, held in self.buffers)
+            and all(bytes_of(b) == held for b, held in self.buffers)
             and all(reference() is target for reference, target in self.references)
             and all(_known(cache) == state for cache, state in self.caches)
             and all(variable.get(MISSING) is value for variable, value in self.variables)
@@ -281,7 +281,7 @@ def contents(cell: Any) -> Any:
         return MISSING
 
 
-def _bytes(value: Any) -> bytes:
+def bytes_of(value: Any) -> bytes:
     return value.tobytes() if isinstance(value, (np.ndarray, memoryview)) or hasattr(value, "tobytes") else bytes(value)
 
 

@@ -134,7 +134,9 @@ class Recorder:
                 self._aside = None
         elif event == "call":
             code = frame.f_code
-            if code in self._in_between or code.co_name == "__del__" or _is_import(code) or _is_log_of_torch(frame):
+            if code in self._in_between or code.co_name == "__del__" or _is_import(code) or (
+                code in _LOGGING and _is_torchs(frame.f_back)
+            ):
                 # Python runs it whenever it collects garbage, or once; or torch tells a log, which may be the user's,
                 # what it does while it traces. What it does is none of the step's.
                 self._aside = frame
@@ -233,10 +235,8 @@ def _is_import(code: types.CodeType) -> bool:
     return code.co_name == "<module>" and not code.co_filename.startswith("<")
 
 
-def _is_log_of_torch(frame: types.FrameType) -> bool:
-    if frame.f_code not in _LOGGING or frame.f_back is None:
-        return False
-    return kind_of_file(frame.f_back.f_code.co_filename) in (TORCH, TRACER)
+def _is_torchs(frame: types.FrameType | None) -> bool:
+    return frame is not None and kind_of_file(frame.f_code.co_filename) in (TORCH, TRACER)
 
 
 def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from .changeable import (
     ADDED,
     PLAIN,
+    WEAK,
     Cell,
     ClassEntries,
     Entries,
     Held,
     Position,
     Slot,
+    WeakEntries,
     changeable,
     position_of,
     taken_from,
@@ -137,6 +139,10 @@ class Snapshot:
             self._follow(value(), path)
         elif isinstance(value, threading.local):
             self._attributes(value, vars(value), path)
+        elif isinstance(value, WEAK):
+            self._held.append(WeakEntries(value, path))
+            for item in list(value.values()):
+                self._follow(item, f"{path}.values()")
         elif not _has_own_business(value):
             self._contents(value, path)
 
@@ -144,10 +150,6 @@ class Snapshot:
         held = changeable(value, path)
         if held is not None:
             self._held.append(held)
-        if isinstance(value, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary)):
-            for item in list(value.values()):
-                self._follow(item, f"{path}.values()")
-            return
         if isinstance(value, (dict, types.MappingProxyType)):
             for key, item in list(value.items()):
                 self._follow(key, path)
@@ -229,8 +231,6 @@ def _has_own_business(value: Any) -> bool:
     """Whether an object of Python's or torch's changes for reasons of its own: a lock, a weak set, autocast."""
     kind = type(value)
     module = kind.__module__.split(".")[0]
-    if kind in (weakref.WeakKeyDictionary, weakref.WeakValueDictionary):
-        return False
     return module in ("weakref", "_thread", "functools") or module == "torch" and not isinstance(value, nn.Module)
 
 

@@ -65,7 +65,6 @@ class StreamStep:
         self._same_kinds = kinds_guard([x[0] for x in call.xs])
         self._unchanged = self.dependencies.unchanged
         self._same_constants = Kinds(call.constants).unchanged if call.constants else None
-        self._checked = call if captures.checking() else None
         stepping = choice(backend).stepping() if self.device.type == "cpu" else None
         self._run = None if stepping is None else native(self, call, stepping)
         if self._run is None:
@@ -86,9 +85,6 @@ class StreamStep:
             self.holds = False
         if not self.holds:
             return None
-        if self._checked is not None:
-            captures.check_kept(self.program, self._checked, self.capture, self.dependencies)
-            self._run.check()
         if mask is None and resets is None:
             return self._run.take(xs, states)
         return self._run.with_marks(xs, states, mask, resets, back)
@@ -108,6 +104,21 @@ class StreamStep:
 
     def captured(self) -> list[Tensor]:
         return self.capture.tensors(self.dependencies)
+
+
+class _Checked(StreamStep):
+    """The same for STEPLOOP_CHECK=1: after each step its capture, and what it read of weights, are looked at."""
+
+    def __init__(self, program: Program, call: Call, backend: str):
+        super().__init__(program, call, backend)
+        self.call = call
+
+    def take(self, *given: Any) -> tuple[list[Tensor], list[Tensor]] | None:
+        done = super().take(*given)
+        if done is not None:
+            captures.check_kept(self.program, self.call, self.capture, self.dependencies)
+            self._run.check()
+        return done
 
 
 def quick_settings(device: torch.device) -> tuple[Any, ...]:
@@ -146,7 +157,7 @@ def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) or forward_mode.active():
         return None  # casts stand in the captured graph; running it under autocast would cast again
-    step = StreamStep(program, call, backend)
+    step = (_Checked if captures.checking() else StreamStep)(program, call, backend)
     return step if step.capture.forward.graph.batch is not None or step.capture.batch == call.batch else None
 
 

@@ -36,9 +36,16 @@ def save_weights(weights: dict[str, Tensor], path: Path, card: dict[str, str]) -
     """A safetensors file; the one that was there stays until the new one is whole."""
     from safetensors.torch import save_file
 
-    part = path.with_name(f"{path.name}.part")
-    save_file({name: value.contiguous() for name, value in weights.items()}, part, card)
-    os.replace(part, path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    save_file({name: value.contiguous() for name, value in weights.items()}, unfinished, card)
+    publish(unfinished, path)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Move a file to its place once the disk has all of it: after a power cut the old file is there, or the new one."""
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def _why_not(path: Path, error: Exception) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ..errors import DataError
 from . import processes
-from .checkpoints import BEST
+from .checkpoints import BEST, publish
 
 LAST = "last.ckpt"
 NEVER = sys.maxsize  # steps
@@ -227,7 +226,7 @@ class Keep(L.Callback):
         try:
             trainer.save_checkpoint(unfinished)
             if processes.leads():
-                _publish(unfinished, self.folder / name)
+                publish(unfinished, self.folder / name)
         finally:
             if processes.leads():
                 unfinished.unlink(missing_ok=True)
@@ -238,14 +237,7 @@ def _finish_keeping(folder: Path, values: list[float]) -> None:
     if values[-1] == min(values):
         unfinished = folder / f"{BEST}.unfinished"
         shutil.copyfile(folder / LAST, unfinished)
-        _publish(unfinished, folder / BEST)
-
-
-def _publish(unfinished: Path, path: Path) -> None:
-    """Move a file to its place once the disk has all of it: after a power cut the old file is there, or the new one."""
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+        publish(unfinished, folder / BEST)
 
 
 class Show(L.Callback):

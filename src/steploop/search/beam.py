@@ -86,8 +86,8 @@ class Beam(Search):
         """Whether there is a bound on everything that was given up."""
         return self._bounded() and self.penalty.monotone and self.groups == 1
 
-    def heed(self, values: Tensor, *, is_sure: bool = False, never_positive: bool = False) -> None:
-        if self.falling is None or is_sure:
+    def heed(self, values: Tensor, never_positive: bool = False) -> None:
+        if self.falling is None:
             return
         most = values.amax(-1) if never_positive else torch.logsumexp(values, -1) - SUMS_TO_ONE
         ok = (self._by_row(most) <= 0) | self.ended.prev

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import OutsideError, message
+from ..errors import InputError, OutsideError, message
 
 
 @contextmanager
@@ -28,6 +29,16 @@ def explained_labels(**given: Any) -> Iterator[None]:
 
 def _first(error: Exception) -> str:
     return str(error).partition("\n")[0]
+
+
+def check_targets(labels: Tensor, size: int) -> None:
+    """InputError unless a model that gives `size` scores gives one for each of these labels."""
+    if bool(((labels < 0) | (labels >= size)).any()):
+        raise InputError(
+            message(
+                "There are labels without a score.", expected=f"from 0 to {size - 1}", found=f"labels {_range(labels)}"
+            )
+        )
 
 
 def _range(value: Any) -> str:

@@ -14,7 +14,7 @@ from ..step import Step, Unbatched, unbatched
 from ..tracebacks import ends_at_the_call
 from ..tree import unflatten
 from .copies import picked, spread
-from .labels import explained_labels
+from .labels import check_targets, explained_labels
 from .started import taken_apart
 
 
@@ -74,7 +74,7 @@ def rescore(
     with explained_labels(start=start, labels=given):
         output, _ = Loop(model, backend=backend)(inputs, lengths=lengths + ends, state=state, **constants)
     log_probs = picked(output, scores)
-    _check_targets(given, log_probs.shape[-1])
+    check_targets(given, log_probs.shape[-1])
     log_probs = log_probs if normalised else torch.log_softmax(log_probs, -1)
     targets = torch.cat([given, given.new_zeros(1, batch * count)])
     places = torch.arange(steps + 1, device=given.device).unsqueeze(1)
@@ -84,12 +84,6 @@ def rescore(
     chosen = torch.where(places < lengths + ends, chosen, torch.zeros_like(chosen))
     found = (chosen.T if per_label else chosen.sum(0)).unflatten(0, (batch, count))
     return found.squeeze(1) if lone else found
-
-
-def _check_targets(labels: Tensor, size: int) -> None:
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < size:
-        found = f"labels from {int(labels.min())} to {int(labels.max())}"
-        raise InputError(message("There are labels without a score.", expected=f"from 0 to {size - 1}", found=found))
 
 
 def _spread(value: Any, count: int) -> Any:

@@ -76,13 +76,12 @@ class _Run:
         loop = _kept_loop(self.search, self.backend)
         xs = tuple(x[: self.steps] for x in self.xs)
         arguments = {"steps": self.steps, "batch_size": self.batch, **self.constants}
-        with explained(self.search, xs, arguments):
-            prefix = None if self.prefix is None else self.prefix.labels
-            with explained_labels(start=self.start, prefix=prefix):
-                prepared = loop.prepare(*xs, **arguments)
-                own = prepared.states(prepared.call.initial)
-                prepared = loop.prepare(*xs, state=self._first_states(own, prepared), **arguments)
-                result = dispatch.run(prepared.program, prepared.call, self.backend)
+        prefix = None if self.prefix is None else self.prefix.labels
+        with explained(self.search, xs, arguments), explained_labels(start=self.start, prefix=prefix):
+            prepared = loop.prepare(*xs, **arguments)
+            own = prepared.states(prepared.call.initial)
+            prepared = loop.prepare(*xs, state=self._first_states(own, prepared), **arguments)
+            result = dispatch.run(prepared.program, prepared.call, self.backend)
             outputs, state = prepared.finish(result)
         self._check_nan(outputs["nan"])
         return self._found(outputs, state, cast(Tensor, result.taken))

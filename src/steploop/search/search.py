@@ -117,12 +117,13 @@ class Search(Step):
         log_probs = self._by_row(torch.where(torch.isnan(log_probs), NEVER, log_probs)).to(self.score.prev.dtype)
         gains, bad = log_probs, self._nan(scores)
         everything = [held]
-        self.heed(scores, is_sure=not self.normalised)
+        if self.normalised:  # as somebody says; what log_softmax gives is sure
+            self.heed(scores)
         for weight, scorer in zip(self.weights, cast("Iterable[Step]", self.scorers), strict=True):
             more, its = self._run(scorer, rows, (), constants)
             _check_like(more, scores, "A scorer gives a number for every label.", "floating")
             gains, bad = gains + weight * self._by_row(more).to(gains.dtype), bad | self._nan(more)
-            self.heed(more, never_positive=getattr(scorer, "never_positive", False))
+            self.heed(more, getattr(scorer, "never_positive", False))
             everything.append(its)
         permitted = self._permitted(log_probs, rows, constants, everything)
         if permitted is not None:
@@ -142,10 +143,10 @@ class Search(Step):
         """
         raise NotImplementedError
 
-    def heed(self, values: Tensor, *, is_sure: bool = False, never_positive: bool = False) -> None:
-        """Look at what the model or a scorer gave, (B * K, V): whether it can raise a score is of use to some searches.
+    def heed(self, values: Tensor, never_positive: bool = False) -> None:
+        """Look whether these (B * K, V) can raise a score, as log-probabilities can't: of use to some searches.
 
-        is_sure: it can't.  never_positive: a scorer says so of itself.
+        never_positive: the scorer that gave them says of itself that they can't.
         """
 
     def _run(self, step: Step, rows: Tensor, xs: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, Copies]:

@@ -229,10 +229,14 @@ class Lowering:
         self.emit(Reduce(target, kind, value, axes))
         return self.make.load(target)
 
-    def check(self, size: Dim, operation: str = "") -> int:
-        """The number of a new check of indices into an axis, by the operation at hand."""
+    def inside(self, index: Expr, size: Dim, operation: str = "", from_end: bool = False) -> Expr:
+        """Indices (int64), none outside an axis of `size`: the kernel tells when it finds one, see `Check`.
+
+        operation: what they are for, by default the operation at hand.  from_end: negative ones count from the end.
+        """
         self.program.checks.append(Check(operation or self.operation, size, self._line))
-        return len(self.program.checks)
+        of_the_check = [self.const(n, torch.int64, index.shape) for n in (size, len(self.program.checks))]
+        return self.make.op("inside_from_end" if from_end else "inside", [index, *of_the_check], torch.int64)
 
     # The walk
 

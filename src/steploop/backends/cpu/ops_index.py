@@ -21,14 +21,8 @@ def checked(low: Lowering, index: Expr, size: Dim, from_end: bool = False, copy:
     index = low.make.cast(index, torch.int64)
     if isinstance(index, Const) and isinstance(size, int) and 0 <= index.value < size:
         return index
-    name = "inside_from_end" if from_end else "inside"
-    found = low.make.op(name, [index, *_check(low, index, size)], torch.int64)
+    found = low.inside(index, size, from_end=from_end)
     return low.copy(found, "index") if copy else found
-
-
-def _check(low: Lowering, index: Expr, size: Dim) -> list[Expr]:
-    """The size and the check's number, in the shape of the index."""
-    return [low.const(n, torch.int64, index.shape) for n in (size, low.check(size))]
 
 
 def lookup(

@@ -155,8 +155,7 @@ def _solved(low: Lowering, node: fx.Node) -> Expr:
     info = low.make.cast(low.realise(info), torch.int64)
     if info.shape:
         info = low.reduce("amax", info, len(info.shape), torch.int64)
-    check = [low.const(n, torch.int64, ()) for n in (1, low.check(1, operation))]
-    fine = low.copy(low.make.op("inside", [info, *check], torch.int64), "fine")
+    fine = low.copy(low.inside(info, 1, operation), "fine")
     zero = low.make.op("eq", [low.expand(fine, value.shape), low.const(0, torch.int64, value.shape)], torch.bool)
     return low.make.op("where", [zero, value, value], value.dtype)  # so that the check is not left out
 

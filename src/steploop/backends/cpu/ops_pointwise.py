@@ -127,9 +127,8 @@ def _divided(point: Point, op: str, a: Any, b: Any) -> Expr:
     if point.dtype.is_floating_point or (isinstance(b, int) and b != 0):
         return point.op(op, a, b)
     low, below = point.low, point(b)
-    none = low.make.cast(low.make.op("eq", [below, low.const(0, point.dtype, point.shape)], torch.bool), torch.int64)
-    check = [low.const(n, torch.int64, point.shape) for n in (1, low.check(1, DIVISION))]
-    fine = low.make.cast(low.make.op("inside", [none, *check], torch.int64), point.dtype)
+    zeros = low.make.cast(point.test("eq", below, 0), torch.int64)
+    fine = low.make.cast(low.inside(zeros, 1, DIVISION), point.dtype)
     return point.op(op, a, point.add(below, fine))  # (`fine` is 0: added, so that the check is not left out)
 
 
