@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import devices
 import pytest
 import torch
@@ -147,3 +149,22 @@ def test_a_loop_over_the_rows_is_not_traced_for_the_rows_of_the_hint():
                 h = h / 2 + x
             torch.testing.assert_close(last, h)
     assert len(traced) < 100
+
+
+def test_what_is_only_tried_is_not_logged():
+    """A trace that is given up because the step fixes the number of rows is no warning to anybody."""
+    told = []
+
+    class Listens(logging.Handler):
+        def emit(self, record):
+            told.append(record.getMessage())
+
+    log, handler = logging.getLogger("torch.fx.experimental.symbolic_shapes"), Listens(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        xs = torch.randn(4, 3, 2)
+        last, _ = sl.scan(lambda h, x: (torch.stack([h[b] + x[b] for b in range(len(x))]), h), torch.zeros(3, 2), xs)
+    finally:
+        log.removeHandler(handler)
+    torch.testing.assert_close(last, xs.sum(0))
+    assert not told, told

@@ -29,16 +29,21 @@ def alone() -> Iterator[None]:
         yield
 
 
+# What torch's tracer logs an error in, before it is raised.
+_LOGS = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")]
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """An error in a step is raised; torch's tracer need not log it as well, least of all where it is only tried."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    levels = [log.level for log in _LOGS]
+    for log in _LOGS:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(_LOGS, levels):
+            log.setLevel(level)
 
 
 @contextmanager
