@@ -3,6 +3,9 @@ other, with and without gradients."""
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import pytest
 import torch
 from agree import GRADIENTS, VALUES, compare
@@ -98,6 +101,26 @@ def test_as_a_scan(name):
             else:  # ys of no steps, which a loop by hand does not have
                 carry = {n: v for n, v in expected.items() if n.startswith("result")}
                 agreed(carry, found, what)
+
+
+@pytest.mark.parametrize("as_step", [False, True])
+@pytest.mark.parametrize("name", [n for n, s in STRANGERS.items() if n.startswith("habits.") and not s.random])
+def test_before_anything_else_has_run_the_step(name, as_step):
+    """Caches that a first step fills are empty still, and hold the step's own tensors afterwards."""
+    make = STRANGERS[name].make
+    for value in vars(sys.modules[make.__module__]).values():
+        if isinstance(value, functools._lru_cache_wrapper):
+            value.cache_clear()
+    torch.manual_seed(0)
+    fn, init, xs = make()
+    start, sequences = init(3), xs(4, 3)
+    if as_step:
+        found = sl.Loop(AsStep(fn, start), backend="eager")(sequences, carry=start)[0]
+    else:
+        found = sl.scan(fn, start, sequences, backend="eager")[1]
+    expected = plain_loop(fn, start, sequences, 4)[1]
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
+        compare(a.detach(), b.detach(), name, False)
 
 
 @pytest.mark.parametrize("name", [n for n, s in STRANGERS.items() if s.rows])

@@ -179,7 +179,7 @@ class Cell(Held):
 
 
 class Position(Held):
-    """How far an iterator, or a cache of calls, has come. That can't be put back."""
+    """How far an iterator has come. That can't be put back."""
 
     def __init__(self, value: Any, path: str, position: Callable[[Any], Hashable]):
         self.value, self.path, self.position = value, path, position
@@ -190,6 +190,18 @@ class Position(Held):
 
     def restore(self) -> None:
         pass
+
+
+class Calls(Position):
+    """How many calls a functools.lru_cache has kept."""
+
+    def __init__(self, value: Any, path: str):
+        super().__init__(value, path, lambda v: v.cache_info().misses)
+
+    def restore(self) -> None:
+        """Forgets all calls, as those of a trace gave tensors that nobody else can use."""
+        self.value.cache_clear()
+        self.copy = self.position(self.value)
 
 
 _KINDS: list[tuple[Any, Callable[[Any, str], Held]]] = [

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import dropwhile
 from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from .capture import trace_forward
 from .captured import Capture
 from .dependencies import Dependencies, Number
-from .ir.graph import Size, expression
+from .ir.graph import Size, StepGraph, expression
 from .memory_operator import tracing
 from .ops.table import operation_of
 from .passes.manager import simplify
@@ -53,42 +56,172 @@ def _with_rows(leaf: Leaf, batch: int) -> Leaf:
 
 
 def essence(trace: Trace, batch: int | None) -> list[Any]:
-    """What a trace computes with so many rows (None: any): its calls with their arguments, but for those that only
-    shape."""
-    graph = trace.graph
-    values = {s: sympy.Symbol("_".join(map(str, place))) for s, place in graph.symbols.items()}
-    if graph.batch is not None and batch is not None:
-        values[graph.batch] = sympy.Integer(batch)
-    named: dict[fx.Node, Any] = {}
-    calls: list[Any] = []
+    """What a trace computes with so many rows (None: any): its calls with their arguments.
 
-    def plain(argument: Any) -> Any:
+    Left out are calls that only shape, and those whose values nobody reads. Two equal calls are one. Where the number
+    of rows is known, torch may write the same otherwise: a tensor full of one number is that number and its shape, and
+    the product of a matrix with a vector is that of the vector with the matrix turned.
+    """
+    return _Essence(trace.graph, batch).found()
+
+
+class _Essence:
+    def __init__(self, graph: StepGraph, batch: int | None) -> None:
+        self.graph = graph
+        self.values = {s: sympy.Symbol("_".join(map(str, place))) for s, place in graph.symbols.items()}
+        if graph.batch is not None and batch is not None:
+            self.values[graph.batch] = sympy.Integer(batch)
+        self.named: dict[fx.Node, str] = {}
+        self.calls: list[Any] = []
+        self.numbers: dict[str, str] = {}  # of calls that may be taken for each other
+        self.turns: dict[str, tuple[str, list[int], list[Any]]] = {}  # see `_turned`
+
+    def found(self) -> list[Any]:
+        read = _read(self.graph)
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                self.named[node] = f"input {len(self.named)}"
+            elif node.op == "call_function" and node in read:
+                self.named[node] = self._name(node)
+        return [*self.calls, *(self.named[n] for n in (*self.graph.outputs, *self.graph.nexts))]
+
+    def _name(self, node: fx.Node) -> str:
+        name = _packet(node)
+        if operation_of(node).view == "shape":
+            return self._shaped(node)
+        if name in ("permute", "transpose", "t"):
+            return self._turned(node.args[0], _order_of_axes(node, name))
+        if _number_in(node) is not None:
+            value = node.meta["val"]
+            return self._numbered("full", self._long(node), _number_in(node), value.dtype, value.device)
+        if name in ("mm", "bmm"):
+            return self._product(node)
+        kwargs = tuple((k, self._plain(v)) for k, v in sorted(node.kwargs.items()))
+        args = [a for i, a in enumerate(node.args) if i != _HANDLE_AT.get(node.target)]
+        return self._numbered(
+            str(node.target), self._plain(args), kwargs, self._layout(node), repeatable=_repeatable(node)
+        )
+
+    def _numbered(self, *call: Any, repeatable: bool = True) -> str:
+        """The name of a call's value. Calls that only shape have no names: the shapes are part of the calls."""
+        number = f"call {len(self.calls)}"
+        if repeatable and (known := self.numbers.setdefault(repr(call), number)) != number:
+            return known
+        self.calls.append(call)
+        return number
+
+    def _shaped(self, node: fx.Node) -> str:
+        """The name of what is shaped, unless its numbers are repeated."""
+        source = node.args[0]
+        if isinstance(node.meta["val"], Tensor) and math.prod(self._shape(node)) != math.prod(self._shape(source)):
+            shapes = [self._shape(source), self._shape(node)]
+            return self._numbered("repeated", self.named[source], _broadcast(shapes))
+        return self.named[source]
+
+    def _product(self, node: fx.Node) -> str:
+        left, right = node.args
+        *batch, rows, inner = self._shape(left)
+        columns = self._shape(right)[-1]
+        if columns == 1 != rows:
+            turned = [*range(len(batch)), -1, -2]
+            left, right, rows, columns = right, self._turned(left, turned), columns, rows
+        names = [n if isinstance(n, str) else self.named[n] for n in (left, right)]
+        return self._numbered("product", *names, [*batch, rows, inner, columns])
+
+    def _turned(self, source: fx.Node, axes: Sequence[int]) -> str:
+        """The name of a value whose axes come in another order. Axes of size 1 do not count, and two turns are one."""
+        shape = self._shape(source)
+        long = [d for d, n in enumerate(shape) if n != 1]
+        order = [long.index(d % len(shape)) for d in axes if d % len(shape) in long]
+        name, sizes = self.named[source], self._long(source)
+        first = self.turns.get(name)
+        if first is not None and [first[2][i] for i in first[1]] == sizes:
+            name, order, sizes = first[0], [first[1][i] for i in order], first[2]
+        if order == sorted(order):
+            return name
+        number = self._numbered("turned", name, order, sizes)
+        self.turns[number] = name, order, sizes
+        return number
+
+    def _layout(self, node: fx.Node) -> list[Any]:
+        """What the shapes of its inputs say of a call."""
+        if operation_of(node).pointwise:
+            return _broadcast([self._shape(i) for i in node.all_input_nodes if isinstance(i.meta["val"], Tensor)])
+        shapes = list(map(self._shapes, node.all_input_nodes))
+        if _packet(node) == "index_put":  # its values are broadcast
+            shapes[-1] = [list(dropwhile(lambda n: n == 1, s)) for s in shapes[-1]]
+        return shapes
+
+    def _plain(self, argument: Any) -> Any:
         if isinstance(argument, fx.Node):
-            return named[argument]
+            return self.named[argument]
         if isinstance(argument, Size):
-            return str(argument.expr.xreplace(values))
+            return str(argument.expr.xreplace(self.values))
         if isinstance(argument, (list, tuple)):
-            return tuple(map(plain, argument))
+            return tuple(map(self._plain, argument))
         if isinstance(argument, torch.ScriptObject):  # Python makes a new name for it at every look
             return str(argument._type())
         return str(argument) if isinstance(argument, int) and not isinstance(argument, bool) else repr(argument)
 
-    for node in graph.graph.nodes:
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-        if node.op == "placeholder":
-            named[node] = f"input {len(named)}"
-        elif node.op == "call_function" and operation_of(node).view == "shape":
-            named[node] = named[node.all_input_nodes[0]] if node.all_input_nodes else name
-        elif node.op == "call_function" and name in ("permute", "transpose", "t"):
-            order, source = _order_of_axes(node, name, values), named[node.args[0]]
-            named[node] = source if order == sorted(order) else f"call {len(calls)}"
-            calls += [("permute", source, order)] if order != sorted(order) else []
-        elif node.op == "call_function":
-            named[node] = f"call {len(calls)}"
-            kwargs = tuple((k, plain(v)) for k, v in sorted(node.kwargs.items()))
-            args = [a for i, a in enumerate(node.args) if i != _HANDLE_AT.get(node.target)]
-            calls.append((str(node.target), plain(args), kwargs))
-    return [*calls, *(named[n] for n in (*graph.outputs, *graph.nexts))]
+    def _shapes(self, node: fx.Node) -> list[Any]:
+        return [self._shape_of(v) for v in tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+
+    def _shape(self, node: fx.Node) -> list[Any]:
+        return self._shape_of(node.meta["val"])
+
+    def _long(self, node: fx.Node) -> list[Any]:
+        """The shape without axes of size 1."""
+        return [n for n in self._shape(node) if n != 1]
+
+    def _shape_of(self, value: Tensor) -> list[Any]:
+        return [sympy.sympify(expression(n)).xreplace(self.values) for n in value.shape]
+
+
+def _broadcast(shapes: list[list[Any]]) -> list[tuple[Any, list[bool]]]:
+    """The axes of a result whose numbers each depend on one number of every input: the size of an axis, and which
+    inputs have one number for all of it. Neighbours of one kind are one axis."""
+    rank = max(map(len, shapes), default=0)
+    axes: list[tuple[Any, list[bool]]] = []
+    for sizes in zip(*([*[1] * (rank - len(s)), *s] for s in shapes)):
+        size, alike = next((n for n in sizes if n != 1), 1), [n == 1 for n in sizes]
+        if size != 1 and axes and axes[-1][1] == alike:
+            axes[-1] = axes[-1][0] * size, alike
+        elif size != 1:
+            axes.append((size, alike))
+    return axes
+
+
+def _read(graph: StepGraph) -> set[fx.Node]:
+    """The nodes whose values the step's results are made of, and all calls that do not only compute."""
+    left = [*graph.outputs, *graph.nexts, *(n for n in graph.graph.nodes if not _repeatable(n))]
+    found: set[fx.Node] = set()
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes if node.op == "call_function" and _number_in(node) is None else []
+    return found
+
+
+def _repeatable(node: fx.Node) -> bool:
+    """Whether a call computes the same each time, and does nothing else."""
+    of_torch = getattr(node.target, "namespace", "aten") in ("aten", "prims")
+    return node.op == "call_function" and of_torch and not operation_of(node).random
+
+
+def _number_in(node: fx.Node) -> str | None:
+    """The number that a call fills a tensor with, where it is known."""
+    name = _packet(node)
+    if name in ("zeros", "zeros_like", "new_zeros"):
+        return "0"
+    if name in ("ones", "ones_like", "new_ones"):
+        return "1"
+    at = {"full": 1, "full_like": 1, "new_full": 2}.get(name)
+    return None if at is None or isinstance(node.args[at], fx.Node) else repr(node.args[at])
+
+
+def _packet(node: fx.Node) -> str:
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
 # Which argument is the number of something made in the trace: a loop, or a remembering operation.
@@ -98,14 +231,12 @@ _HANDLE_AT = {
 }  # fmt: skip
 
 
-def _order_of_axes(node: fx.Node, name: str, values: dict[Any, Any]) -> list[int]:
-    """The axes of a permutation, but for those of size 1: torch moves them otherwise where the batch is one."""
-    rank = node.meta["val"].dim()
-    order = list(range(rank))
+def _order_of_axes(node: fx.Node, name: str) -> list[int]:
+    rank = node.args[0].meta["val"].dim()
     if name == "permute":
-        order = [d % rank for d in node.args[1]]
-    elif rank:
-        a, b = (0, rank - 1) if name == "t" else (d % rank for d in node.args[1:3])
+        return list(node.args[1])
+    order = list(range(rank))
+    if rank:
+        a, b = (0, rank - 1) if name == "t" else node.args[1:3]
         order[a], order[b] = order[b], order[a]
-    sizes = [sympy.sympify(expression(n)).xreplace(values) for n in node.args[0].meta["val"].shape]
-    return [d for d in order if sizes[d] != 1]
+    return order

@@ -26,6 +26,7 @@ from .changeable import (
     ADDED,
     PLAIN,
     WEAK,
+    Calls,
     Cell,
     ClassEntries,
     Entries,
@@ -130,7 +131,7 @@ class Snapshot:
         elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
             self._generators.append(value)
         elif isinstance(value, functools._lru_cache_wrapper):
-            self._held.append(Position(value, path, lambda v: v.cache_info().misses))
+            self._held.append(Calls(value, path))
             self._follow(value.__wrapped__, path)
         elif isinstance(value, types.GeneratorType):
             if value.gi_frame is not None:

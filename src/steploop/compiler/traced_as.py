@@ -119,10 +119,30 @@ def _split(tensor: Tensor, index: Any) -> tuple[tuple[Any, ...], int, Any] | Non
     return tuple(parts), axis, found
 
 
+def _lifted(index: Any) -> Any:
+    """The index with an axis for each number beside other places: torch's tracer forgets the places then."""
+    if not isinstance(index, (tuple, list)) or max((i.dim() for i in index if isinstance(i, Tensor)), default=0) == 0:
+        return index
+    return type(index)([i.reshape(1) if _is_number(i) else i for i in index])
+
+
+def _check_fits(tensor: Tensor, index: Any, value: Any) -> None:
+    """A value must have a row for every place. torch's tracer does not ask, and a number of rows would seem free."""
+    parts = index if isinstance(index, (tuple, list)) else (index,)
+    places = [i for i in parts if isinstance(i, Tensor)]
+    if not isinstance(value, Tensor) or not places or any(i.dtype in (torch.bool, torch.uint8) for i in places):
+        return
+    if all(i is None or i is Ellipsis or type(i) in (int, slice) or isinstance(i, Tensor) for i in parts):
+        shape = tensor[tuple(parts)].shape
+        while value.dim() > len(shape) and value.shape[0] == 1:
+            value = value[0]
+        value.expand(shape)
+
+
 def _get_item(tensor: Tensor, index: Any) -> Tensor:
     split = _split(tensor, index)
     if split is None or not _is_number(split[2]):
-        return tensor[index]
+        return tensor[_lifted(index)]
     parts, axis, number = split
     seen = tensor[parts]
     number = torch.where(number < 0, number + seen.shape[axis], number)
@@ -132,22 +152,32 @@ def _get_item(tensor: Tensor, index: Any) -> Tensor:
 def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
     split = _split(tensor, index)
     if split is None or not _written(tensor, *split, value, False):
+        index = _lifted(index)
+        _check_fits(tensor, index, value)
         tensor[index] = value
 
 
 def _index_put_(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
-    split = _split(tensor, tuple(slice(None) if i is None else i for i in indices))
+    split = _split(tensor, _as_index(indices))
     if split is None or not _written(tensor, *split, values, accumulate):
+        indices = _lifted(indices)
+        _check_fits(tensor, _as_index(indices), values)
         return tensor.index_put_(indices, values, accumulate)
     return tensor
 
 
 def _index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
     copy = tensor.clone()
-    split = _split(copy, tuple(slice(None) if i is None else i for i in indices))
+    split = _split(copy, _as_index(indices))
     if split is None or not _written(copy, *split, values, accumulate):
+        indices = _lifted(indices)
+        _check_fits(tensor, _as_index(indices), values)
         return tensor.index_put(indices, values, accumulate)
     return copy
+
+
+def _as_index(indices: Any) -> tuple[Any, ...]:
+    return tuple(slice(None) if i is None else i for i in indices)
 
 
 def _written(tensor: Tensor, parts: tuple[Any, ...], axis: int, found: Tensor, value: Any, accumulate: bool) -> bool:
