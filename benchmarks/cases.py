@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .data import DEEP, HEADS, MATRIX, Workload
+from .data import DEEP, HEADS, MATRIX, SEARCHES, Workload
 
 Job = dict[str, Any]
 OURS = ("steploop", "steploop-cpu", "steploop-eager")
@@ -35,7 +35,7 @@ class Scale:
     unrolled_limit: float
     calls: int
     modes: tuple[str, ...] = ("forward", "training", "training_x")
-    kinds: tuple[str, ...] = ("lstm", "lnlstm", *DEEP, "decoder")  # of first calls
+    kinds: tuple[str, ...] = ("lstm", "lnlstm", *DEEP, "decoder", *list(SEARCHES)[:2])  # of first calls
 
     def sized(self, work: Workload) -> Workload:
         """A workload of the tables at this scale."""
@@ -67,7 +67,7 @@ SCALES = {
         60.0,
         5,
         ("training_x",),
-        ("lstm", DEEP[0]),
+        ("lstm", DEEP[0], "greedy search"),
     ),
 }
 
@@ -77,6 +77,7 @@ STRANGER = replace(LSTM, kind="stranger")
 LN_LSTM = replace(LSTM, kind="lnlstm", resets=True)
 DECODER = Workload("decoder", 50, 64, 256, 256, S=50)
 SEARCH = Workload("decoder", 50, 64, 256, 256, S=50, V=1000)
+LONG_SEARCH = replace(SEARCH, S=500)
 SEQ2SEQ = Workload("seq2seq", 50, 64, 256, 256, S=50, V=10_000)
 RAGGED = replace(LSTM, ragged=True)
 G2P = Workload("g2p", 15, 64, 64, 256, S=14, V=40)
@@ -176,6 +177,8 @@ def first(scale: Scale) -> list[Job]:
         base = replace(FIRST_CALL, kind=kind, B=min(FIRST_CALL.B, scale.B))
         if kind == "decoder":
             base = scale.sized(DECODER)
+        if kind in SEARCHES:
+            base = replace(scale.sized(SEARCH), kind=kind)
         for time in scale.first if kind in ("lstm", "lnlstm") else (base.T,):
             work = replace(base, T=time)
             peers = ("steploop", "jax") if kind == "lstm" else ("steploop",)
@@ -233,6 +236,13 @@ def _searches(case: str, scale: Scale, work: Workload) -> list[Job]:
     return [{**compare(case, scale, work, (mode,), ("eager", *OURS)), "action": "search"} for mode in modes]
 
 
+def search_memory(scale: Scale) -> list[Job]:
+    """Peak memory of a beam search over a long memory, 1 and 8 wide, each in its own process."""
+    works = [replace(LONG_SEARCH, kind=kind) for kind in list(SEARCHES)[:0:-1]]
+    peers = ("steploop", "eager")
+    return [_peak("search_memory", scale, scale.sized(work), peer) for work in works for peer in peers]
+
+
 def g2p(scale: Scale) -> list[Job]:
     """The grapheme-to-phoneme recipe's model: a training step, greedy search and beam search (8)."""
     modes = ("training", "greedy", "beam")
@@ -276,6 +286,6 @@ CASES: dict[str, Callable[[Scale], list[Job]]] = {
     f.__name__: f
     for f in (
         lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, actor, guards,
-        search, search_one_row, g2p, matrix, matrix_memory, memory, first, unrolled, grid,
+        search, search_one_row, search_memory, g2p, matrix, matrix_memory, memory, first, unrolled, grid,
     )  # fmt: skip
 }

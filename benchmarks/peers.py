@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import steploop as sl
 
-from .data import DEEP, Data, Workload, make_data
+from .data import DEEP, SEARCHES, Data, Workload, make_data
 from .models import make_model, zero_states
 
 Arrays = dict[str, np.ndarray]
@@ -462,6 +462,10 @@ def make_runner(name: str, work: Workload, data: Data, mode: str) -> Runner:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if work.kind in SEARCHES:
+                from . import searches
+
+                return searches.make_first_runner(name, work)
             if work.V:
                 from . import seq2seq
 

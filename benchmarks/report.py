@@ -79,7 +79,7 @@ def markdown(run: Run, images: list[tuple[str, str]]) -> str:
     parts += [_stream(results, "stream", "LSTM", "torch.nn", "torch.nn.LSTMCell")]
     actor = "A GRU with layer norm and two heads, with resets"
     parts += [_stream(results, "actor", actor, "eager", "the loop by hand")]
-    parts += [_search(results), _g2p(results), _guards(results)]
+    parts += [_search(results), _search_memory(results), _g2p(results), _guards(results)]
     parts += [_matrix(results), _memory(results), _first(results)]
     parts += [_unrolled(results), _grid(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -246,6 +246,19 @@ def _search(results: Results) -> str:
         shown = "" if compared is None else f"{compared:.2f}"
         title = "batched loop by hand" if r["peer"] == "eager" else title_of(r["peer"])
         lines.append(f"| {title} | {r['work']['B']} | {r['mode']} | {seconds(r['median'])} | {shown} |")
+    return "\n".join(lines + _footnotes(rows))
+
+
+def _search_memory(results: Results) -> str:
+    rows = [r for r in results if r["case"] == "search_memory"]
+    if not rows:
+        return ""
+    how = next((r["how"] for r in rows if "how" in r), "")
+    lines = ["## Peak memory of a search", "", f"The same decoder, {Workload(**rows[0]['work'])}, each in a process of its"]
+    lines += [f"own. What one search adds to the memory and weights: {how}.", "", "| | | MB |", "|---|---|---:|"]
+    for r in (r for r in rows if "blank" not in r):
+        title = "batched loop by hand" if r["peer"] == "eager" else title_of(r["peer"])
+        lines.append(f"| {title} | {r['work']['kind']} | {r['bytes'] / 1e6:.0f} |")
     return "\n".join(lines + _footnotes(rows))
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import steploop as sl
 
-from .data import Workload
+from .data import SEARCHES, Data, Workload
 from .peers import PEERS, Blank, Runner, Steploop
 
 START, END = 1, 0
-MODES = {"greedy": 1, "sample": 1, "beam": 8}  # hypotheses of a row
+WIDTHS = {"greedy": 1, "sample": 1, "beam": 8}  # hypotheses of a row
 
 
 class Decoder(sl.Step):
@@ -57,18 +57,39 @@ def make_runner(name: str, work: Workload, mode: str) -> Runner:
     return Runner(run, lambda found: arrays if arrays is not None else {"y": np.asarray(found[1])})
 
 
-def by_steploop(decoder: Decoder, memory: Tensor, steps: int, mode: str, backend: str) -> tuple[Tensor, Tensor]:
+def make_first_runner(name: str, work: Workload) -> Runner:
+    """A Runner for a process's first search, and for searches of other sizes after it."""
+    torch.manual_seed(0)
+    mode, width = SEARCHES[work.kind]
+    decoder = Decoder(work)
+    now = {"memory": torch.randn(work.B, work.S, work.H), "steps": work.T}
+
+    def again(data: Data) -> None:
+        now["steps"], batch = data.x.shape
+        now["memory"] = torch.randn(batch, work.S, work.H)
+
+    def run() -> tuple[Tensor, Tensor]:
+        if name == "eager":
+            return by_hand(decoder, now["memory"], now["steps"], mode, width)
+        return by_steploop(decoder, now["memory"], now["steps"], mode, PEERS[name].backend, width)
+
+    return Runner(run, again=again)
+
+
+def by_steploop(
+    decoder: Decoder, memory: Tensor, steps: int, mode: str, backend: str, width: int | None = None
+) -> tuple[Tensor, Tensor]:
     given = {"start": START, "end": END, "max_steps": steps, "memory": memory, "backend": backend}
     if mode == "beam":
-        hyps = sl.search.beam(decoder, size=MODES["beam"], **given)
+        hyps = sl.search.beam(decoder, size=width or WIDTHS["beam"], **given)
     else:
         hyps = (sl.search.greedy if mode == "greedy" else sl.search.sample)(decoder, **given)
     return hyps.best(), hyps.scores[:, 0]
 
 
 @torch.no_grad()
-def by_hand(decoder: Decoder, memory: Tensor, steps: int, mode: str) -> tuple[Tensor, Tensor]:
-    batch, count = len(memory), MODES[mode]
+def by_hand(decoder: Decoder, memory: Tensor, steps: int, mode: str, width: int | None = None) -> tuple[Tensor, Tensor]:
+    batch, count = len(memory), width or WIDTHS[mode]
     cell = nn.GRUCell(decoder.cell.weight_ih.shape[1], decoder.cell.weight_hh.shape[1])
     cell.load_state_dict(decoder.cell.state_dict())
     keys = decoder.key(memory)

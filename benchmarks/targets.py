@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .data import DEEP, MATRIX
+from .data import DEEP, MATRIX, SEARCHES
 from .measure import paired_ratio
 
 Results = list[dict[str, Any]]
@@ -93,7 +93,7 @@ def _first(cache: str, kind: str = "") -> Callable[[Results], float | None]:
 
     def value(results: Results) -> float | None:
         found = pick(results, case="first", peer="steploop", cache=cache)
-        found = [r for r in found if (r["work"]["kind"] if r["work"]["kind"] in (*DEEP, "decoder") else "") == kind]
+        found = [r for r in found if (r["work"]["kind"] if r["work"]["kind"] in (*DEEP, "decoder", *SEARCHES) else "") == kind]
         return max((r["first"] for r in found), default=None)
 
     return value
@@ -123,6 +123,13 @@ def _memory(ours: str, theirs: str) -> Callable[[Results], float | None]:
         return a / b if a is not None and b else None
 
     return value
+
+
+def _search_memory(results: Results) -> float | None:
+    """Of steploop's beam search 8 wide, over one 1 wide."""
+    found = {r["work"]["kind"]: r["bytes"] for r in pick(results, case="search_memory", peer="steploop")}
+    wide, narrow = found.get("beam search"), found.get("beam search of 1")
+    return wide / narrow if wide and narrow else None
 
 
 def _guards(what: str) -> Callable[[Results], float | None]:
@@ -201,6 +208,8 @@ def _all() -> list[Target]:
             made.append(Target(f"first call, {cache} cache: {kind}", limit, _first(cache, kind), unit=" s"))
     text = "first call, warm cache: attention decoder with input feeding"
     made.append(Target(text, 1.5, _first("warm", "decoder"), unit=" s"))
+    for kind in list(SEARCHES)[:2]:
+        made.append(Target(f"first call, cold cache: {kind}", 2.5, _first("cold", kind), unit=" s"))
     text = "first call beyond a usual one: longest T / shortest T, worst"
     made.append(Target(text, 1.25, _growth_with_time))
     made.append(Target("kernels compiled for a new T or B", 0, _compiled_anew, unit=""))
@@ -213,6 +222,7 @@ def _all() -> list[Target]:
     made.append(Target(text, 1.0, _memory("steploop", "torch.nn")))
     text = 'peak memory, layer-norm LSTM training, save="states" / eager loop'
     made.append(Target(text, 1 / 3, _memory("steploop-states", "eager")))
+    made.append(Target("peak memory of a search, beam 8 / beam 1", 2.0, _search_memory))
     return made
 
 
