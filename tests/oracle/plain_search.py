@@ -90,27 +90,43 @@ def repeats(labels, n):
     return bool(groups) and groups[-1] in groups[:-1]
 
 
-def plain_beam(model, size, steps, start, end, penalty=None, scores=None, **constants):
+def plain_beam(model, size, steps, start, end, *, penalty=None, scores=None, groups=1, diversity=0.0, stop="all",
+               min_steps=0, suppress=(), no_repeat=0, **constants):  # fmt: skip
     """[(score, labels, log_prob, finished)] by a beam search of one row as anybody writes it; sums by default."""
-    beams = [(0.0, 0.0, [], False, None)]
-    for _ in range(steps):
-        candidates = []
-        for score, log_prob, labels, ended, state in beams:
-            if ended:
-                candidates.append((score, log_prob, labels, True, state))
-                continue
-            output, after = lone(model, labels[-1] if labels else start, copy.deepcopy(state), constants)
-            own = log_probs_of(output, scores)
-            for v, gain in enumerate(own.tolist()):
-                if gain == -math.inf:
+    beams = [[(0.0, 0.0, [], False, None)] for _ in range(groups)]
+    ends = step = 0
+    while step < steps:
+        step, used = step + 1, dict.fromkeys(range(1000), 0)
+        for g, beam in enumerate(beams):
+            candidates = []
+            for score, log_prob, labels, ended, state in beam:
+                if ended:
+                    score *= step / (step - 1) if penalty == "returnn" else 1.0
+                    candidates.append((score, score, log_prob, labels, True, state, None))
                     continue
-                grown = labels if v == end else [*labels, v]
-                value = log_prob + gain
-                candidates.append((rank(value, len(grown), penalty), value, grown, v == end, after))
-        beams = sorted(candidates, key=lambda c: -c[0])[:size]
-        if all(ended for *_, ended, _ in beams):
+                output, after = lone(model, labels[-1] if labels else start, copy.deepcopy(state), constants)
+                for v, gain in enumerate(log_probs_of(output, scores).tolist()):
+                    repeated = no_repeat and repeats([*labels, v], no_repeat)
+                    if gain == -math.inf or v in suppress or repeated or (v == end and step <= min_steps):
+                        continue
+                    grown = labels if v == end else [*labels, v]
+                    value = log_prob + gain
+                    score = value if penalty == "returnn" else rank(value, len(grown), penalty)
+                    candidates.append((score - diversity * used[v], score, value, grown, v == end, after, v))
+            chosen = sorted(candidates, key=lambda c: -c[0])[: size // groups]
+            for *_, v in chosen:
+                if v is not None:
+                    used[v] += 1
+                    ends += v == end
+            beams[g] = [c[1:-1] for c in chosen]
+        found = [h for beam in beams for h in beam]
+        if all(ended for *_, ended, _ in found) or (stop != "all" and ends >= stop[1] * size):
             break
-    return [(score, labels, log_prob, ended) for score, log_prob, labels, ended, _ in beams]
+    if penalty == "returnn":
+        longest = step if step < steps or all(ended for *_, ended, _ in found) else step + 1
+        found = [(score / longest, *rest) for score, *rest in found]
+    found = [(score, labels, log_prob, ended) for score, log_prob, labels, ended, _ in found]
+    return sorted(found, key=lambda h: -h[0])
 
 
 def pairs(options):

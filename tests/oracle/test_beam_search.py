@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -68,7 +69,7 @@ falling.monotone = True
 
 OPTIONS = {
     "min_steps": 2, "suppress": (2,), "no_repeat": 2, "allowed": NotTwice(), "scorers": True, "prefix": [2, 1],
-    "coverage": ("gnmt", 0.4, "weights"), "length_penalty": ("gnmt", 0.7),
+    "coverage": ("gnmt", 0.4, "weights"), "length_penalty": ("gnmt", 0.7), "stop": "all", "max_steps": (3, 2),
 }  # fmt: skip
 PENALTIES = [("average",), ("per_label", 0.8), falling, lambda log_prob, length: log_prob / (1 + length) ** 0.5]
 
@@ -80,19 +81,21 @@ def both(model, memory, options, backend, size=LABELS**STEPS, n_best=4, **more):
     if scorers is not None:
         options["scorers"] = [(0.6, Bigram().double())] if scorers is True else scorers
     rows = len(memory)
-    prefix = options.pop("prefix", None)
+    prefix, limits = options.pop("prefix", None), options.pop("max_steps", (STEPS,))
+    limits = [limits[b % len(limits)] for b in range(rows)]
     given = {} if prefix is None else {"prefix": torch.tensor(prefix)[:, None].expand(-1, rows)}
     hyps = sl.search.beam(
-        model, start=START, end=END, max_steps=STEPS, size=size, n_best=n_best, scores="scores", memory=memory,
-        backend=backend, **given, **options, **more,
+        model, start=START, end=END, max_steps=torch.tensor(limits), size=size, n_best=n_best, scores="scores",
+        memory=memory, backend=backend, **given, **options, **more,
     )  # fmt: skip
+    options.pop("stop", None)
     by_hand = {"penalty": options.pop("length_penalty", None), **options, "prefix": prefix or ()}
     if isinstance(by_hand.get("coverage"), tuple):
         by_hand["coverage"] = by_hand["coverage"][1:]
     if "allowed" in by_hand:
         by_hand["allowed"] = lambda so_far: [True, True, 2 not in so_far]
     everything = [
-        every_hypothesis(model, LABELS, STEPS, START, END, scores="scores", memory=memory[b : b + 1], **by_hand)
+        every_hypothesis(model, LABELS, limits[b], START, END, scores="scores", memory=memory[b : b + 1], **by_hand)
         for b in range(rows)
     ]
     return hyps, everything
@@ -195,6 +198,44 @@ def test_what_is_proved_best_is_best(request):
             assert best <= max(float(hyps.bound[b]), found) + 1e-9
             proved, right, total = proved + bool(hyps.proved_best[b]), right + is_best, total + 1
     assert proved >= 0.5 * right, (proved, right, total)
+
+
+BY_HAND = {
+    "groups": {"groups": 2, "diversity": 0.9}, "many groups": {"groups": 4, "diversity": 0.3},
+    "patience": {"stop": ("patience", 0.5)}, "much patience": {"stop": ("patience", 1.5)},
+    "returnn": {"penalty": "returnn"}, "average": {"penalty": ("average",)}, "gnmt": {"penalty": ("gnmt", 0.7)},
+    "min_steps": {"min_steps": 2}, "suppress": {"suppress": (3,)}, "no_repeat": {"no_repeat": 2},
+}  # fmt: skip
+
+
+def two_of(options):
+    """Every option alone, and every two that can stand together."""
+    found = [(name,) for name in options]
+    for a, b in itertools.combinations(options, 2):
+        if not set(options[a]) & set(options[b]):
+            found.append((a, b))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("names", two_of(BY_HAND), ids="-".join)
+def test_narrow_beams_do_as_a_search_by_hand(names, backend):
+    """Every row is searched alone: RETURNN's scores depend on the batch."""
+    options = {k: v for name in names for k, v in BY_HAND[name].items()}
+    given = {"length_penalty" if k == "penalty" else k: v for k, v in options.items()}
+    torch.manual_seed(len(str(names)))
+    model = Model(5, sharp=2.0).double()
+    for size in (4, 8) if backend == "reference" else (4,):
+        for memory in torch.randn(3, 1, 3, 4, dtype=torch.float64):
+            hyps = sl.search.beam(
+                model, start=START, end=END, max_steps=5, size=size, n_best=size, scores="scores", memory=memory,
+                backend=backend, **{"stop": "all", **given},
+            )  # fmt: skip
+            expected = plain_beam(model, size, 5, START, END, scores="scores", memory=memory, **options)
+            for n, (score, labels, log_prob, finished) in enumerate(expected):
+                assert float(hyps.scores[0, n]) == pytest.approx(score, rel=1e-9)
+                assert float(hyps.log_probs[0, n]) == pytest.approx(log_prob, rel=1e-9)
+                assert hyps.to_lists()[0][n] == labels and bool(hyps.finished[0, n]) == finished
 
 
 class Reward(sl.Step):

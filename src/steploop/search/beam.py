@@ -142,7 +142,9 @@ class Beam(Search):
         found, scores, left = [], [], []
         for g in range(self.groups):
             own = values[:, g * count : (g + 1) * count]
-            index, alive, rest = best((own - self.diversity * taken.unsqueeze(1)).flatten(1), count)
+            over = self.ended.prev[:, g * count : (g + 1) * count].unsqueeze(2)  # these take no label, so it costs none
+            cost = torch.where(over, torch.zeros_like(taken).unsqueeze(1), self.diversity * taken.unsqueeze(1))
+            index, alive, rest = best((own - cost).flatten(1), count)
             alive = alive > NEVER
             scores.append(torch.where(alive, own.flatten(1).gather(1, index), NEVER))
             parent = torch.div(index, size, rounding_mode="floor") + g * count

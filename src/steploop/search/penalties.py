@@ -68,8 +68,8 @@ class Returnn(LengthPenalty):
     def final(self, score: Tensor, steps: Tensor, cut: Tensor) -> tuple[Tensor, Tensor | float]:
         # There all rows of a batch go on until the last hypothesis has ended, and are divided by one longest length
         # with the end. Of hypotheses that were cut the end is counted too, though they have none.
-        longest = torch.where(cut, steps, 0).amax() if len(steps) else steps.sum()
-        factor = torch.where(longest > 0, longest / (longest + 1), 1.0).to(score.dtype)
+        longest = (torch.where(cut, steps, 0).amax() if len(steps) else steps.sum()).to(score.dtype)
+        factor = torch.where(longest > 0, longest / (longest + 1), 1.0)
         return self.comparable(score, steps.unsqueeze(1)) * factor, factor
 
     def bound(self, log_prob: Tensor, length: Tensor, limit: Tensor) -> Tensor:
