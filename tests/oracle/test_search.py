@@ -445,6 +445,50 @@ def test_rescoring_gives_the_log_probabilities_of_the_search_and_their_gradients
     torch.testing.assert_close(gradients, torch.autograd.grad(reference.exp().sum(), list(model.parameters())))
 
 
+class Frames(Model):
+    """Reads a frame for every label."""
+
+    def step(self, label, frame, *, memory):
+        return super().step(label, memory=memory + frame.unsqueeze(1))
+
+
+@pytest.mark.parametrize("search", ["sample", "beam"])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_what_was_searched_after_a_prefix_or_over_frames_can_be_rescored(search, backend):
+    torch.manual_seed(0)
+    run, more = SEARCHES[search]
+    memory = torch.randn(4, 3, 4, dtype=torch.float64)
+    arguments = {"start": 1, "end": 0, "scores": "scores", "memory": memory, "backend": backend}
+    more = {name: value for name, value in more.items() if name != "backend"}
+    prefix = {"prefix": torch.tensor([[2, 3, 0, 4], [4, 2, 3, 5]]), "prefix_lengths": torch.tensor([2, 1, 2, 0])}
+    frames = {"xs": (torch.randn(6, 4, 4, dtype=torch.float64),)}
+    for model, given in ((Model(labels=6).double(), prefix), (Frames(labels=6).double(), frames)):
+        hyps = run(model, max_steps=6, **arguments, **more, **given)
+        common = {"finished": hyps.finished, **arguments, **given}
+        found = sl.search.rescore(model, hyps.labels, hyps.lengths, **common)
+        there = hyps.scores > -math.inf  # a row whose prefix has ended has one hypothesis
+        torch.testing.assert_close(found.detach()[there], hyps.log_probs[there])
+        each = sl.search.rescore(model, hyps.labels, hyps.lengths, per_label=True, **common)
+        torch.testing.assert_close(each.detach()[there][:, : hyps.labels.shape[2]], hyps.label_log_probs[there])
+        assert each.shape[2] == hyps.labels.shape[2] + 1
+        found.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_rescoring_says_what_does_not_fit():
+    model, labels, lengths = Frames(labels=6), torch.ones(2, 1, 5, dtype=torch.int64), torch.full((2, 1), 5)
+    arguments = {"start": 1, "end": 0, "scores": "scores", "memory": torch.randn(2, 3, 4)}
+    frames = torch.randn(4, 2, 4)
+    with pytest.raises(sl.InputError, match="(?s)shorter than the hypotheses.*6 steps.*4 steps"):
+        sl.search.rescore(model, labels, lengths, xs=frames, **arguments)
+    with pytest.raises(sl.InputError, match="have no prefix"):
+        sl.search.rescore(model, labels, lengths, xs=frames, prefix=labels[:, 0].T, **arguments)
+    with pytest.raises(sl.InputError, match="prefix_lengths"):
+        sl.search.rescore(
+            model, labels, lengths, prefix=labels[:, 0].T, prefix_lengths=torch.tensor([9, 1]), **arguments
+        )
+
+
 def test_the_table_is_for_people():
     hyps = sl.search.beam(chain(2), start=1, end=0, max_steps=2, size=4, n_best=4, batch_size=1, **PLAIN)
     lines = hyps.table(["<end>", "a"]).splitlines()

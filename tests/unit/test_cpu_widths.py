@@ -28,7 +28,7 @@ def compiles(text: str, folder) -> None:
     """With the very flags: a build that fails goes on without the one for the CPU."""
     source, using = folder / "kernel.cpp", build.compiler()
     source.write_text(text)
-    command = [using.path, *using.flags, "-c", "-o", str(folder / "kernel.o"), str(source)]
+    command = [using.path, *using.flags(""), "-c", "-o", str(folder / "kernel.o"), str(source)]
     made = subprocess.run(command, capture_output=True)
     assert made.returncode == 0, made.stderr.decode()[:2000]
 

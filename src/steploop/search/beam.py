@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiler.largest import largest_places
 from ..errors import InputError, message
 from ..loop import Loop
 from ..state import State
@@ -194,51 +195,19 @@ class Beam(Search):
 
 
 SUMS_TO_ONE = 1e-3  # how far the logarithm of the sum of probabilities may lie above zero: rounding
-MOST = 16  # that are looked for one by one; each is some operations more in the step
-BLOCK = 32  # values of which only the largest is looked at, until it is the largest of all
 
 
 def best(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, count) where the largest of (B, N) are, the first of equal ones first; what they are; the rest.
 
     The rest is the values with -inf in those places. Where there are fewer above -inf, some place comes with -inf.
-
-    torch.topk leaves open which of equal ones come, and is no operation of native loops. Here the largest of every
-    block are found once. Then each next one is looked for among those, and in one block: what comes after the one
-    before it, by value and place.
     """
     size = values.shape[1]
-    if count > MOST:
-        largest, found = _sorted(values, count)
-        return found, largest, _rest(values, largest[:, -1:], found[:, -1:])
-    blocks = -(-size // BLOCK)
-    padded = torch.nn.functional.pad(values, (0, blocks * BLOCK - size), value=NEVER).reshape(-1, blocks, BLOCK)
-    tops = padded.amax(2)
-    numbers = torch.arange(blocks, device=values.device)
-    inside = torch.arange(BLOCK, device=values.device)
-    found, largest = [], []
-    for _ in range(count):
-        block = tops.argmax(1, keepdim=True)
-        own = padded.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1)
-        own_places = block * BLOCK + inside
-        if found:
-            own = torch.where(_after(own, own_places, largest[-1], found[-1]), own, NEVER)
-        at = own.argmax(1, keepdim=True)
-        value, place = own.gather(1, at), block * BLOCK + at
-        found.append(place)
-        largest.append(value)
-        left = torch.where(inside == at, NEVER, own).amax(1, keepdim=True)
-        tops = torch.where(numbers == block, left, tops)
-    rest = _rest(values, largest[-1], found[-1])
-    return torch.cat(found, 1).clamp(max=size - 1), torch.cat(largest, 1), rest
-
-
-def _sorted(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    missing = max(0, count - values.shape[1])
-    ordered = torch.sort(
-        torch.nn.functional.pad(values, (0, missing), value=NEVER), dim=1, descending=True, stable=True
-    )
-    return ordered.values[:, :count], ordered.indices[:, :count].clamp(max=values.shape[1] - 1)
+    padded = torch.nn.functional.pad(values, (0, count - size), value=NEVER) if count > size else values
+    found = largest_places(padded, count)
+    largest = padded.gather(1, found)
+    rest = _rest(values, largest[:, -1:], found[:, -1:])
+    return found.clamp(max=size - 1) if count > size else found, largest, rest
 
 
 def _rest(values: Tensor, value: Tensor, place: Tensor) -> Tensor:

@@ -31,6 +31,15 @@ def _first(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
+def counts(name: str, value: Any) -> Tensor:
+    counts = torch.as_tensor(value)
+    if counts.is_floating_point() or counts.dtype == torch.bool or counts.dim() > 1 or bool((counts < 0).any()):
+        raise InputError(
+            message(f"`{name}` is a number, or one for each row.", expected="int >= 0, or (B,) ints", found=str(value))
+        )
+    return counts.to(torch.int64)
+
+
 def check_targets(labels: Tensor, size: int) -> None:
     """InputError unless a model that gives `size` scores gives one for each of these labels."""
     if bool(((labels < 0) | (labels >= size)).any()):

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError, describe, message
 from ..inputs import constant_leaves
@@ -15,6 +17,7 @@ from ..tracebacks import ends_at_the_call
 from ..tree import unflatten
 from .copies import picked, spread
 from .labels import check_targets, explained_labels
+from .prefix import Prefix
 from .started import taken_apart
 
 
@@ -29,6 +32,9 @@ def rescore(
     finished: Tensor | None = None,
     scores: Any = None,
     normalised: bool = False,
+    prefix: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    xs: Any = (),
     state: Any = None,
     backend: str = "auto",
     per_label: bool = False,
@@ -45,10 +51,8 @@ def rescore(
     end:      where it is given, its log-probability after the last label counts too, for hypotheses that `finished`
               (a bool tensor like lengths; None: all) says have it.
     per_label: gives (B, N, L + 1) instead, one for each label and one for the end; zeros beyond.
-    scores, normalised, state, constants: as for `sl.search.greedy`.
-
-    Labels are all that the model reads here. A search with a prefix is rescored with the prefix in front of `labels`
-    (and `per_label` to leave its part out); one over given sequences is not.
+    prefix, prefix_lengths, xs, state, scores, normalised, constants: as for `sl.search.greedy`. A prefix counts
+              nothing itself; a row whose prefix has an end has log-probability 0.
 
     Returns (B, N), or (B,) for labels (B, L). Raises InputError for labels and lengths that do not fit.
     """
@@ -60,30 +64,77 @@ def rescore(
         wanted = "labels (B, N, L) and lengths (B, N), or (B, L) and (B,), integers"
         raise InputError(message("Labels and lengths of hypotheses do not fit together.", expected=wanted, found=found))
     batch, count, steps = labels.shape
-    given = labels.flatten(0, 1).T.to(torch.int64)
-    lengths = lengths.flatten().to(given.device)
-    first = torch.as_tensor(start, dtype=torch.int64, device=given.device).expand(batch).repeat_interleave(count)
-    inside = torch.arange(steps, device=given.device).unsqueeze(1) < lengths
-    given = torch.where(inside, given, 0)
-    inputs = torch.cat([first.unsqueeze(0), given])
-    ends = torch.zeros_like(lengths) if end is None else torch.ones_like(lengths)
+    first = torch.as_tensor(start, dtype=torch.int64, device=labels.device).expand(batch)
+    lengths = lengths.to(labels.device)
+    ends = torch.full_like(lengths, int(end is not None))
     if end is not None and finished is not None:
-        ends = finished.flatten().to(device=given.device, dtype=torch.int64)
+        ends = finished.reshape(lengths.shape).to(ends)
+    xs = xs if isinstance(xs, (tuple, list)) else (xs,)
+    if prefix is not None:
+        before = Prefix(prefix, prefix_lengths, end)
+        first, state = _after_prefix(model, before, first, xs, state, backend, constants)
+        goes_on = ~before.ended.to(labels.device).unsqueeze(1)
+        lengths, ends = lengths * goes_on, ends * goes_on
+    lengths, ends = lengths.flatten(), ends.flatten()
+    given = labels.flatten(0, 1).T.to(torch.int64)
+    given = torch.where(_steps(given, steps) < lengths, given, 0)
+    inputs = torch.cat([first.repeat_interleave(count).unsqueeze(0), given])
+    longest = _longest(xs, lengths + ends, steps + 1)
+    sequences = pytree.tree_map_only(Tensor, lambda x: x[:longest].repeat_interleave(count, 1), tuple(xs))
     constants = {name: _spread(value, count) for name, value in constants.items()}
     state = None if state is None else {name: spread(value, count) for name, value in state.items()}
     with explained_labels(start=start, labels=given):
-        output, _ = Loop(model, backend=backend)(inputs, lengths=lengths + ends, state=state, **constants)
+        output, _ = Loop(model, backend=backend)(
+            inputs[:longest], *sequences, lengths=lengths + ends, state=state, **constants
+        )
     log_probs = picked(output, scores)
-    check_targets(given, log_probs.shape[-1])
     log_probs = log_probs if normalised else torch.log_softmax(log_probs, -1)
-    targets = torch.cat([given, given.new_zeros(1, batch * count)])
-    places = torch.arange(steps + 1, device=given.device).unsqueeze(1)
+    chosen = F.pad(_chosen(log_probs, given, lengths, ends, end).T, (0, steps + 1 - longest))
+    found = (chosen if per_label else chosen.sum(1)).unflatten(0, (batch, count))
+    return found.squeeze(1) if lone else found
+
+
+def _after_prefix(
+    model: Step | Loop[Any], prefix: Prefix, first: Tensor, xs: Any, state: Any, backend: str, constants: dict[str, Any]
+) -> tuple[Tensor, Any]:
+    """The label before the hypotheses, and the model's States there."""
+    if xs:
+        raise InputError(message("Hypotheses over given sequences have no prefix.", expected="xs= or prefix="))
+    with explained_labels(start=first, prefix=prefix.labels):
+        _, after = Loop(model, backend=backend)(
+            prefix.read(first), lengths=prefix.lengths.to(first.device), state=state, **constants
+        )
+    return prefix.last(first), after
+
+
+def _steps(like: Tensor, count: int) -> Tensor:
+    return torch.arange(count, device=like.device).unsqueeze(1)
+
+
+def _chosen(log_probs: Tensor, labels: Tensor, lengths: Tensor, ends: Tensor, end: int | None) -> Tensor:
+    """(T, R) the log-probabilities of labels (L, R) and of the end after them, zero where neither is."""
+    check_targets(labels, log_probs.shape[-1])
+    places = _steps(labels, len(log_probs))
+    targets = torch.cat([labels, torch.zeros_like(lengths).unsqueeze(0)])[: len(log_probs)]
     if end is not None:
         targets = torch.where(places == lengths, end, targets)
     chosen = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2)
-    chosen = torch.where(places < lengths + ends, chosen, torch.zeros_like(chosen))
-    found = (chosen.T if per_label else chosen.sum(0)).unflatten(0, (batch, count))
-    return found.squeeze(1) if lone else found
+    return torch.where(places < lengths + ends, chosen, torch.zeros_like(chosen))
+
+
+def _longest(xs: Any, taken: Tensor, steps: int) -> int:
+    """Steps that are there. xs: sequences that the model reads beside labels; taken: steps of every hypothesis."""
+    times = [len(x) for x in pytree.tree_leaves(xs) if isinstance(x, Tensor)]
+    most = int(taken.max()) if taken.numel() else 0
+    if times and most > min(times):
+        raise InputError(
+            message(
+                "The sequences of `xs` are shorter than the hypotheses.",
+                expected=f"{most} steps: one for every label, and for the end",
+                found=f"{min(times)} steps",
+            )
+        )
+    return min([steps, *times])
 
 
 def _spread(value: Any, count: int) -> Any:

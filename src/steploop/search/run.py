@@ -19,7 +19,8 @@ from ..nn._constants import _begins_with, _takes, check_constants_used
 from ..states import States
 from ..step import Step, survey
 from .hypotheses import Hypotheses, of_slot, traced_back
-from .labels import explained_labels
+from .labels import counts, explained_labels
+from .prefix import Prefix
 from .search import NEVER, Search
 from .started import taken_apart
 
@@ -44,11 +45,11 @@ class _Run:
         self.model, self.count, self.end, self.constants = model, count, end, constants
         self.xs = xs if isinstance(xs, (tuple, list)) else (xs,)
         self.backend = dispatch.checked_backend(backend)
-        self.start, self.least, self.given = start, _counts("min_steps", min_steps), state
-        self.prefix = None if prefix is None else _Prefix(prefix, prefix_lengths, end)
+        self.start, self.least, self.given = start, counts("min_steps", min_steps), state
+        self.prefix = None if prefix is None else Prefix(prefix, prefix_lengths, end)
         if self.prefix is not None and self.xs:
             raise InputError(message("A search over given sequences has no prefix.", expected="xs= or prefix="))
-        self.limit = _counts("max_steps", max_steps)
+        self.limit = counts("max_steps", max_steps)
         self.steps = int(self.limit.max()) if self.limit.numel() else 0
         if self.xs:
             self.steps = min(self.steps, self._time())
@@ -125,21 +126,21 @@ class _Run:
         return {n[len(start) :]: (i, whole) for i, n in enumerate(whole.names) if n.startswith(start)}
 
     def _read_prefix(self, own: States, start: Tensor, batch: int) -> None:
-        prefix = cast(_Prefix, self.prefix)
+        prefix = cast(Prefix, self.prefix)
         device = own["label"].device
         labels, lengths = prefix.labels.to(device), prefix.lengths.to(device)
-        first = _rows("start", start, batch, device).unsqueeze(0)
-        inputs = torch.cat([first, labels])[: len(labels)]  # the last label of the prefix is read by the search
+        first = _rows("start", start, batch, device)
         parts = [("model", self.search.model)]
         parts += [(f"scorers.{i}", scorer) for i, scorer in enumerate(cast("Iterable[Step]", self.search.scorers))]
         parts += [("constraint", self.search.constraint)] if self.search.constraint is not None else []
         for path, step in parts:
             begun = {n: v for n, v in self.given.items()} if path == "model" and self.given is not None else None
             constants = _taken_by(step, self.constants)
-            _, after = Loop(step, backend=self.backend)(inputs, lengths=lengths, state=begun, **constants)
+            _, after = Loop(step, backend=self.backend)(
+                prefix.read(first), lengths=lengths, state=begun, **constants
+            )
             self._put(own, path, step, after)
-        last = labels.gather(0, (lengths - 1).clamp(min=0).unsqueeze(0)).squeeze(0) if len(labels) else first[0]
-        last = torch.where(lengths > 0, last, first[0])
+        last = prefix.last(first)
         own["label"] = last.unsqueeze(1).expand(own["label"].shape)
         over = prefix.ended.to(device)
         own["ended"] = own["ended"] | over.unsqueeze(1)
@@ -198,39 +199,6 @@ class _Run:
             value = value.movedim(2, 1) if tree.states[index].grows_with is not None else value
             found[name] = of_slot(value, slot).flatten(0, 1)
         return States(found)
-
-
-class _Prefix:
-    """labels (P, B), lengths (B,), ended (B,): whether a row's prefix has an end."""
-
-    def __init__(self, labels: Any, lengths: Any, end: int | None) -> None:
-        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
-            found = describe(labels)
-            raise InputError(message("A prefix is a sequence of labels.", expected="(P, B) integers", found=found))
-        self.labels = labels.to(torch.int64)
-        if lengths is None:
-            lengths = torch.full((labels.shape[1],), len(labels), dtype=torch.int64, device=labels.device)
-        self.lengths = _counts("prefix_lengths", torch.as_tensor(lengths))
-        if self.lengths.shape != labels.shape[1:] or bool((self.lengths > len(labels)).any()):
-            wanted = f"({labels.shape[1]},) numbers up to {len(labels)}"
-            raise InputError(
-                message("`prefix_lengths` do not fit the prefix.", expected=wanted, found=str(self.lengths.tolist()))
-            )
-        inside = torch.arange(len(labels), device=labels.device)[:, None] < self.lengths.to(labels.device)
-        self.ended = (
-            (inside & (self.labels == end)).any(0)
-            if end is not None
-            else torch.zeros_like(self.lengths, dtype=torch.bool)
-        )
-
-
-def _counts(name: str, value: Any) -> Tensor:
-    counts = torch.as_tensor(value)
-    if counts.is_floating_point() or counts.dtype == torch.bool or counts.dim() > 1 or bool((counts < 0).any()):
-        raise InputError(
-            message(f"`{name}` is a number, or one for each row.", expected="int >= 0, or (B,) ints", found=str(value))
-        )
-    return counts.to(torch.int64)
 
 
 def _rows(name: str, value: Any, batch: int, device: torch.device) -> Tensor:

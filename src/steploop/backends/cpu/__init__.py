@@ -98,7 +98,7 @@ def doctor() -> dict[str, str]:
     using = compiler()
     return {
         "compiler": f"{using.path} ({using.version})" if using else f"none; {what_to_install()}",
-        "flags": " ".join(using.flags) if using else "",
+        "flags": " ".join(using.flags("")) if using else "",
         "builds": problem() or "yes",
         "cache": str(folder()),
         "threads": runtime()[0] or "own threads (no OpenMP runtime is loaded)",

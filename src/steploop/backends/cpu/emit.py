@@ -22,6 +22,9 @@ from .reserved import HEADERS, KERNELS, REMARK, WORD
 
 NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team", "ahead")
 TAIL = ("sizes", "offsets", "resets", "fault")
+# Nests of a phase from which on they stand in functions of their own, so many in each: what a compiler knows of a
+# function's variables grows with the square of its length.
+MANY, TOGETHER = 24, 8
 
 # What stands before and after a buffer's name in names that are made of it.
 _AROUND = (("", ""), ("in_", ""), ("to_", ""), ("out_", ""), ("", "_at"), ("", "_row"), ("", "_tile"), ("", "_early"),
@@ -351,9 +354,14 @@ class Printer:
             used[id(buffer)] = buffer
             return buffer.name
 
-        for nest in phase.nests:
+        apart = len(phase.nests) >= MANY
+        for number, nest in enumerate(phase.nests):
             printer = NestPrinter(nest, base, self.program.make.names, taken, 3)
+            if apart and number % TOGETHER == 0:
+                body.append("      [&]() APART {")
             body += printer.print()
+            if apart and (number % TOGETHER == TOGETHER - 1 or nest is phase.nests[-1]):
+                body.append("      }();")
             self.names.update(printer.taken, (f"{name}_at" for name in printer.taken))
         written = {id(s.target.buffer) for n in phase.nests for s in n.statements}
         for buffer in used.values():

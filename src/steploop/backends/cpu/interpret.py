@@ -16,7 +16,8 @@ from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.span import Span
 from .fuse import Plan
 from .language import Buffer, Const, Dim, Expr, Iota, Load, Product, Reduce, Routine, Scan, Scatter, Statement
-from .ops_linalg import MEANINGS
+from .ops_largest import meaning as _largest_places
+from .ops_linalg import MEANINGS as _LINALG
 from .scalars import SCALARS
 
 _REDUCE = {
@@ -25,6 +26,7 @@ _REDUCE = {
     "all": lambda x: x.all(-1),
     "argmax": lambda x: x.argmax(-1), "argmin": lambda x: x.argmin(-1),
 }  # fmt: skip
+_ROUTINES = {**_LINALG, "largest_places": _largest_places}
 _SCAN = {"sum": torch.cumsum, "prod": torch.cumprod}
 
 
@@ -118,7 +120,7 @@ class Step:
             return self.value(statement.left) @ self.value(statement.right)
         if isinstance(statement, Routine):
             operands = (self.value(o) for o in statement.operands)
-            return MEANINGS[statement.name](*operands, *statement.options)
+            return _ROUTINES[statement.name](*operands, *statement.options)
         value = self.value(statement.value).expand(self.rows, *self._shape(statement.value.shape))
         if isinstance(statement, Reduce):
             outer = value.dim() - statement.axes

@@ -9,7 +9,7 @@ a list of statements over buffers:
     Product  target[i, n] = sum over k of left[i, k] * right[k, n], `right` the same for all rows and steps
     Scan     target[i, j] = target[i, j-1] (+) expression(i, j)
     Scatter  target[.., index(i, j), ..] = expression(i, j)   (or +=), one after the other
-    Routine  target[i, :] = a routine of kernels/linalg.h on the matrices i of some buffers
+    Routine  target[i, :] = a routine of kernels/ on the matrices i of some buffers
 
 An expression is a tree of pointwise operations over loads; a load addresses its buffer by an affine function
 of the statement's indices, so slices, transposes and broadcasts cost nothing. `interpret.py` gives the
@@ -145,10 +145,11 @@ class Scatter(Statement):
 
 @dataclass(eq=False)
 class Routine(Statement):
-    """Linear algebra on small matrices, one after the other.
+    """A routine of kernels/linalg.h or largest.h on small matrices, one after the other.
 
     operands: (*lead, rows, columns) each, `lead` being all axes of the target but its last, which holds the results of
-    one matrix. options: numbers, known when a kernel is built, that choose the variant. `ops_linalg.py` lists them all.
+    one matrix. options: numbers, known when a kernel is built, that choose the variant. `ops_linalg.py` and
+    `ops_largest.py` have them.
     """
 
     name: str

@@ -8,7 +8,15 @@ several. Operations without a row are lowered by torch's own decomposition.
 from __future__ import annotations
 
 from ...compiler.ir.graph import LoopProgram, line_of
-from . import ops_index, ops_linalg, ops_pointwise, ops_products, ops_reduce, ops_views  # noqa: F401  (fill the table)
+from . import (  # noqa: F401  (fill the table)
+    ops_index,
+    ops_largest,
+    ops_linalg,
+    ops_pointwise,
+    ops_products,
+    ops_reduce,
+    ops_views,
+)
 from .decompose import decomposed
 from .language import Program
 from .lowering import Lowering

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 KERNELS = Path(__file__).parent / "kernels"
-HEADERS = ("vector.h", "math.h", "tiles.h", "product.h", "linalg.h")
+HEADERS = ("vector.h", "math.h", "tiles.h", "product.h", "linalg.h", "largest.h")
 
 # A word, or a text in quotes, in which there are none: extern "C".
 WORD = re.compile(r'"[^"]*"|\b[A-Za-z_]\w*')

@@ -10,6 +10,7 @@
 #include <utility>
 
 #define ALWAYS __attribute__((always_inline))
+#define APART __attribute__((noinline))
 #define INLINE static inline ALWAYS
 
 typedef uint8_t u8;
