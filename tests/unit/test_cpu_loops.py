@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from cpu_loops import assert_same, both, make_case, run
 
+import steploop as sl
 from steploop.backends import cpu, eager
+from steploop.backends.cpu import build, emit
 from steploop.backends.cpu import runner as native
 from steploop.compiler.schedule import make_schedule
 from steploop.compiler.span import Span
@@ -330,3 +332,18 @@ def test_products_of_several_rows_in_each_row(size, batch, ragged):
     text = cpu.compile(case.loop).text
     assert "multiply_each" in text and "auto old = s0_tile" in text
     assert_same(case, torch.randint(1, 8, (batch,)) if ragged else None, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_nests_of_a_long_phase_stand_in_functions_of_their_own(together, monkeypatch):
+    monkeypatch.setattr(emit, "MANY", 2)
+    monkeypatch.setattr(emit, "TOGETHER", together)
+    loop = sl.Loop(sl.nn.LayerNormLSTMCell(5, 4), backend="cpu")
+    for steps, batch in ((4, 3), (2, 1)):
+        sl.verify(loop, torch.randn(steps, batch, 5))
+    texts = [part.kernel for part in loop.plan(torch.randn(4, 3, 5)).loops]
+    assert texts and all(text.count("APART") == text.count("}();") > 0 for text in texts)
+
+
+def test_long_kernels_are_built_by_less_optimisation():
+    assert build.level("x" * build.LONG) == build.QUICKER and build.level("x") == build.FASTEST
