@@ -46,7 +46,8 @@ def _run_compiled(program: Program, call: Call, backend: str, save: str) -> Resu
     kinds.check(program, call)
     if call.until is not None:
         stops = lambda *piece: _stops(*piece, backend, save)  # noqa: E731
-        return until.run(program, call, lambda *piece: _run_compiled(*piece, backend, save), wants_gradients, stops)
+        wants = lambda *asked: wants_gradients(*asked, backend)  # noqa: E731
+        return until.run(program, call, lambda *piece: _run_compiled(*piece, backend, save), wants, stops)
     whole = getattr(program.root, "run_whole", None) if program.stands_alone else None
     if whole is not None:
         _no_tangents((*call.xs, *call.constants, *call.initial, *program.root.parameters()))
@@ -81,11 +82,11 @@ def _as_the_plain_loop(error: SingularError | IndexError | DivisionError, progra
         raise singular(error.operation, f"{where}: {raised}", raised_at(raised)) from None
 
 
-def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
+def wants_gradients(program: Program, call: Call, backend: str) -> tuple[bool, bool]:
     """(whether a call is to be differentiated, and whether its step draws random numbers)."""
     from .compiler import pipeline
 
-    return pipeline.wants_gradients(program, call) if torch.is_grad_enabled() else (False, False)
+    return pipeline.wants_gradients(program, call, backend) if torch.is_grad_enabled() else (False, False)
 
 
 def _stops(program: Program, call: Call, backend: str, save: str) -> bool:

@@ -18,6 +18,7 @@ import steploop as sl
 from steploop.backends import cpu
 from steploop.backends.cpu import build as building
 from steploop.backends.cpu import cache as keeping
+from steploop.compiler import captures
 from steploop.errors import BuildError
 
 TEXT = 'extern "C" __attribute__((visibility("default"))) int answer() {{ return {}; }}\n'
@@ -335,3 +336,38 @@ def test_a_plan_says_that_a_kernel_could_not_be_built(no_luck):
     planned = loop.plan(xs).loops[0]
     assert planned.backend == "eager"
     assert any("no luck today" in reason for reason in planned.reasons)
+
+
+class Halves(sl.Step):
+    """Ends by itself; also a model of labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(3, 3))
+        self.h, self.done = sl.State(3), sl.State(init=False, dtype=torch.bool)
+
+    def step(self, x):
+        self.h.next = torch.tanh(self.h.prev @ self.weight + x.unsqueeze(1))
+        self.done.next = self.done.prev
+        return self.h.next
+
+
+FIRST_CALLS = {
+    "a loop": lambda step: sl.Loop(step)(torch.randn(4, 2)),
+    "a loop that ends by itself": lambda step: sl.Loop(step, until="done")(torch.randn(4, 2)),
+    "a stream": lambda step: sl.Loop(step).stream(2)(torch.randn(2)),
+    "a search": lambda step: sl.search.greedy(step, start=1, end=0, max_steps=3, batch_size=2),
+    "a scan": lambda step: sl.scan(lambda h, x: (torch.tanh(h + x), h), torch.randn(2, 3), torch.randn(4, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", list(FIRST_CALLS))
+def test_what_no_kernel_can_do_without_is_begun_before_a_step_is_captured(name, gradients, monkeypatch):
+    """The libraries of products are built while Python traces the step."""
+    before = captures.captured
+    at = []
+    monkeypatch.setattr(cpu.Cpu, "prepare", lambda self, dtypes: at.append(captures.captured))
+    with torch.set_grad_enabled(gradients):
+        FIRST_CALLS[name](Halves())
+    assert at and at[0] == before

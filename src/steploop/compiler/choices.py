@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from .ir.graph import LoopProgram, expression
 from .memory_operator import is_memory
 from .patterns import recognise
+from .program import Program
 from .sequence_runner import SequenceRunner
 
 if TYPE_CHECKING:
@@ -29,6 +32,12 @@ def hand_down(by_name: Callable[[str], Choice]) -> None:
 def choice(backend: str) -> Choice:
     """The backends that a name stands for. UnsupportedError where there is none of that name."""
     return _by_name[0](backend)
+
+
+def make_ready(program: Program, backend: str) -> None:
+    """Lets backends begin what they need for a step that is about to be captured: it may multiply with its weights."""
+    weights = program.root.parameters() if isinstance(program.root, nn.Module) else ()
+    choice(backend).prepare({p.dtype for p in weights if p.dim() > 1})
 
 
 def chooser(backend: str) -> Callable[[LoopProgram, Widen], Any]:

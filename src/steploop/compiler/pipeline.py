@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..view.plan_table import counted
 from . import captures, forward_mode
 from .capture import keep_with_trace
 from .captured import Capture
-from .choices import choice, chooser
+from .choices import chooser, make_ready
 from .dependencies import Dependencies
 from .execute import Executable
 from .invocation import Invocation, hints_of
@@ -53,7 +53,7 @@ from .trace import Trace
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
     """Runs a call that nobody else traces. Differentiable; see `Loop` for what the arguments mean."""
-    prepare = partial(_prepare, program, backend)
+    prepare = partial(make_ready, program, backend)
     program, call = batch_guessed(program, call, prepare)
     capture, dependencies = captures.find(program, call, prepare)
     if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
@@ -82,15 +82,9 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     return Result(list(results[:count]), list(results[count : count + states]), capture.out_spec)
 
 
-def _prepare(program: Program, backend: str) -> None:
-    """Lets backends begin what they need for a step that is about to be captured: it may multiply with its weights."""
-    weights = program.root.parameters() if isinstance(program.root, nn.Module) else ()
-    choice(backend).prepare({p.dtype for p in weights if p.dim() > 1})
-
-
-def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
+def wants_gradients(program: Program, call: Call, backend: str) -> tuple[bool, bool]:
     """(whether anything that a call reads requires a gradient, whether its step draws random numbers)."""
-    capture, dependencies = captures.find(program, call)
+    capture, dependencies = captures.find(program, call, partial(make_ready, program, backend))
     training = any(t.requires_grad for t in tensors_of(call, capture, dependencies))
     seeded = torch.Tag.nondeterministic_seeded
     return training, any(seeded in getattr(n.target, "tags", ()) for n in capture.forward.graph.graph.nodes)
@@ -98,7 +92,7 @@ def wants_gradients(program: Program, call: Call) -> tuple[bool, bool]:
 
 def stops(program: Program, call: Call, backend: str, save: str) -> bool:
     """Whether a call without gradients does next to nothing at steps before which all rows have ended."""
-    capture, dependencies = captures.find(program, call)
+    capture, dependencies = captures.find(program, call, partial(make_ready, program, backend))
     tensors = tensors_of(call, capture, dependencies)
     invocation = _invocation(capture, call, backend, policy_of(capture, save, False, 0, tensors), False, False, tensors)
     return invocation.forward.executable.stops

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd import forward_ad
 from ..marks import wide
 from . import captures, forward_mode
 from .batch import OncePiece
-from .choices import choice
+from .choices import choice, make_ready
 from .dependencies import function_modes
 from .guards import Kinds, kinds_guard
 from .ir.graph import StepGraph, op_name
@@ -53,7 +54,7 @@ class StreamStep:
     def __init__(self, program: Program, call: Call, backend: str):
         self.program = program
         with torch.no_grad():
-            self.capture, self.dependencies = captures.find(program, call)
+            self.capture, self.dependencies = captures.find(program, call, partial(make_ready, program, backend))
         self.batch = call.batch
         self.device = call.device
         self.holds = True
