@@ -12,6 +12,7 @@ from .g2p import BATCHES as G2P_BATCHES
 from .measure import paired_ratio
 from .peers import PEERS
 
+REMARKS = Path(__file__).with_name("remarks.md")
 Results = list[dict[str, Any]]
 Run = dict[str, Any]  # {"meta": ..., "results": [...]}
 TABLES = ("lstm", "gru", "stranger", "lnlstm", "decoder", "seq2seq", "seq2seq_two_projections", "ragged")
@@ -41,7 +42,9 @@ def merge(paths: list[Path]) -> Run:
     kept: dict[str, Results] = {}
     for run in runs:
         new: dict[str, Results] = {}
+        about = {name: run["meta"].get(name) for name in ("date", "cpu", "threads", "commit")}
         for result in run["results"]:
+            result.setdefault("run", about)
             new.setdefault(_job_of(result), []).append(result)
         kept |= new
     meta = dict(runs[-1]["meta"])
@@ -75,14 +78,45 @@ def markdown(run: Run, images: list[tuple[str, str]]) -> str:
     meta, results = run["meta"], run["results"]
     parts = [_head(meta), _target_table(results)]
     parts += [f"![{title}]({path})" for title, path in images]
-    parts += [_case_table(results, case) for case in TABLES]
-    parts += [_stream(results, "stream", "LSTM", "torch.nn", "torch.nn.LSTMCell")]
+    remarks = _remarks()
+    for names, text in _sections(results):
+        if text:
+            parts.append("\n".join([text, *_origin([r for r in results if r["case"] in names], meta)]))
+            heading = text.partition("\n")[0]
+            parts += [remarks[heading]] if heading in remarks else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _sections(results: Results) -> list[tuple[tuple[str, ...], str]]:
+    """(the cases of a section, its text, "" where nothing was measured)."""
     actor = "A GRU with layer norm and two heads, with resets"
-    parts += [_stream(results, "actor", actor, "eager", "the loop by hand")]
-    parts += [_search(results), _search_memory(results), _g2p(results), _guards(results)]
-    parts += [_matrix(results), _memory(results), _first(results)]
-    parts += [_unrolled(results), _grid(results)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return [
+        *(((case,), _case_table(results, case)) for case in TABLES),
+        (("stream",), _stream(results, "stream", "LSTM", "torch.nn", "torch.nn.LSTMCell")),
+        (("actor",), _stream(results, "actor", actor, "eager", "the loop by hand")),
+        (("search", "search_one_row"), _search(results)), (("search_memory",), _search_memory(results)),
+        (("g2p",), _g2p(results)), (("guards",), _guards(results)), (("matrix", "matrix_memory"), _matrix(results)),
+        (("memory",), _memory(results)), (("first",), _first(results)), (("unrolled",), _unrolled(results)),
+        (("grid",), _grid(results)),
+    ]  # fmt: skip
+
+
+def _remarks() -> dict[str, str]:
+    """What people have to say about sections, by their headings."""
+    parts = ("\n" + REMARKS.read_text()).split("\n## ")[1:]
+    split = (part.partition("\n") for part in parts)
+    return {f"## {heading}": text.strip() for heading, _, text in split}
+
+
+def _origin(results: Results, meta: dict[str, Any]) -> list[str]:
+    """Where and when a section was measured, if by another run than the page's."""
+    runs = [r["run"] for r in results if "run" in r]
+    others = [run for run in runs if any(run.get(name) != meta.get(name) for name in ("cpu", "threads", "commit"))]
+    lines = dict.fromkeys(
+        f"- measured {run['date']} on {run.get('cpu')}, {run.get('threads')} threads, commit {run.get('commit')}"
+        for run in others
+    )
+    return ["", *lines] if lines else []
 
 
 def _head(meta: dict[str, Any]) -> str:
@@ -254,8 +288,8 @@ def _search_memory(results: Results) -> str:
     if not rows:
         return ""
     how = next((r["how"] for r in rows if "how" in r), "")
-    lines = ["## Peak memory of a search", "", f"The same decoder, {Workload(**rows[0]['work'])}, each in a process of its"]
-    lines += [f"own. What one search adds to the memory and weights: {how}.", "", "| | | MB |", "|---|---|---:|"]
+    lines = ["## Peak memory of a search", "", f"The same decoder, {Workload(**rows[0]['work'])}, each in a process"]
+    lines += [f"of its own. What one search adds to the memory and weights: {how}.", "", "| | | MB |", "|---|---|---:|"]
     for r in (r for r in rows if "blank" not in r):
         title = "batched loop by hand" if r["peer"] == "eager" else title_of(r["peer"])
         lines.append(f"| {title} | {r['work']['kind']} | {r['bytes'] / 1e6:.0f} |")

@@ -93,7 +93,8 @@ def _first(cache: str, kind: str = "") -> Callable[[Results], float | None]:
 
     def value(results: Results) -> float | None:
         found = pick(results, case="first", peer="steploop", cache=cache)
-        found = [r for r in found if (r["work"]["kind"] if r["work"]["kind"] in (*DEEP, "decoder", *SEARCHES) else "") == kind]
+        known = (*DEEP, "decoder", *SEARCHES)
+        found = [r for r in found if (r["work"]["kind"] if r["work"]["kind"] in known else "") == kind]
         return max((r["first"] for r in found), default=None)
 
     return value

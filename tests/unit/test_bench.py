@@ -278,6 +278,22 @@ def test_a_later_run_replaces_the_tables_it_measured(tmp_path):
     assert merged["meta"]["date"] == "2030-01-01 to 2030-01-02, 2 runs"
 
 
+def test_a_section_says_where_it_was_measured_and_what_there_is_to_say_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REMARKS", tmp_path / "remarks.md")
+    report.REMARKS.write_text("About this file.\n\n## LSTM\n\nThe first remark.\n\n## Nothing of this name\n\nNo.\n")
+    size = {"kind": "lstm", "T": 4, "B": 2, "I": 3, "H": 5}
+    paths = []
+    for case, cpu in (("gru", "a slow one"), ("lstm", "a fast one")):
+        about = {**machine.describe(1), "cpu": cpu, "date": "2030-01-02"}
+        paths.append(tmp_path / f"{case}.json")
+        results = [timing(case, peer, "forward", [1.0], **size) for peer in ("eager", "steploop")]
+        report.write_json({"meta": about, "results": results}, paths[-1])
+    text = report.markdown(report.merge(paths), [])
+    lstm, gru = text.split("## GRU")
+    assert "The first remark." in lstm and "measured" not in lstm.split("## LSTM")[1]
+    assert "- measured 2030-01-02 on a slow one, 1 threads" in gru and "No." not in text
+
+
 def test_reasons_name_no_folder():
     error = RuntimeError("cannot\n  read /home/someone/project/file.py:12")
     assert peers.short(error) == "RuntimeError: cannot read file.py:12"
