@@ -183,16 +183,16 @@ def _build_in(place: Path, digest: str, text: str, using: Compiler) -> ctypes.CD
     with cache.building_in(place) as work:
         source, library = work / "kernel.cpp", work / "kernel.so"
         source.write_text(text)
-        _compile(source, library, using, text)
+        _compile(source, library, using)
         loaded = ctypes.CDLL(str(library))  # loads before it is published: what the cache holds works
         os.replace(source, place / f"{digest}.cpp")
         cache.publish(library, place / f"{digest}.so")
         return loaded
 
 
-def _compile(source: Path, library: Path, using: Compiler, text: str) -> None:
+def _compile(source: Path, library: Path, using: Compiler) -> None:
     """Runs the compiler; a CPU flag that it does not know is left out."""
-    message = ""
+    message, text = "", source.read_text()
     for flags in (using.flags(text), (*FLAGS, *level(text), GENERIC), (*FLAGS, *level(text))):
         command = [using.path, *flags, "-o", str(library), str(source), "-lm", "-lpthread"]
         try:

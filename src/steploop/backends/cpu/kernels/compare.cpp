@@ -1,5 +1,6 @@
 // Compares memory for guards (compiler/words.py), and keeps the rows of a streamed step that take no part in it.
 // It also tries the compiler out: whatever else kernels include must be there.
+#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS  // see vector.h
 #include <math.h>
 #include <pthread.h>
 #include <string.h>
