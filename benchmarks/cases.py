@@ -86,6 +86,7 @@ ACTOR = Workload("actor", 64, 16, 64, 128, resets=True)
 MATRICES = [
     Workload(kind, 1000, batch, 64, 4 * size) for kind in MATRIX for size, batch in ((32, 4), (64, 4), (64, 16))
 ]
+KALMAN = Workload("kalman", 1000, 1, 2, 4)
 FIRST_CALL = Workload("lstm", 64, 16, 128, 128)
 
 
@@ -249,6 +250,17 @@ def g2p(scale: Scale) -> list[Job]:
     return [{**compare("g2p", scale, G2P, (mode,), ("eager", *OURS)), "action": "g2p"} for mode in modes]
 
 
+def kalman(scale: Scale) -> list[Job]:
+    """The log-likelihood of a Kalman filter in float64: one signal, and 32 at once."""
+    jobs = []
+    for batch in (1, min(32, scale.B)):
+        work = replace(KALMAN, B=batch, T=min(KALMAN.T, scale.T or KALMAN.T))
+        for mode in ("forward", "training"):
+            job = compare("kalman", scale, work, (mode,), ("eager", "steploop", "steploop-eager"))
+            jobs.append({**job, "action": "kalman", "work": work.as_dict(), "budget": min(scale.budget, 20.0)})
+    return jobs
+
+
 def matrix(scale: Scale) -> list[Job]:
     """Steps whose state is a matrix for each of 4 heads (D = H / 4)."""
     peers = ("steploop", "steploop-eager", "eager", "eager-hoisted", "jax")
@@ -286,6 +298,6 @@ CASES: dict[str, Callable[[Scale], list[Job]]] = {
     f.__name__: f
     for f in (
         lstm, gru, stranger, lnlstm, decoder, seq2seq, seq2seq_two_projections, ragged, stream, actor, guards,
-        search, search_one_row, search_memory, g2p, matrix, matrix_memory, memory, first, unrolled, grid,
+        search, search_one_row, search_memory, g2p, kalman, matrix, matrix_memory, memory, first, unrolled, grid,
     )  # fmt: skip
 }

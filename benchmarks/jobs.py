@@ -190,6 +190,15 @@ def g2p(job: dict[str, Any], emit: Emit) -> None:
         _run_peers(job, work, mode, lambda name, mode=mode: g2p.make_runner(name, work, mode), emit)
 
 
+def kalman(job: dict[str, Any], emit: Emit) -> None:
+    """Seconds of a filter's log-likelihood, or of its gradients too."""
+    work = workload_of(job)
+    from . import kalman
+
+    for mode in job["modes"]:
+        _run_peers(job, work, mode, lambda name, mode=mode: kalman.make_runner(name, work, mode), emit)
+
+
 def _run_peers(job: dict[str, Any], work: Any, mode: str, make: Callable[[str], Any], emit: Emit) -> None:
     from . import peers
 
@@ -313,6 +322,7 @@ ACTIONS: dict[str, Callable[[dict[str, Any], Emit], None]] = {
     "guards": guards,
     "search": search,
     "g2p": g2p,
+    "kalman": kalman,
     "memory": memory,
     "first_call": first_call,
 }

@@ -95,7 +95,8 @@ def _sections(results: Results) -> list[tuple[tuple[str, ...], str]]:
         (("stream",), _stream(results, "stream", "LSTM", "torch.nn", "torch.nn.LSTMCell")),
         (("actor",), _stream(results, "actor", actor, "eager", "the loop by hand")),
         (("search", "search_one_row"), _search(results)), (("search_memory",), _search_memory(results)),
-        (("g2p",), _g2p(results)), (("guards",), _guards(results)), (("matrix", "matrix_memory"), _matrix(results)),
+        (("g2p",), _g2p(results)), (("kalman",), _kalman(results)), (("guards",), _guards(results)),
+        (("matrix", "matrix_memory"), _matrix(results)),
         (("memory",), _memory(results)), (("first",), _first(results)), (("unrolled",), _unrolled(results)),
         (("grid",), _grid(results)),
     ]  # fmt: skip
@@ -309,6 +310,23 @@ def _g2p(results: Results) -> str:
         shown = "" if compared is None else f"{compared:.2f}"
         words = G2P_BATCHES * r["work"]["B"] / r["median"]
         lines.append(f"| {title_of(r['peer'])} | {r['mode']} | {words:,.0f} | {shown} |")
+    return "\n".join(lines + _footnotes(rows))
+
+
+def _kalman(results: Results) -> str:
+    rows = [r for r in results if r["case"] == "kalman"]
+    if not rows:
+        return ""
+    lines = ["## Kalman filter", "", (cases.CASES["kalman"].__doc__ or "").strip()]
+    work = Workload(**rows[0]["work"])
+    lines += [f"{work.H} numbers of state, {work.I} measured, {work.T} steps, against a Python loop over the same step."]
+    lines += [""]
+    lines += ["| | signals | | seconds | ratio to the loop by hand |", "|---|---:|---|---:|---:|"]
+    for r in (r for r in rows if "blank" not in r):
+        found = [targets.pick(rows, peer="eager", mode=r["mode"], work=r["work"])]
+        shown = f"{paired_ratio(r['times'], found[0][0]['times']):.3f}" if found[0] else ""
+        title = "the loop by hand" if r["peer"] == "eager" else title_of(r["peer"])
+        lines.append(f"| {title} | {r['work']['B']} | {r['mode']} | {seconds(r['median'])} | {shown} |")
     return "\n".join(lines + _footnotes(rows))
 
 
