@@ -319,8 +319,8 @@ def _kalman(results: Results) -> str:
         return ""
     lines = ["## Kalman filter", "", (cases.CASES["kalman"].__doc__ or "").strip()]
     work = Workload(**rows[0]["work"])
-    lines += [f"{work.H} numbers of state, {work.I} measured, {work.T} steps, against a Python loop over the same step."]
-    lines += [""]
+    about = f"{work.H} numbers of state, {work.I} measured, {work.T} steps"
+    lines += [f"{about}, against a Python loop over the same step.", ""]
     lines += ["| | signals | | seconds | ratio to the loop by hand |", "|---|---:|---|---:|---:|"]
     for r in (r for r in rows if "blank" not in r):
         found = [targets.pick(rows, peer="eager", mode=r["mode"], work=r["work"])]
