@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import EllipsisType
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from . import torchscript
 from .errors import StateError, describe, describe_type, message
 from .frame import Frame, running
+from .state_messages import bad_init, bad_unsized_init, checked_shape, fix_type, needs_prev
 
 
 class State(nn.Module):
@@ -67,7 +67,7 @@ class State(nn.Module):
             shape = tuple(shape[0])
         self.unsized = len(shape) == 1 and shape[0] is ...
         self._counter = (grows_with,)  # in a tuple: it is no child of this module
-        self.shape = () if self.unsized else _checked_shape(shape)
+        self.shape = () if self.unsized else checked_shape(shape)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise StateError(message("A State's dtype is a torch.dtype or None.", found=describe(dtype)))
         self.dtype = dtype
@@ -80,11 +80,11 @@ class State(nn.Module):
         elif init is None or isinstance(init, (bool, int, float, complex)):
             self.init = init
         else:
-            raise StateError(_bad_init(describe(init)))
+            raise StateError(bad_init(describe(init)))
 
     def _unsized_init(self, init: Any) -> None:
         if not (isinstance(init, (bool, int, float, complex, Tensor)) or callable(init)):
-            raise StateError(_bad_unsized_init(init))
+            raise StateError(bad_unsized_init(init))
         if isinstance(init, Tensor) and not isinstance(init, nn.Parameter):
             self.register_buffer("init", init, persistent=False)
         else:
@@ -97,7 +97,7 @@ class State(nn.Module):
 
     def _learn(self, init: str) -> None:
         if init != "learned":
-            raise StateError(_bad_init(describe(init)))
+            raise StateError(bad_init(describe(init)))
         self.init = nn.Parameter(torch.zeros(self.shape, dtype=self.dtype))
 
     def _keep(self, init: Tensor) -> None:
@@ -277,7 +277,7 @@ class State(nn.Module):
                 f"State '{frame.names[self]}'.next was given another type than the State has.",
                 expected=describe_type(prev.shape, prev.dtype),
                 found=describe(value),
-                fix=_fix_type(value, prev.shape, prev.dtype),
+                fix=fix_type(value, prev.shape, prev.dtype),
             )
         )
 
@@ -298,7 +298,7 @@ class State(nn.Module):
                 f"State '{name}'.prev was given a value in begin that does not fit.",
                 expected=wanted,
                 found=describe(value),
-                fix=_fix_type(value, shape, dtype),
+                fix=fix_type(value, shape, dtype),
             )
         )
 
@@ -320,11 +320,11 @@ class State(nn.Module):
         """A State is no tensor: torch.cat([x, self.h]) and x + self.h come here."""
         given = pytree.tree_leaves((args, kwargs or {}))
         state = next((value for value in given if isinstance(value, State)), None)
-        raise StateError(_needs_prev(state, f"given to {getattr(function, '__name__', 'torch')}"))
+        raise StateError(needs_prev(state, f"given to {getattr(function, '__name__', 'torch')}"))
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and hasattr(Tensor, name) and running() is not None:
-            raise StateAttributeError(_needs_prev(self, f"asked for .{name}", f".{name}"))
+            raise StateAttributeError(needs_prev(self, f"asked for .{name}", f".{name}"))
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -339,21 +339,9 @@ class StateAttributeError(StateError, AttributeError):
     """A State was asked for what its value has: `hasattr` is still answered."""
 
 
-def _needs_prev(state: State | None, used: str, attribute: str = "") -> str:
-    frame = running()
-    name = frame.names.get(state) if frame is not None else None
-    path = f"self.{name}" if name else "self.<name>"
-    return message(
-        f"State{f' {name!r}' if name else ''} was {used}: it is a slot, not a tensor.",
-        expected=f"{path}.prev, its value after the step before; {path}.next once this step has written it",
-        found=path,
-        fix=f"{path}.prev{attribute}",
-    )
-
-
 def _refused(operator: str) -> Callable[..., Any]:
     def refuse(self: State, *_: Any) -> Any:
-        raise StateError(_needs_prev(self, f"used as a value in `{operator}`"))
+        raise StateError(needs_prev(self, f"used as a value in `{operator}`"))
 
     return refuse
 
@@ -377,55 +365,8 @@ def _dtype_of(like: Tensor | None) -> torch.dtype | None:
     return None if like is None else like.dtype
 
 
-def _checked_shape(shape: tuple[Any, ...]) -> tuple[int, ...]:
-    for size in shape:
-        if isinstance(size, bool) or not hasattr(size, "__index__") or size.__index__() < 0:
-            raise StateError(
-                message(
-                    "A State's shape is given as integers, without the batch axis.",
-                    expected="sl.State(64) or sl.State(8, 16)",
-                    found=describe(size),
-                    fix="sl.State(*shape, init=..., dtype=...)",
-                )
-            )
-    return tuple(size.__index__() for size in shape)
-
-
-def _bad_init(found: str) -> str:
-    return message(
-        "A State's `init` is not one of the known kinds.",
-        expected='a number, a tensor of the State\'s shape, "learned", or None (begin sets it)',
-        found=found,
-        fix='sl.State(64, init="learned")',
-    )
-
-
-def _bad_unsized_init(init: Any) -> str:
-    learned = isinstance(init, str) and init == "learned"
-    return message(
-        "The `init` of a State whose shape the first step tells is not one of the known kinds.",
-        expected="a number, a tensor or Parameter that broadcasts to one row's value, or a function (shape, dtype, "
-        "device) -> tensor",
-        found=describe(init) + (": nothing tells the shape of a Parameter yet" if learned else ""),
-        fix="init=nn.Parameter(torch.zeros(size))  is a learned one" if learned else "init=0.0",
-    )
-
-
 def _autocast_to(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Under autocast torch chooses the dtype of what a step computes: cast it back to the State's."""
     if dtype is None or value.dtype == dtype or not (value.is_floating_point() and dtype.is_floating_point):
         return value
     return value.to(dtype) if torch.is_autocast_enabled(value.device.type) else value
-
-
-def _fix_type(value: Any, shape: Any, dtype: torch.dtype | None) -> str:
-    if not isinstance(value, Tensor):
-        return "assign a tensor (torch.full_like(self.<name>.prev, number) for a number)"
-    if dtype is not None and value.dtype != dtype:
-        name = str(dtype)
-        own = str(value.dtype)
-        return f"value.to({name}), or declare the State with dtype={own}"
-    if value.dim() == len(shape) - 1 or math.prod(value.shape[1:]) != math.prod(shape[1:]):
-        sizes = ", ".join(str(n) for n in value.shape[1:])
-        return f"declare it as sl.State({sizes}) if that is the value's shape; the batch axis comes first"
-    return "reshape the value to the State's shape; the batch axis comes first"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dispatch, replay
 from .backends import reference
 from .closed_over import trainable
-from .compare import Difference, compare
+from .compare import Difference
 from .compiler.program import Call, Program, Result
 from .errors import InputError, MismatchError, describe, message
 from .loop import Loop
@@ -25,6 +23,8 @@ from .scan import prepare_scan
 from .step import Step, Unbatched
 from .tracebacks import ends_at_the_call
 from .tree import with_paths
+from .verify_runs import Run, differences, dtypes_of, shapes_only
+from .verify_steps import is_discrete, step_by_step
 
 
 @dataclass
@@ -134,7 +134,7 @@ def _compare_runs(
     if not backward:
         report.notes.append("forward only: nothing requires a gradient")
     if drawn:
-        report.differences = list(_shapes_only(*runs))
+        report.differences = list(shapes_only(*runs))
         alike = _same_draws(*calls) if report.ok else None
         try:
             if alike is not None:
@@ -147,25 +147,26 @@ def _compare_runs(
             return report
         calls = alike
         report.notes.append("the step draws random numbers: both ways were given the same ones")
-    dtypes = _dtypes(subject.root, calls[0].call)
-    report.differences = list(_differences(runs[0], runs[1], dtypes))
-    if not report.ok and _is_discrete(calls[0]):
+    dtypes = dtypes_of(subject.root, calls[0].call)
+    report.differences = list(differences(runs[0], runs[1], dtypes))
+    if not report.ok and is_discrete(calls[0]):
         buffers.restore()
         report.step_by_step = True
-        report.differences = _step_by_step(subject, calls[0], parameters if backward else None)
+        ways = (_run_reference, _run_optimised(subject))
+        report.differences = step_by_step(subject.root, ways, calls[0], parameters if backward else None)
     return report
 
 
 def _both_ways(
     subject: _Subject, copies: list[_Copies], calls: list[Any], parameters: Any, buffers: _Buffers
-) -> tuple[list[_Run], bool]:
+) -> tuple[list[Run], bool]:
     """The reference's run and the optimised one, and whether random numbers were drawn."""
     runs = []
     random = torch.random.get_rng_state()
     for copy, call, run in zip(copies, calls, (_run_reference, _run_optimised(subject)), strict=True):
         buffers.restore()
         targets = None if parameters is None else [*copy.leaves, *parameters]
-        runs.append(_Run.of(call.program, call.call, run, targets))
+        runs.append(Run.of(call.program, call.call, run, targets))
         runs[-1].buffers = buffers.now()
     return runs, not torch.equal(random, torch.random.get_rng_state())
 
@@ -225,186 +226,6 @@ class _Copies:
             copy.requires_grad_()
             self.leaves.append((name, copy))
         return copy
-
-
-@dataclass
-class _Run:
-    """What one way of running gave. gradients: by name, None where it is not reached."""
-
-    outputs: list[tuple[str, Tensor]]
-    states: list[tuple[str, Tensor]]
-    gradients: list[tuple[str, Tensor]]
-    buffers: list[tuple[str, Tensor]] = field(default_factory=list)
-
-    @staticmethod
-    def of(
-        program: Program,
-        call: Call,
-        run: Callable[[Program, Call], Result],
-        targets: list[tuple[str, Tensor]] | None,
-    ) -> _Run:
-        with torch.set_grad_enabled(targets is not None):
-            result = run(program, call)
-        structure = result.out_spec if result.out_spec is not None else program.out_spec
-        outputs = list(zip(structure.names("outputs"), result.outputs, strict=True))
-        states = list(zip(program.state_names, result.states, strict=True))
-        gradients = [] if targets is None else _gradients(result, targets)
-        return _Run(outputs, states, gradients)
-
-
-def _gradients(result: Result, targets: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    values = [v for v in (*result.outputs, *result.states) if v.is_floating_point() or v.is_complex()]
-    # drawn for every value, reached or not, so that both ways get the same ones
-    generator = torch.Generator().manual_seed(0)
-    cotangents = [
-        torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value.device, value.dtype)
-        for value in values
-    ]
-    reached = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
-    tensors = [tensor for _, tensor in targets]
-    gradients: Any = [None] * len(tensors)
-    if reached and tensors:
-        gradients = torch.autograd.grad(
-            [v for v, _ in reached], tensors, [c for _, c in reached], allow_unused=True
-        )
-    return [
-        (name, torch.zeros_like(tensor) if gradient is None else gradient)
-        for (name, tensor), gradient in zip(targets, gradients, strict=True)
-    ]
-
-
-def _dtypes(root: Any, call: Call) -> set[torch.dtype]:
-    """Those of what a call computes with."""
-    own = [*root.parameters(), *root.buffers()] if isinstance(root, nn.Module) else []
-    return {t.dtype for t in (*call.xs, *call.constants, *call.initial, *own)}
-
-
-def _differences(first: _Run, second: _Run, dtypes: set[torch.dtype]) -> Iterator[Difference]:
-    for kind, a, b, axes in _pairs(first, second):
-        for (name, x), (_, y) in zip(a, b, strict=True):
-            own_axes = ("step", "row") if kind == "gradient" and name.startswith("xs") else axes
-            yield compare(name, kind, x, y, own_axes, dtypes)
-
-
-def _pairs(first: _Run, second: _Run) -> Iterator[tuple[str, Any, Any, tuple[str, ...]]]:
-    for kind, a, b, axes in (
-        ("output", first.outputs, second.outputs, ("step", "row")),
-        ("state", first.states, second.states, ("row",)),
-        ("gradient", first.gradients, second.gradients, ()),
-        ("buffer", first.buffers, second.buffers, ()),
-    ):
-        if [name for name, _ in a] != [name for name, _ in b]:
-            raise MismatchError(
-                message(
-                    f"The reference and the optimised way do not give the same {kind}s.",
-                    expected=", ".join(name for name, _ in a) or "none",
-                    found=", ".join(name for name, _ in b) or "none",
-                )
-            )
-        yield kind, a, b, axes
-
-
-def _shapes_only(first: _Run, second: _Run) -> Iterator[Difference]:
-    for kind, a, b, axes in _pairs(first, second):
-        for (name, x), (_, y) in zip(a, b, strict=True):
-            same_finite = bool(torch.isfinite(x).all()) == bool(torch.isfinite(y).all())
-            if x.shape == y.shape and x.dtype == y.dtype and same_finite:
-                yield Difference(name, kind, 0.0, 0.0, axes=axes)
-            else:
-                yield compare(name, kind, x, y, axes)
-
-
-# discrete steps
-
-
-class _DiscreteOps(TorchDispatchMode):
-    """Notes whether an operation that turns numbers into decisions runs."""
-
-    NAMES = frozenset(
-        "argmax argmin topk sort argsort max min eq ne gt ge lt le round floor ceil trunc sign sgn heaviside "
-        "multinomial bernoulli bucketize searchsorted floor_divide remainder fmod kthvalue mode median "
-        "isnan nonzero masked_select unique cummax cummin one_hot".split()
-    )
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__.rstrip("_")
-        to_integers = (
-            name in ("_to_copy", "copy")
-            and isinstance(result, Tensor)
-            and not result.is_floating_point()
-            and isinstance(args[-1], Tensor)
-            and args[-1].is_floating_point()
-        )
-        self.found = self.found or name in self.NAMES or to_integers
-        return result
-
-
-def _is_discrete(prepared: Any) -> bool:
-    call = prepared.call
-    if any(not (s.is_floating_point() or s.is_complex()) for s in call.initial):
-        return True
-    short = dataclasses.replace(call, steps=min(1, call.steps), xs=[x[:1] for x in call.xs])
-    short = dataclasses.replace(short, lengths=None, mask=None, resets=None, reset_to=None)
-    with torch.no_grad(), _DiscreteOps() as seen:
-        outputs = reference.run(prepared.program, short).outputs
-    return seen.found or any(not (o.is_floating_point() or o.is_complex()) for o in outputs)
-
-
-def _step_by_step(
-    subject: _Subject, prepared: Any, parameters: list[tuple[str, Tensor]] | None
-) -> list[Difference]:
-    """Each step alone, both ways, from the state that the reference has reached. The worst per tensor."""
-    worst: dict[tuple[str, str], Difference] = {}
-    program, call = prepared.program, prepared.call
-    states, dtypes = [state.detach() for state in call.initial], _dtypes(subject.root, call)
-    for t in reversed(range(call.steps)) if call.reverse else range(call.steps):
-        runs = []
-        for run in (_run_reference, _run_optimised(subject)):
-            one, targets = _one_step(program, call, t, states)
-            wanted = None if parameters is None else [*targets, *parameters]
-            runs.append(_Run.of(program, one, run, wanted))
-        for difference in _differences(runs[0], runs[1], dtypes):
-            if difference.kind != "output":
-                difference.name += f" after step {t}"
-            elif difference.index:
-                difference.index = (t, *difference.index[1:])
-            key = (difference.kind, difference.name.split(" after")[0])
-            if key not in worst or difference.badness > worst[key].badness:
-                worst[key] = difference
-        states = [state.detach() for _, state in runs[0].states]
-    return list(worst.values())
-
-
-def _one_step(
-    program: Program, call: Call, t: int, states: list[Tensor]
-) -> tuple[Call, list[tuple[str, Tensor]]]:
-    targets: list[tuple[str, Tensor]] = []
-
-    def leaf(tensor: Tensor, name: str) -> Tensor:
-        tensor = tensor.detach().clone()
-        if tensor.is_floating_point() or tensor.is_complex():
-            targets.append((name, tensor.requires_grad_()))
-        return tensor
-
-    valid = reference.valid_steps(call)
-    one = dataclasses.replace(
-        call,
-        steps=1,
-        xs=[leaf(x[t : t + 1], f"xs ({name})") for x, name in zip(call.xs, program.x_names, strict=True)],
-        constants=[leaf(c, name) for c, name in zip(call.constants, program.constant_names, strict=True)],
-        initial=[leaf(s, f"state {name}") for s, name in zip(states, program.state_names, strict=True)],
-        reset_to=None if call.reset_to is None else [target.detach() for target in call.reset_to],
-        lengths=None,
-        mask=None if valid is None else valid[t : t + 1],
-        resets=None if call.resets is None else call.resets[t : t + 1],
-        reverse=False,
-    )
-    return one, targets
 
 
 # buffers that a step changes (batch norm) start alike for both ways, and are left as they were

@@ -12,8 +12,9 @@ import steploop
 ROOT = Path(steploop.__file__).parent
 FRONT = {
     "arguments", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "kinds", "loop",
-    "operation", "packed", "scan", "replay", "share", "sizing", "state", "states", "step", "step_program", "stream",
-    "strict_export", "torchscript", "tracebacks", "tracked", "tree", "until", "verify",
+    "operation", "packed", "scan", "replay", "share", "sizing", "state", "state_messages", "states", "step",
+    "step_program", "stream",
+    "strict_export", "torchscript", "tracebacks", "tracked", "tree", "until", "verify", "verify_runs", "verify_steps",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}
 # What the modules of a part may import besides errors, tree, marks and their own part.
@@ -26,7 +27,7 @@ ALLOWED = {
     "backends": {"tree"}
     | {f"compiler.{name}" for name in "blocks choices ir ops printing program recording schedule span words".split()},
     "front": {"compiler", "backends"},
-    "library": {"front", "compiler.program", "compiler.memory_operator", "backends.reference"},
+    "library": {"front", "compiler.program", "compiler.memory_operator", "compiler.largest", "backends.reference"},
     "recipes": {"public"},
     "cli": {"public", "library", "front", "recipes", "view", "backends", "compiler"},
 }
