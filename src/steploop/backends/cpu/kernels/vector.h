@@ -12,8 +12,7 @@
 #include <utility>
 
 #define ALWAYS __attribute__((always_inline))
-// noipa: of such a function GCC 12 believes to know what it writes (ipa-modref), and leaves out stores that are needed.
-#define APART __attribute__((noinline, noipa))
+#define APART __attribute__((noinline))
 #define INLINE static inline ALWAYS
 
 typedef uint8_t u8;
