@@ -90,10 +90,11 @@ add("glu_backward", rows=along(2, default=-1), linear=((0,),))
 
 add("max_pool2d_with_indices avg_pool2d avg_pool1d _adaptive_avg_pool2d upsample_nearest2d", rows=first_axis())
 add("max_pool2d_with_indices_backward avg_pool2d_backward", rows=first_axis())
-add("im2col col2im grid_sampler_2d", rows=first_axis())
+add("col2im", rows=first_axis(least=3))
+add("im2col grid_sampler_2d", rows=first_axis(least=4))
 add("reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d", rows=_outer_axis)
 add("upsample_linear1d upsample_bilinear2d", rows=_outer_axis)
-add("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math", rows=first_axis())
+add("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math", rows=first_axis(least=3))
 add("_scaled_dot_product_flash_attention_for_cpu_backward", rows=first_axis())
 add("_scaled_dot_product_efficient_attention", rows=first_axis())
 

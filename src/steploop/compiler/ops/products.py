@@ -57,10 +57,11 @@ def _matvec(node: fx.Node, batch: sympy.Symbol) -> Axis:
 
 
 def _linalg(node: fx.Node, batch: sympy.Symbol) -> Axis | tuple[Axis, ...]:
-    """Operations on the last two axes."""
+    """Operations on the last two axes: a matrix of every row. Beside one there may be vectors (pivots, right sides)."""
     operands = [n for n in tensor_inputs(node) if n.meta["rows"] is not None]
     rows = {n.meta["rows"] for n in operands}
-    if len(rows) != 1 or any(next(iter(rows)).dim > len(shape_of(n)) - 2 for n in operands):
+    ranks = [len(shape_of(n)) for n in operands]
+    if len(rows) != 1 or max(ranks) < 3 or min(ranks) < 2:
         raise Mixed("works across the rows of the batch")
     found = rows.pop()
     if found.dim != 0:
@@ -79,4 +80,4 @@ add("triu tril", rows=_linalg, linear=((0,),))
 add("linalg_inv_ex linalg_cholesky_ex linalg_solve_triangular _linalg_solve_ex linalg_lu_factor_ex", rows=_linalg)
 add("linalg_lu_solve _linalg_slogdet _linalg_det linalg_lu linalg_qr _linalg_eigh _linalg_svd", rows=_linalg)
 add("linalg_matrix_exp cholesky_solve triangular_solve linalg_lu_factor", rows=_linalg)
-add("_cdist_forward _euclidean_dist", rows=first_axis())
+add("_cdist_forward _euclidean_dist", rows=first_axis(least=3))

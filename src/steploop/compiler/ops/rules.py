@@ -126,12 +126,17 @@ def along(dim_at: int = 1, name: str = "dim", results: int = 1, default: int | N
     return rule
 
 
-def first_axis(results: int = 1, also: tuple[int, ...] = ()) -> Rule:
-    """Axis 0 is the batch of every operand that has rows; the results' too. `also`: operands that must have none."""
+def first_axis(also: tuple[int, ...] = (), least: int = 1) -> Rule:
+    """Axis 0 is the batch of every operand that has rows; the results' too.
+
+    also: operands that must have none.  least: axes of an operand with rows, as torch takes a value with fewer of them
+    for a single row, and its axis 0 for another axis.
+    """
 
     def rule(node: fx.Node, batch: sympy.Symbol) -> Axis | tuple[Axis, ...]:
-        found = {n.meta["rows"] for n in tensor_inputs(node) if n.meta["rows"] is not None}
-        if len(found) != 1 or next(iter(found)).dim != 0:
+        operands = [n for n in tensor_inputs(node) if n.meta["rows"] is not None]
+        found = {n.meta["rows"] for n in operands}
+        if len(found) != 1 or next(iter(found)).dim != 0 or any(len(shape_of(n)) < least for n in operands):
             raise Mixed("works across the rows of the batch")
         for position in also:
             operand = node.args[position] if position < len(node.args) else None

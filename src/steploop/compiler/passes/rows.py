@@ -19,7 +19,7 @@ import sympy
 from torch import Tensor, fx
 
 from ..ir.graph import Rows, Size, StepGraph, expression
-from ..ops.rules import CONTRACTED, Axis, Mixed, made_up
+from ..ops.rules import CONTRACTED, Axis, Mixed, has, made_up
 from ..ops.table import is_random, linear_in, operation_of
 
 
@@ -86,6 +86,7 @@ def _annotate_call(node: fx.Node, step: StepGraph, mixing: dict[fx.Node, str], f
         if node in forced:
             raise Mixed("sums over the rows of the batch")
         axis = _rule(node, step.batch)
+        _check_other_axes(node, axis, step.batch)
     except Mixed as reason:
         mixing[node] = str(reason)
         node.meta["rows"] = _visible_rows(node, step.batch)
@@ -101,6 +102,16 @@ def _annotate_call(node: fx.Node, step: StepGraph, mixing: dict[fx.Node, str], f
         _after_contraction(node, mixing)
     elif node.meta["varies"] and not _has_place(node):
         mixing[node] = "differs from step to step and has no batch axis"
+
+
+def _check_other_axes(node: fx.Node, axis: Axis | tuple[Axis, ...], batch: sympy.Symbol) -> None:
+    """A value with a number of a row for every other row is none of one row alone, whatever it was made of."""
+    value = node.meta["val"]
+    tensors, axes = ([value], [axis]) if isinstance(value, Tensor) else (value, axis)
+    for tensor, rows in zip(tensors, axes if isinstance(axes, (list, tuple)) else [axes] * len(tensors)):
+        if isinstance(rows, Rows) and isinstance(tensor, Tensor):
+            if any(has(expression(s), batch) for d, s in enumerate(tensor.shape) if d != rows.dim):
+                raise Mixed("has the rows of the batch on several axes")
 
 
 def _has_place(node: fx.Node) -> bool:
