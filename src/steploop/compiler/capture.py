@@ -292,7 +292,8 @@ class _Tracer:
         holds = condition(conditions_of(self.env, {*self.symbols, *paths}), paths)
         sizes = conditions_of(self.env, set(self.symbols))
         tensors: list[Tensor | FreeNumber] = [*captured.tensors, *numbers]
-        return Trace(step, tensors, holds, self.out_spec, calls, conditions=sizes)
+        fixes = any(batch in expr.free_symbols for expr in captured.fixed)
+        return Trace(step, tensors, holds, self.out_spec, calls, conditions=sizes, fixes=fixes)
 
     def _try_dtypes(self, step: StepGraph) -> None:
         sizes = {str(symbol): 2 if symbol == step.batch else int(self.env.backed_var_to_val[symbol])

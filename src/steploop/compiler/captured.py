@@ -99,6 +99,7 @@ class Capture:
     inline: frozenset[int] = frozenset()
     joint: Trace | None = None
     joint_slots: list[Slot] = field(default_factory=list)
+    no_joint: bool = False
     made: Made = field(default_factory=Made)
     like: dict[int, bool] = field(default_factory=dict)
     by_tracing: frozenset[str] = frozenset()

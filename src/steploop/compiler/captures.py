@@ -77,6 +77,28 @@ def find(
     return capture, dependencies
 
 
+def find_fixed(program: Program, call: Call) -> tuple[Capture, Dependencies]:
+    """The capture for a call's number of rows alone: where a gradient computes with that number."""
+    with lock:
+        signature = signature_of(program, call)
+        settings = ambient()
+        family = (program.key, program.batched, settings, _kinds(signature))
+        known = [] if looking() else _store(program).setdefault(family, [])
+        found = None
+        for capture in reversed(known):
+            dependencies = walk_of(program, capture.reads)
+            alike = not capture.symbolic and dependencies.key == capture.key and capture.has_floats(dependencies)
+            if alike and _fits(capture, signature, call, program, dependencies):
+                found = capture, dependencies
+                break
+        if found is None:
+            with long_part(f"capturing {name_of(program)}"):
+                found = making.make(program, signature, call, [c.reads for c in known], [], fixed=True)
+            _keep(known, found[0])
+        program.kept.quick = (settings, _quick_key(call)), *found, found[0].key
+        return found
+
+
 def checking() -> bool:
     """Whether kept captures are compared with new ones: STEPLOOP_CHECK=1."""
     return _CHECK

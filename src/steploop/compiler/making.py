@@ -45,15 +45,17 @@ def _snapshot(program: Program) -> Snapshot:
 
 
 def make(
-    program: Program, signature: Signature, call: Call, known: Sequence[Reads], free: Sequence[Number]
-) -> tuple[Capture, Dependencies]:
+    program: Program, signature: Signature, call: Call, known: Sequence[Reads], free: Sequence[Number],
+    fixed: bool = False,
+) -> tuple[Capture, Dependencies]:  # fmt: skip
     """A new capture, and the walk that goes with it. free: the floats that are to be inputs, as far as they can be.
 
     known: what other captures of the program have read; where that is the same, they share the object.
+    fixed: for this number of rows alone.
     """
     while True:
         try:
-            return _Maker(program, signature, call, list(free)).make(known)
+            return _Maker(program, signature, call, list(free), fixed).make(known)
         except NotFree as error:
             left = [number for number in free if number.path not in error.paths]
             free = left if len(left) < len(free) else []
@@ -69,6 +71,7 @@ class _Maker:
     signature: Signature
     call: Call
     free: list[Number]
+    fixed: bool = False
     by_tracing: set[str] = field(default_factory=set)
 
     def make(self, known: Sequence[Reads]) -> tuple[Capture, Dependencies]:
@@ -111,7 +114,7 @@ class _Maker:
             trace.keep_alive.extend(memory.calls)
             return trace
 
-        if self.signature.batch is not None:
+        if self.signature.batch is not None and not self.fixed:
             try:
                 trace, recorder = self._watched(symbolic)
                 return trace, True, recorder
@@ -272,16 +275,31 @@ def _settled_floats(dependencies: Dependencies, free: Sequence[Number]) -> list[
 # -- the gradient ----------------------------------------------------------------------------------------------
 
 
-def with_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:
-    """Captures the gradient too, if it has not been. Gives the walk that the captured tensors are found in."""
+def with_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Dependencies:
+    """Captures the gradient too, if it has not been. Gives the walk that the captured tensors are found in.
+
+    FixedBatch where the gradient holds for another number of rows than the call's.
+    """
     with lock:
         if capture.joint is not None:
             return dependencies
+        if capture.no_joint:
+            raise FixedBatch("the gradient computes with the number of rows")
         with long_part(f"capturing {name_of(dependencies.program)} with its gradient"):
-            return _add_joint(capture, dependencies)
+            return _add_joint(capture, dependencies, call)
 
 
-def _add_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:
+def _check_holds(capture: Capture, joint: Trace, call: Call, dependencies: Dependencies) -> None:
+    if not capture.symbolic:
+        return
+    sizes = {k: hint(v) for k, v in sizes_of(joint, call).items()}
+    few = hint(call.batch) in (0, 1)  # torch takes these for cases of their own, and most steps don't
+    if joint.fixes and few or not few and not joint.holds_for(sizes, dependencies.float_values()):
+        capture.no_joint = True
+        raise FixedBatch("the gradient computes with the number of rows")
+
+
+def _add_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Dependencies:
     program = dependencies.program
     tensors = [t for t, s in zip(capture.tensors(dependencies), capture.slots) if not isinstance(s, FreeNumber)]
     free = capture.free(dependencies)
@@ -292,6 +310,7 @@ def _add_joint(capture: Capture, dependencies: Dependencies) -> Dependencies:
         if opaque and find_mixing(joint.graph):
             # Where gradients mix rows, everything may have to be one loop.
             joint = _joint(capture, program, tensors, opaque | set(capture.inline), Observed(recorder, free))
+        _check_holds(capture, joint, call, dependencies)
     except Exception:
         with _disable_current_modes():
             before.restore()

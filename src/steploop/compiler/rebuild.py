@@ -19,12 +19,14 @@ class RealTensors:
     """The real tensors of a traced module, each once, in the order they were met.
 
     objects: what else it refers to, by name: random generators, packed weights of quantised layers.
+    fixed: numbers that the trace made of sizes, and that are fixed in the graph.
     """
 
     def __init__(self, module: fx.GraphModule):
         self.tensors: list[Tensor] = []
         self.index: dict[str, int] = {}
         self.objects: dict[str, Any] = {}
+        self.fixed: list[Any] = []
         numbers: dict[int, int] = {}
         for node in module.graph.nodes:
             if node.op != "get_attr" or node.target in self.index:
@@ -62,7 +64,7 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
         if isinstance(argument, torch.SymInt):
             return _size(env, argument)
         if isinstance(argument, torch.SymFloat):
-            return _plain(argument)
+            return _plain(argument, captured.fixed)
         if isinstance(argument, (list, tuple)):
             return type(argument)(convert(a) for a in argument) if type(argument) in (list, tuple) else [
                 convert(a) for a in argument
@@ -80,7 +82,7 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
             made[node].meta.setdefault("val", _value(captured, node, value))
             made[node].meta.setdefault("line", "")
         elif node.op == "placeholder" and isinstance(value, torch.SymFloat):
-            made[node] = _plain(value)
+            made[node] = _plain(value, captured.fixed)
         elif node.op == "placeholder":
             made[node] = new.placeholder(node.name)
             made[node].meta.update(val=value, line="")
@@ -89,7 +91,7 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
         elif isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
             made[node] = _size(env, value)
         elif isinstance(value, (torch.SymFloat, torch.SymBool, float, bool)) and not _has_tensor(node):
-            made[node] = _plain(value)
+            made[node] = _plain(value, captured.fixed)
         elif node.target in copies and not _changes_memory(node):
             made[node] = made[node.args[0]]
         else:
@@ -120,11 +122,13 @@ def _has_tensor(node: fx.Node) -> bool:
     return any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, fixed: list[Any]) -> Any:
     if isinstance(value, torch.SymFloat):
         expr = value.node.expr
-        # A number made of sizes is fixed here, by a condition on them.
-        return FreeFloat(expr) if expr.free_symbols and all(map(is_float, expr.free_symbols)) else float(value)
+        if expr.free_symbols and all(map(is_float, expr.free_symbols)):
+            return FreeFloat(expr)
+        fixed.append(expr)
+        return float(value)  # a number made of sizes is fixed here, by a condition on them
     return bool(value) if isinstance(value, torch.SymBool) else value
 
 

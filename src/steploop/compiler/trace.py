@@ -60,6 +60,7 @@ class Trace:
     numbers: the calls that were traced, each with the floats in it, before anything was simplified.
     batched: the graph in the form for all steps at once, once it was asked for.
     conditions: those of the conditions that are on sizes alone.
+    fixes: whether a number that was made of the batch size is fixed in the graph.
     """
 
     graph: StepGraph
@@ -71,6 +72,7 @@ class Trace:
     inlined: list[str] = field(default_factory=list)
     batched: StepGraph | None = None
     conditions: list[sympy.Expr] = field(default_factory=list)
+    fixes: bool = False
 
     @cached_property
     def symbols(self) -> list[tuple[str, str, int, int]]:

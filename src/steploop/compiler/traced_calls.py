@@ -52,7 +52,7 @@ def run(program: Program, call: Call, backend: str, save: str) -> Result:
             forward_mode.refuse_tangents(pipeline.named_tensors(call, capture, dependencies))
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if training:
-            dependencies = with_joint(capture, dependencies)
+            dependencies = with_joint(capture, dependencies, call)
             tensors = pipeline.tensors_of(call, capture, dependencies, joint=True)
         key = _text(program, call, capture, dependencies, backend, save, training, tensors)
     _hold_sizes(call, capture, training)
