@@ -293,7 +293,8 @@ class _Tracer:
         sizes = conditions_of(self.env, set(self.symbols))
         tensors: list[Tensor | FreeNumber] = [*captured.tensors, *numbers]
         fixes = any(batch in expr.free_symbols for expr in captured.fixed)
-        return Trace(step, tensors, holds, self.out_spec, calls, conditions=sizes, fixes=fixes)
+        detached = tuple(captured.detached)
+        return Trace(step, tensors, holds, self.out_spec, calls, conditions=sizes, fixes=fixes, detached=detached)
 
     def _try_dtypes(self, step: StepGraph) -> None:
         sizes = {str(symbol): 2 if symbol == step.batch else int(self.env.backed_var_to_val[symbol])

@@ -10,16 +10,20 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from .capture import trace_forward
 from .captured import Capture
 from .dependencies import Dependencies, Number
+from .free_numbers import FreeNumber
+from .invocation import HELD
 from .ir.graph import Size, StepGraph, expression
-from .memory_operator import tracing
+from .memory_operator import call_of, tracing
 from .ops.table import operation_of
 from .passes.manager import simplify
 from .program import Program
+from .reads import EVERYTHING
 from .recorder import Recorder
 from .stages import aside
 from .trace import Leaf, Observed, Signature, Trace
@@ -30,13 +34,19 @@ def same_for_few(capture: Capture, batch: int, program: Program, dependencies: D
     if batch not in capture.like:
         free = capture.free(dependencies)
         inline = set(capture.inline)
-        capture.like[batch] = does_the_same(capture.forward, capture.signature, batch, inline, program, free)
+        slots = capture.slots_in(dependencies)
+        tensors = [s if isinstance(s, FreeNumber) else t for s, t in zip(slots, capture.tensors(dependencies))]
+        capture.like[batch] = does_the_same(
+            capture.forward, capture.signature, batch, inline, program, free, tensors
+        )
     return capture.like[batch]
 
 
 def does_the_same(
-    trace: Trace, signature: Signature, batch: int, inline: set[int], program: Program, free: Sequence[Number]
-) -> bool:
+    trace: Trace, signature: Signature, batch: int, inline: set[int], program: Program, free: Sequence[Number],
+    tensors: Sequence[Any] | None = None,
+) -> bool:  # fmt: skip
+    """tensors: those of the trace, where it has forgotten them."""
     groups = (signature.xs, signature.constants, signature.states)
     few = Signature(*([_with_rows(leaf, batch) for leaf in group] for group in groups), batch, signature.dynamic)
     try:
@@ -47,7 +57,32 @@ def does_the_same(
         return False
     with aside():
         simplify(other.graph)
-    return essence(trace, batch) == essence(other, batch)
+    if trace.detached != other.detached or trace.out_spec != other.out_spec:
+        return False
+    outside = _outside(program)
+    names = [_names(found, outside) for found in (trace.tensors if tensors is None else tensors, other.tensors)]
+    return essence(trace, batch, names[0]) == essence(other, batch, names[1])
+
+
+def _outside(program: Program) -> set[int]:
+    """The tensors that the step did not make itself, by their ids."""
+    roots = [(program.root, "", None, None), *((held[i], name, held, i) for held, i, name in program.statics)]
+    with _disable_current_modes():
+        return set(map(id, Dependencies(roots, EVERYTHING).tensors))
+
+
+def _names(tensors: Sequence[Any], outside: set[int]) -> list[Any]:
+    """What tensors are: those from outside themselves, those that the step made of numbers by these."""
+    found: list[Any] = []
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            found.append(tensor)
+        elif id(tensor) in outside or tensor.requires_grad or tensor.layout is not torch.strided:
+            found.append(id(tensor))
+        else:
+            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            found.append((tensor.dtype, tensor.device, tuple(tensor.shape), bytes(values.numpy())))
+    return found
 
 
 def _with_rows(leaf: Leaf, batch: int) -> Leaf:
@@ -55,19 +90,24 @@ def _with_rows(leaf: Leaf, batch: int) -> Leaf:
     return Leaf(shape, leaf.dtype, leaf.device, leaf.batched)
 
 
-def essence(trace: Trace, batch: int | None) -> list[Any]:
+def essence(trace: Trace, batch: int | None, tensors: Sequence[Any] | None = None) -> list[Any]:
     """What a trace computes with so many rows (None: any): its calls with their arguments.
+
+    tensors: names of those that it captured (None: they are told apart by their order).
 
     Left out are calls that only shape, and those whose values nobody reads. Two equal calls are one. Where the number
     of rows is known, torch may write the same otherwise: a tensor full of one number is that number and its shape, and
     the product of a matrix with a vector is that of the vector with the matrix turned.
     """
-    return _Essence(trace.graph, batch).found()
+    return _Essence(trace.graph, batch, tensors).found()
 
 
 class _Essence:
-    def __init__(self, graph: StepGraph, batch: int | None) -> None:
-        self.graph = graph
+    def __init__(self, graph: StepGraph, batch: int | None, tensors: Sequence[Any] | None) -> None:
+        self.graph, self.batch = graph, batch
+        self.captured = dict(zip(graph.captured, tensors)) if tensors is not None else {}
+        inputs = [*graph.xs, *graph.constants, *graph.prevs, *(graph.captured if tensors is None else ())]
+        self.given = {node: f"input {i}" for i, node in enumerate(inputs)}
         self.values = {s: sympy.Symbol("_".join(map(str, place))) for s, place in graph.symbols.items()}
         if graph.batch is not None and batch is not None:
             self.values[graph.batch] = sympy.Integer(batch)
@@ -80,10 +120,11 @@ class _Essence:
         read = _read(self.graph)
         for node in self.graph.graph.nodes:
             if node.op == "placeholder":
-                self.named[node] = f"input {len(self.named)}"
+                self.named[node] = self.given.get(node) or f"tensor {self.captured.get(node, node.name)}"
             elif node.op == "call_function" and node in read:
                 self.named[node] = self._name(node)
-        return [*self.calls, *(self.named[n] for n in (*self.graph.outputs, *self.graph.nexts))]
+        results = [*self.graph.outputs, *self.graph.nexts]
+        return [*self.calls, *((self.named[n], n.meta["val"].dtype, self._shape(n)) for n in results)]
 
     def _name(self, node: fx.Node) -> str:
         name = _packet(node)
@@ -97,10 +138,21 @@ class _Essence:
         if name in ("mm", "bmm"):
             return self._product(node)
         kwargs = tuple((k, self._plain(v)) for k, v in sorted(node.kwargs.items()))
-        args = [a for i, a in enumerate(node.args) if i != _HANDLE_AT.get(node.target)]
+        args = [self._made(node) if i == _HANDLE_AT.get(node.target) else self._plain(a)
+                for i, a in enumerate(node.args)]  # fmt: skip
+        dtypes = [v.dtype for v in tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
         return self._numbered(
-            str(node.target), self._plain(args), kwargs, self._layout(node), repeatable=_repeatable(node)
+            str(node.target), args, kwargs, self._layout(node), dtypes, repeatable=_repeatable(node)
         )
+
+    def _made(self, node: fx.Node) -> Any:
+        """What a call names by a number: a loop inside the step, or a call of a remembering operation."""
+        if node.target in _OF_MEMORY:
+            call = call_of(node)
+            return id(call.op), call.xs, call.constants, call.states, call.whole
+        loop = HELD[node.args[_HANDLE_AT[node.target]]]
+        rows = None if loop.trace.graph.batch is None else self.batch
+        return essence(loop.trace, rows), loop.trace.detached, loop.reverse, loop.on_masked
 
     def _numbered(self, *call: Any, repeatable: bool = True) -> str:
         """The name of a call's value. Calls that only shape have no names: the shapes are part of the calls."""
@@ -224,6 +276,7 @@ def _packet(node: fx.Node) -> str:
     return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
+_OF_MEMORY = (torch.ops.steploop.memory.default, torch.ops.steploop.memory_backward.default)
 # Which argument is the number of something made in the trace: a loop, or a remembering operation.
 _HANDLE_AT = {
     torch.ops.steploop.inner_loop.default: 1, torch.ops.steploop.inner_loop_backward.default: 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .free_numbers import FreeFloat, is_float
 from .ir.graph import Size, expression
+from .ops.table import operation_of
 from .passes.gradients import FIRST_FACTOR
 
 
@@ -20,6 +22,7 @@ class RealTensors:
 
     objects: what else it refers to, by name: random generators, packed weights of quantised layers.
     fixed: numbers that the trace made of sizes, and that are fixed in the graph.
+    detached: what was detached, by the names of torch's trace: a graph without gradients does not show it.
     """
 
     def __init__(self, module: fx.GraphModule):
@@ -27,6 +30,7 @@ class RealTensors:
         self.index: dict[str, int] = {}
         self.objects: dict[str, Any] = {}
         self.fixed: list[Any] = []
+        self.detached: list[str] = []
         numbers: dict[int, int] = {}
         for node in module.graph.nodes:
             if node.op != "get_attr" or node.target in self.index:
@@ -93,6 +97,8 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
         elif isinstance(value, (torch.SymFloat, torch.SymBool, float, bool)) and not _has_tensor(node):
             made[node] = _plain(value, captured.fixed)
         elif node.target in copies and not _changes_memory(node):
+            if node.target is aten.detach.default:
+                captured.detached.append(_source(node))
             made[node] = made[node.args[0]]
         else:
             call = new.call_function(node.target, convert(node.args), convert(dict(node.kwargs)))
@@ -101,6 +107,14 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
                 call.meta["contiguous"] = node.args[0].meta["val"].is_contiguous()
             made[node] = call
     return new
+
+
+def _source(node: fx.Node) -> str:
+    """What a value was computed as, before it was shaped. (How often names have come before differs with few rows.)"""
+    while node.op == "call_function" and (operation_of(node).view or operation_of(node).moves) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    name = node.name if node.op == "placeholder" else re.sub(r"_\d+$", "", node.name)
+    return name.replace("select_scatter", "slice_scatter")
 
 
 def _changes_memory(node: fx.Node) -> bool:

@@ -61,6 +61,7 @@ class Trace:
     batched: the graph in the form for all steps at once, once it was asked for.
     conditions: those of the conditions that are on sizes alone.
     fixes: whether a number that was made of the batch size is fixed in the graph.
+    detached: see `RealTensors`.
     """
 
     graph: StepGraph
@@ -73,6 +74,7 @@ class Trace:
     batched: StepGraph | None = None
     conditions: list[sympy.Expr] = field(default_factory=list)
     fixes: bool = False
+    detached: tuple[str, ...] = ()
 
     @cached_property
     def symbols(self) -> list[tuple[str, str, int, int]]:
