@@ -70,6 +70,101 @@ OTHERWISE = {
     ),
 }  # fmt: skip
 
+TABLE = torch.tensor([1.0, 2.0, -1.0, 0.5])
+# The same for what a graph of calls does not show: which tensor is read, what a constant holds, what is detached, what
+# stands inside a loop, and what the results are.
+HIDDEN = {
+    "another parameter": lambda s, x: x[:, :4] * (s.a if several(x) else s.b),
+    "another buffer": lambda s, x: x[:, :4] + (s.c if several(x) else s.d),
+    "another closed-over tensor": lambda s, x: x[:, :4] + (TABLE if several(x) else s.c),
+    "another constant": lambda s, x: x[:, :2] * torch.tensor([1.0, 2.0] if several(x) else [3.0, 4.0]),
+    "another list of places": lambda s, x: x[:, [0, 1, 2] if several(x) else [2, 1, 0]],
+    "another float": lambda s, x: x * (s.more if several(x) else s.less),
+    "detached": lambda s, x: (x if several(x) else x.detach()) * s.a[:1],
+    "a detached state": lambda s, x: (s.m.prev if several(x) else s.m.prev.detach()).sum(1) * s.a,
+    "another loop inside": lambda s, x: sl.scan(
+        lambda c, u: (torch.sin(c * u), c) if several(x) else (torch.tanh(c + u), c),
+        x[:, :4],
+        x.view(-1, 3, 4).transpose(0, 1),
+    )[0],
+    "a loop inside that reads another parameter": lambda s, x: sl.scan(
+        lambda c, u: (torch.tanh(c * (s.a if several(x) else s.b) + u), c), x[:, :4], x.view(-1, 3, 4).transpose(0, 1)
+    )[0],
+    "another shape of the result": lambda s, x: x.view(-1, 3, 4) if several(x) else x.view(-1, 4, 3),
+    "another structure of the result": lambda s, x: {"many": x} if several(x) else {"one": x},
+    "a list": lambda s, x: x if several(x) else [x],
+    "squeezed": lambda s, x: torch.tanh(x * 2).squeeze().reshape(x.shape),
+    "squeezed in front": lambda s, x: torch.tanh(x * 2).unsqueeze(1).squeeze(0).flatten(-2).reshape(x.shape),
+}  # fmt: skip
+
+
+class Hidden(sl.Step):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.more, self.less = function, 1.5, 0.5
+        self.a, self.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+        self.register_buffer("c", torch.ones(4))
+        self.register_buffer("d", torch.ones(4))
+        self.m = sl.State((4, 4))
+
+    def step(self, x):
+        m = self.m.prev
+        self.m.next = torch.tanh(m + x[:, :4].unsqueeze(1) + torch.arange(4.0)[:, None])
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize("first", [1, 3])
+@pytest.mark.parametrize("name", list(HIDDEN))
+def test_what_a_graph_does_not_show_is_seen(name, first):
+    step = Hidden(HIDDEN[name])
+    loop = sl.Loop(step, backend="eager")
+    for _ in range(2):
+        for batch in (first, 4 - first, first):
+            sl.verify(loop, torch.randn(3, batch, 12, requires_grad=True))
+        with torch.no_grad():  # parameters that were equal differ now
+            for i, tensor in enumerate((step.a, step.b, step.c, step.d)):
+                tensor.add_(i + 1)
+
+
+# Steps in which rows see each other, by operations that do so only for some shapes.
+MIXING = {
+    "triu": lambda x: x.triu(1), "tril": lambda x: x.tril(), "cdist": lambda x: x + torch.cdist(x, x * 0.5).mean(),
+    "cdist to others": lambda x: torch.cdist(x, torch.arange(12.0).view(3, 4)),
+    "gram": lambda x: x + (x @ x.t()).sum(1, keepdim=True),
+    "pairs": lambda x: (x[:, None] - x[None]).abs().sum(1), "a number for two rows": lambda x: x @ x.t(),
+    "var": lambda x: x.var(0).expand_as(x), "std": lambda x: x / (x.std(0, correction=0) + 1),
+    "var of all": lambda x: x + x.var(),
+    "var_mean": lambda x: x * torch.var_mean(x, 0)[0], "half a correction": lambda x: x * x.var(0, correction=0.5),
+    "cosine": lambda x: torch.cosine_similarity(x[:, None], x[None], -1),
+    "outer": lambda x: (x.t() @ x).sum() + x, "divided by rows": lambda x: x * (2.0 / (x.shape[0] + 1)),
+    "attention over rows": lambda x: torch.softmax(x @ x.t() / 2, -1) @ x,
+    "attention without heads": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+    "linear algebra": lambda x: torch.linalg.solve(x.t() @ x + torch.eye(4), x.t()).t(),
+}  # fmt: skip
+
+
+class Mixing(sl.Step):
+    def __init__(self, function, where):
+        super().__init__()
+        self.function, self.where = function, where
+        self.a, self.h = nn.Parameter(torch.ones(4)), sl.State(4)
+
+    def step(self, x):
+        seen = self.function(x * self.a) if self.where == "before" else x
+        if self.where == "inside":
+            seen = self.function(self.h.prev + x)
+        self.h.next = torch.tanh(self.h.prev + seen.mean(-1, keepdim=True) + x)
+        return self.function(self.h.next) if self.where == "after" else self.h.next
+
+
+@pytest.mark.parametrize("where", ["before", "inside", "after"])
+@pytest.mark.parametrize("name", list(MIXING))
+def test_rows_that_see_each_other_by_the_shape_of_a_value(name, where):
+    for sizes in ((3, 5, 4), (4, 2)):  # four features: square too
+        loop = sl.Loop(Mixing(MIXING[name], where), backend="eager")
+        for batch in sizes:
+            sl.verify(loop, torch.randn(4, batch, 4, requires_grad=True))
+
 
 class Otherwise(sl.Step):
     def __init__(self, function):

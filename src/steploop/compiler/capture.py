@@ -293,6 +293,8 @@ class _Tracer:
         sizes = conditions_of(self.env, set(self.symbols))
         tensors: list[Tensor | FreeNumber] = [*captured.tensors, *numbers]
         fixes = any(batch in expr.free_symbols for expr in captured.fixed)
+        if batch is not None and any(sum(batch in _symbols(s) for s in n.meta["val"].shape) > 1 for n in step.outputs):
+            raise FixedBatch("the step gives a number for every two rows")
         detached = tuple(captured.detached)
         return Trace(step, tensors, holds, self.out_spec, calls, conditions=sizes, fixes=fixes, detached=detached)
 
@@ -327,6 +329,10 @@ class _Tracer:
         step.grad_prevs = [next(left) if m else None for m in marks["grad_prevs"]]
         by_tensor = {id(t): next(left) for t, m in zip(self.targets, marks["grad_captured"]) if m}
         step.grad_captured = [*(by_tensor.get(id(t)) for t in captured.tensors), *[None] * numbers]
+
+
+def _symbols(size: Any) -> set[Any]:
+    return getattr(expression(size), "free_symbols", set())
 
 
 class FixedBatch(Exception):

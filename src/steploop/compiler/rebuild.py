@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -62,6 +63,8 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
         aten.contiguous.default,
     }  # fmt: skip
 
+    squeezes = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+
     def convert(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             return made[argument]
@@ -100,13 +103,27 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
             if node.target is aten.detach.default:
                 captured.detached.append(_source(node))
             made[node] = made[node.args[0]]
+        elif node.target in squeezes and not _axes_of_one(node):
+            made[node] = made[node.args[0]]
         else:
-            call = new.call_function(node.target, convert(node.args), convert(dict(node.kwargs)))
+            target, args = node.target, node.args
+            fewer = target is aten.squeeze.dims and len(_axes_of_one(node)) < len(cast("Sequence[int]", args[1]))
+            if target is aten.squeeze.default or fewer:
+                target, args = aten.squeeze.dims, (args[0], _axes_of_one(node))
+            call = new.call_function(target, convert(args), convert(dict(node.kwargs)))
             call.meta.update(val=value, line=node.meta.get("line", ""))
             if node.target in FIRST_FACTOR:  # by its strides, which a copy may have changed
                 call.meta["contiguous"] = node.args[0].meta["val"].is_contiguous()
             made[node] = call
     return new
+
+
+def _axes_of_one(node: fx.Node) -> list[int]:
+    """The axes that a squeeze takes away in the trace. One of the batch's size stays, also where a call has one row."""
+    shape = cast(fx.Node, node.args[0]).meta["val"].shape
+    asked = node.args[1] if len(node.args) > 1 else range(len(shape))
+    dims = [asked] if isinstance(asked, int) else cast("Sequence[int]", asked)
+    return [d % len(shape) for d in dims if len(shape) and expression(shape[d]) == 1]
 
 
 def _source(node: fx.Node) -> str:

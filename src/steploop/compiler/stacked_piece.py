@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
+from ..errors import UnsupportedError
 from .ir.graph import shape_at, symbols_of
 from .ops.table import is_random
 from .partition import State
@@ -64,14 +65,21 @@ def _mapped(function: Callable[..., Any], in_dims: tuple[int | None, ...], argum
     functorch._set_vmap_fallback_warning_enabled(False)
     try:
         return torch.func.vmap(function, in_dims, randomness="different")(*arguments)
-    except RuntimeError as error:
-        if "atching rule" not in str(error):
+    except (RuntimeError, UnsupportedError) as error:  # (a loop inside the step knows no transforms)
+        if not isinstance(error, UnsupportedError) and "atching rule" not in str(error):
             raise
         steps = next(len(a) for a, dim in zip(arguments, in_dims) if dim == 0)
         parts = [function(*(a if d is None else a[t] for a, d in zip(arguments, in_dims))) for t in range(steps)]
-        return [torch.stack(p) for p in zip(*parts)]
+        return [_stacked(results) for results in zip(*parts)]
     finally:
         functorch._set_vmap_fallback_warning_enabled(True)
+
+
+def _stacked(results: Sequence[Any]) -> Any:
+    """The results of all steps, each a tensor or several."""
+    if isinstance(results[0], Tensor):
+        return torch.stack(list(results))
+    return [_stacked(part) for part in zip(*results)]
 
 
 def _parts(node: fx.Node) -> Sequence[Any]:
