@@ -236,3 +236,21 @@ def test_rows_named_by_arange(name, given):
         loop = sl.Loop(ByRow(BY_ROW[name], sizes[0] if given else None))
         for batch in sizes:
             sl.verify(loop, 3 * torch.randn(4, batch, 6))
+
+
+@pytest.mark.parametrize("name", ["var", "std", "divided by rows", "gram", "pairs"])
+def test_rows_that_see_each_other_and_end_one_by_one(name):
+    """As the plain loop does, or an error: what the gradient computes with the number of rows is not known."""
+    loop = sl.Loop(Mixing(MIXING[name], "before"), backend="eager")
+    for batch in (3, 5, 3):
+        x, lengths = torch.randn(4, batch, 4), torch.tensor([4, 3, 3, 4, 2][:batch])
+        sl.verify(loop, x.clone().requires_grad_())
+        for gradients in (False, True):
+            refused = name == "divided by rows" or (gradients and name in ("var", "std"))
+            with torch.set_grad_enabled(gradients):
+                if refused:
+                    with pytest.raises(sl.UnsupportedError, match="computes with how many rows there are"):
+                        loop(x.clone().requires_grad_(gradients), lengths=lengths)
+                else:
+                    sl.verify(loop, x.clone().requires_grad_(gradients), lengths=lengths)
+                sl.verify(loop, x.clone().requires_grad_(gradients), lengths=torch.full((batch,), 4))

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import warn
+from ..errors import UnsupportedError, message, warn
 from . import making
+from .capture import FixedBatch
 from .captured import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
 from .dependencies import Dependencies, Number, ambient
 from .few_rows import same_for_few
 from .memory_operator import all_step_by_step
+from .passes.manager import find_mixing
 from .patience import long_part
 from .program import Call, Program, name_of
 from .reads import EVERYTHING, Reads, kind_of_file, trusted
@@ -74,15 +76,50 @@ def find(
         program.kept.quick = (settings, shapes), capture, dependencies, capture.key
     if _CHECK:
         check_kept(program, call, capture, dependencies)
+    if capture.forward.fixes:
+        _check_rows_stay(program, call, "computes")
     return capture, dependencies
 
 
+def with_gradient(
+    program: Program, call: Call, capture: Capture, dependencies: Dependencies
+) -> tuple[Capture, Dependencies]:
+    """A capture with its gradient, and the walk that goes with it.
+
+    Another capture, for the call's number of rows alone, where the gradient computes with that. UnsupportedError where
+    the number of rows differs from step to step, too.
+    """
+    try:
+        return capture, making.with_joint(capture, dependencies, call)
+    except FixedBatch:
+        if find_mixing(capture.forward.graph):
+            _check_rows_stay(program, call, "lets rows see each other, and its gradient computes")
+        capture, dependencies = find_fixed(program, call)
+        return capture, making.with_joint(capture, dependencies, call)
+
+
+def _check_rows_stay(program: Program, call: Call, what: str) -> None:
+    """UnsupportedError where the number of rows that take part differs from step to step."""
+    fewer = call.lengths is not None and bool((call.lengths < call.steps).any())
+    if fewer or call.mask is not None and not bool(call.mask.all()):
+        raise UnsupportedError(
+            message(
+                f"{name_of(program)} {what} with how many rows there are.",
+                expected="the same rows at every step: no lengths and no mask",
+                found="rows that take no part in some steps",
+                fix='backend="reference" runs any step; or compute with a mask of your own inside the step',
+            )
+        )
+
+
 def find_fixed(program: Program, call: Call) -> tuple[Capture, Dependencies]:
-    """The capture for a call's number of rows alone: where a gradient computes with that number."""
+    """The capture for a call's number of rows alone: where a gradient computes with that number.
+
+    They are kept by themselves. Calls without gradients have the capture for any number of rows.
+    """
     with lock:
         signature = signature_of(program, call)
-        settings = ambient()
-        family = (program.key, program.batched, settings, _kinds(signature))
+        family = ("fixed", program.key, program.batched, ambient(), _kinds(signature))
         known = [] if looking() else _store(program).setdefault(family, [])
         found = None
         for capture in reversed(known):
@@ -95,7 +132,6 @@ def find_fixed(program: Program, call: Call) -> tuple[Capture, Dependencies]:
             with long_part(f"capturing {name_of(program)}"):
                 found = making.make(program, signature, call, [c.reads for c in known], [], fixed=True)
             _keep(known, found[0])
-        program.kept.quick = (settings, _quick_key(call)), *found, found[0].key
         return found
 
 

@@ -295,7 +295,6 @@ def _check_holds(capture: Capture, joint: Trace, call: Call, dependencies: Depen
     sizes = {k: hint(v) for k, v in sizes_of(joint, call).items()}
     few = hint(call.batch) in (0, 1)  # torch takes these for cases of their own, and most steps don't
     if joint.fixes and few or not few and not joint.holds_for(sizes, dependencies.float_values()):
-        capture.no_joint = True
         raise FixedBatch("the gradient computes with the number of rows")
 
 
@@ -311,7 +310,8 @@ def _add_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Depe
             # Where gradients mix rows, everything may have to be one loop.
             joint = _joint(capture, program, tensors, opaque | set(capture.inline), Observed(recorder, free))
         _check_holds(capture, joint, call, dependencies)
-    except Exception:
+    except Exception as error:
+        capture.no_joint = isinstance(error, FixedBatch)
         with _disable_current_modes():
             before.restore()
         raise

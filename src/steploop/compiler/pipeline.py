@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..view.plan_table import counted
 from . import captures, forward_mode
-from .capture import FixedBatch, keep_with_trace
+from .capture import keep_with_trace
 from .captured import Capture
 from .choices import chooser, make_ready
 from .dependencies import Dependencies
@@ -38,7 +38,6 @@ from .lower import (
     lower_forward,
     row_bytes,
 )
-from .making import with_joint
 from .masking import masked_call
 from .passes.histories import use_whole_histories
 from .passes.manager import mixing_reasons
@@ -63,13 +62,9 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
         forward_mode.refuse_tangents(named_tensors(call, capture, dependencies))
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if training:
-        try:
-            dependencies = with_joint(capture, dependencies, call)
-        except FixedBatch:
-            capture, dependencies = captures.find_fixed(program, call)
-            if is_ragged(call) and program.batched:
-                return run_masked(program, call, backend, save)
-            dependencies = with_joint(capture, dependencies, call)
+        capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
+        if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
+            return run_masked(program, call, backend, save)
         tensors = tensors_of(call, capture, dependencies, joint=True)
     if (recorder := working()) is not None:
         recorder.inner.append(capture.reads)  # the outer step's capture must know when this one no longer holds
@@ -363,14 +358,10 @@ def _planned(program: Program, call: Call, backend: str, save: str) -> tuple[Pla
         tensors = tensors_of(call, capture, dependencies)
         training = any(t.requires_grad for t in tensors)
         if training:
-            try:
-                dependencies = with_joint(capture, dependencies, call)
-            except FixedBatch:
-                capture, dependencies = captures.find_fixed(program, call)
-                if is_ragged(call) and program.batched:
-                    program, call, _ = masked_call(program, call)
-                    return _planned(program, call, backend, save)
-                dependencies = with_joint(capture, dependencies, call)
+            capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
+            if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
+                program, call, _ = masked_call(program, call)
+                return _planned(program, call, backend, save)
             tensors = tensors_of(call, capture, dependencies, joint=True)
         invocation = _invocation(capture, call, backend, save, training, False, tensors)
     name = name_of(program)

@@ -24,7 +24,6 @@ from .exported import Exported, Options, from_text, to_text
 from .invocation import hints_of
 from .loop_operator import readers, traced
 from .lower import Needs
-from .making import with_joint
 from .masking import masked_call
 from .memory_operator import step_by_step
 from .ones import allowed_ones
@@ -52,7 +51,7 @@ def run(program: Program, call: Call, backend: str, save: str) -> Result:
             forward_mode.refuse_tangents(pipeline.named_tensors(call, capture, dependencies))
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if training:
-            dependencies = with_joint(capture, dependencies, call)
+            capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
             tensors = pipeline.tensors_of(call, capture, dependencies, joint=True)
         key = _text(program, call, capture, dependencies, backend, save, training, tensors)
     _hold_sizes(call, capture, training)
