@@ -54,8 +54,8 @@ def rescore(
     prefix, prefix_lengths, xs, state, scores, normalised, constants: as for `sl.search.greedy`. A prefix counts
               nothing itself; a row whose prefix has an end has log-probability 0.
 
-    Returns (B, N), or (B,) for labels (B, L). Raises InputError for labels and lengths that do not fit. Where there was no
-    hypothesis (`hyps.scores` is -inf) it gives that of the labels that stand there, 0 for none: leave those out.
+    Returns (B, N), or (B,) for labels (B, L). Raises InputError for labels and lengths that do not fit. Where there was
+    no hypothesis (`hyps.scores` is -inf) it gives that of the labels that stand there, 0 for none: leave those out.
     """
     model, state, constants = taken_apart(model, state, constants)
     lone = labels.dim() == 2
