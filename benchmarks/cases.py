@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .data import DEEP, HEADS, MATRIX, SEARCHES, Workload
+from .data import DEEP, FIRST_SEARCHES, HEADS, MATRIX, SEARCHES, Workload
 
 Job = dict[str, Any]
 OURS = ("steploop", "steploop-cpu", "steploop-eager")
@@ -35,7 +35,7 @@ class Scale:
     unrolled_limit: float
     calls: int
     modes: tuple[str, ...] = ("forward", "training", "training_x")
-    kinds: tuple[str, ...] = ("lstm", "lnlstm", *DEEP, "decoder", *list(SEARCHES)[:2])  # of first calls
+    kinds: tuple[str, ...] = ("lstm", "lnlstm", *DEEP, "decoder", *FIRST_SEARCHES)  # of first calls
 
     def sized(self, work: Workload) -> Workload:
         """A workload of the tables at this scale."""
@@ -239,7 +239,7 @@ def _searches(case: str, scale: Scale, work: Workload) -> list[Job]:
 
 def search_memory(scale: Scale) -> list[Job]:
     """Peak memory of a beam search over a long memory, 1 and 8 wide, each in its own process."""
-    works = [replace(LONG_SEARCH, kind=kind) for kind in list(SEARCHES)[:0:-1]]
+    works = [replace(LONG_SEARCH, kind=kind) for kind in ("beam search of 1", "beam search")]
     peers = ("steploop", "eager")
     return [_peak("search_memory", scale, scale.sized(work), peer) for work in works for peer in peers]
 

@@ -11,8 +11,9 @@ GATES = {"lstm": 4, "stranger": 4, "lnlstm": 4, "decoder": 4, "gru": 3}
 HEADS = 4
 MATRIX = {"linear attention": ("S",), "delta rule": ("S",), "mLSTM": ("S", "n", "m"), "fast weights": ("S", "n")}
 STATES = {"lstm": 2, "gru": 1, "stranger": 3, "lnlstm": 2, "decoder": 3}
-# Searches of a decoder that are measured from the first call on: how, and hypotheses of a row.
+# Searches of a decoder as a process's only work: how, and hypotheses of a row. Of the first two, first calls are timed.
 SEARCHES = {"greedy search": ("greedy", 1), "beam search": ("beam", 8), "beam search of 1": ("beam", 1)}
+FIRST_SEARCHES = ("greedy search", "beam search")
 DEEP = ("4 layer-norm LSTMs", "3 bidirectional layer-norm LSTMs", "8 GRUs")  # see deep.py
 
 

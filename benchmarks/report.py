@@ -323,8 +323,8 @@ def _kalman(results: Results) -> str:
     lines += [f"{about}, against a Python loop over the same step.", ""]
     lines += ["| | signals | | seconds | ratio to the loop by hand |", "|---|---:|---|---:|---:|"]
     for r in (r for r in rows if "blank" not in r):
-        found = [targets.pick(rows, peer="eager", mode=r["mode"], work=r["work"])]
-        shown = f"{paired_ratio(r['times'], found[0][0]['times']):.3f}" if found[0] else ""
+        by_hand = targets.pick(rows, peer="eager", mode=r["mode"], work=r["work"])
+        shown = f"{paired_ratio(r['times'], by_hand[0]['times']):.3f}" if by_hand else ""
         title = "the loop by hand" if r["peer"] == "eager" else title_of(r["peer"])
         lines.append(f"| {title} | {r['work']['B']} | {r['mode']} | {seconds(r['median'])} | {shown} |")
     return "\n".join(lines + _footnotes(rows))

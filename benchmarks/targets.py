@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .data import DEEP, MATRIX, SEARCHES
+from .data import DEEP, FIRST_SEARCHES, MATRIX
 from .measure import paired_ratio
 
 Results = list[dict[str, Any]]
@@ -93,7 +93,7 @@ def _first(cache: str, kind: str = "") -> Callable[[Results], float | None]:
 
     def value(results: Results) -> float | None:
         found = pick(results, case="first", peer="steploop", cache=cache)
-        known = (*DEEP, "decoder", *SEARCHES)
+        known = (*DEEP, "decoder", *FIRST_SEARCHES)
         found = [r for r in found if (r["work"]["kind"] if r["work"]["kind"] in known else "") == kind]
         return max((r["first"] for r in found), default=None)
 
@@ -223,7 +223,7 @@ def _all() -> list[Target]:
             made.append(Target(f"first call, {cache} cache: {kind}", limit, _first(cache, kind), unit=" s"))
     text = "first call, warm cache: attention decoder with input feeding"
     made.append(Target(text, 1.5, _first("warm", "decoder"), unit=" s"))
-    for kind in list(SEARCHES)[:2]:
+    for kind in FIRST_SEARCHES:
         made.append(Target(f"first call, cold cache: {kind}", 2.5, _first("cold", kind), unit=" s"))
     text = "first call beyond a usual one: longest T / shortest T, worst"
     made.append(Target(text, 1.25, _growth_with_time))

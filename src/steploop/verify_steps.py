@@ -24,7 +24,7 @@ class _DiscreteOps(TorchDispatchMode):
     NAMES = frozenset(
         "argmax argmin topk sort argsort max min eq ne gt ge lt le round floor ceil trunc sign sgn heaviside "
         "multinomial bernoulli bucketize searchsorted floor_divide remainder fmod kthvalue mode median "
-        "isnan nonzero masked_select unique cummax cummin one_hot".split()
+        "isnan nonzero masked_select unique cummax cummin one_hot largest_places".split()
     )
 
     def __init__(self) -> None:

@@ -34,6 +34,7 @@ from .forget import forget_dispatch, forget_shapes, forget_with
 from .free_numbers import FreeNumber, NotFree, Symbols, has_symbols, lift
 from .inplace import make_functional
 from .ir.graph import StepGraph, expression
+from .ops.rules import has
 from .passes.gradients import factor_for_gradients
 from .program import Program
 from .rebuild import RealTensors, rebuild
@@ -293,7 +294,7 @@ class _Tracer:
         sizes = conditions_of(self.env, set(self.symbols))
         tensors: list[Tensor | FreeNumber] = [*captured.tensors, *numbers]
         fixes = any(batch in expr.free_symbols for expr in captured.fixed)
-        if batch is not None and any(sum(batch in _symbols(s) for s in n.meta["val"].shape) > 1 for n in step.outputs):
+        if any(sum(has(expression(s), batch) for s in n.meta["val"].shape) > 1 for n in step.outputs if self.symbolic):
             raise FixedBatch("the step gives a number for every two rows")
         detached = tuple(captured.detached)
         return Trace(step, tensors, holds, self.out_spec, calls, conditions=sizes, fixes=fixes, detached=detached)
@@ -329,10 +330,6 @@ class _Tracer:
         step.grad_prevs = [next(left) if m else None for m in marks["grad_prevs"]]
         by_tensor = {id(t): next(left) for t, m in zip(self.targets, marks["grad_captured"]) if m}
         step.grad_captured = [*(by_tensor.get(id(t)) for t in captured.tensors), *[None] * numbers]
-
-
-def _symbols(size: Any) -> set[Any]:
-    return getattr(expression(size), "free_symbols", set())
 
 
 class FixedBatch(Exception):

@@ -26,7 +26,7 @@ from .few_rows import same_for_few
 from .memory_operator import all_step_by_step
 from .passes.manager import find_mixing
 from .patience import long_part
-from .program import Call, Program, name_of
+from .program import Call, Program, name_of, roots_of
 from .reads import EVERYTHING, Reads, kind_of_file, trusted
 from .stages import aside, looking
 from .trace import Leaf, Signature
@@ -48,7 +48,7 @@ def walk_of(program: Program, reads: Reads) -> Dependencies:
     walk = walks.get(reads)
     if walk is None or not walk.unchanged():
         with lock, _disable_current_modes():  # (while a step is traced, symbols stand in the places of floats)
-            walk = walks[reads] = Dependencies(making.roots_of(program), reads)
+            walk = walks[reads] = Dependencies(roots_of(program), reads)
             walk.program = program
     walk.reads = reads
     return walk
@@ -357,7 +357,8 @@ def _fits(
     if any(size < 2 for name, size in sizes.items() if not is_batch(capture.forward, name)):
         return False
     if signature.batch in (0, 1) and capture.batch is None:
-        if not same_for_few(capture, signature.batch, program, dependencies):
+        fixed = capture.joint is not None and capture.joint.fixes
+        if fixed or not same_for_few(capture, signature.batch, program, dependencies):
             return False
         likely = capture.signature.batch_hint
         sizes = {name: likely if is_batch(capture.forward, name) else size for name, size in sizes.items()}

@@ -22,7 +22,7 @@ from .ir.graph import Size, StepGraph, expression
 from .memory_operator import call_of, tracing
 from .ops.table import operation_of
 from .passes.manager import simplify
-from .program import Program
+from .program import Program, roots_of
 from .reads import EVERYTHING
 from .recorder import Recorder
 from .stages import aside
@@ -66,9 +66,8 @@ def does_the_same(
 
 def _outside(program: Program) -> set[int]:
     """The tensors that the step did not make itself, by their ids."""
-    roots = [(program.root, "", None, None), *((held[i], name, held, i) for held, i, name in program.statics)]
     with _disable_current_modes():
-        return set(map(id, Dependencies(roots, EVERYTHING).tensors))
+        return set(map(id, Dependencies(roots_of(program), EVERYTHING).tensors))
 
 
 def _names(tensors: Sequence[Any], outside: set[int]) -> list[Any]:
@@ -77,12 +76,18 @@ def _names(tensors: Sequence[Any], outside: set[int]) -> list[Any]:
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             found.append(tensor)
-        elif id(tensor) in outside or tensor.requires_grad or tensor.layout is not torch.strided:
+        elif id(tensor) in outside or not _has_plain_numbers(tensor):
             found.append(id(tensor))
         else:
-            values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            values = tensor.cpu().contiguous().flatten().view(torch.uint8)
             found.append((tensor.dtype, tensor.device, tuple(tensor.shape), bytes(values.numpy())))
     return found
+
+
+def _has_plain_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor is what its memory holds, and nothing else."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta)
+    return plain and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg())
 
 
 def _with_rows(leaf: Leaf, batch: int) -> Leaf:

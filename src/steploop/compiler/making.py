@@ -24,7 +24,7 @@ from .partition import needed_nodes, problem_of, recurrent_components
 from .passes.histories import use_whole_histories
 from .passes.manager import find_mixing, simplify
 from .patience import long_part
-from .program import Call, Program, name_of
+from .program import Call, Program, name_of, roots_of
 from .reads import Reads
 from .recorder import Recorder
 from .refusals import KEEP
@@ -32,11 +32,6 @@ from .side_effects import Snapshot
 from .stages import aside
 from .trace import Observed, Signature, Trace
 from .two_runs import SideEffect, check_same, check_same_constants
-
-
-def roots_of(program: Program) -> list[tuple[Any, str, Any, Any]]:
-    """Where the walk over what a step depends on begins: (value, path, what holds it, where in that)."""
-    return [(program.root, "", None, None), *((held[i], name, held, i) for held, i, name in program.statics)]
 
 
 def _snapshot(program: Program) -> Snapshot:
@@ -290,11 +285,15 @@ def with_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Depe
 
 
 def _check_holds(capture: Capture, joint: Trace, call: Call, dependencies: Dependencies) -> None:
+    """FixedBatch where a gradient that was traced for any number of rows does not hold for the call's."""
     if not capture.symbolic:
         return
-    sizes = {k: hint(v) for k, v in sizes_of(joint, call).items()}
-    few = hint(call.batch) in (0, 1)  # torch takes these for cases of their own, and most steps don't
-    if joint.fixes and few or not few and not joint.holds_for(sizes, dependencies.float_values()):
+    if hint(call.batch) in (0, 1):  # torch takes these for cases of their own, and most steps don't
+        holds = not joint.fixes
+    else:
+        sizes = {k: hint(v) for k, v in sizes_of(joint, call).items()}
+        holds = joint.holds_for(sizes, dependencies.float_values())
+    if not holds:
         raise FixedBatch("the gradient computes with the number of rows")
 
 

@@ -55,7 +55,7 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     prepare = partial(make_ready, program, backend)
     program, call = batch_guessed(program, call, prepare)
     capture, dependencies = captures.find(program, call, prepare)
-    if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
+    if needs_masks(program, call, capture):
         return run_masked(program, call, backend, save)
     tensors = tensors_of(call, capture, dependencies)
     if forward_mode.active():
@@ -63,7 +63,7 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if training:
         capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
-        if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
+        if needs_masks(program, call, capture):
             return run_masked(program, call, backend, save)
         tensors = tensors_of(call, capture, dependencies, joint=True)
     if (recorder := working()) is not None:
@@ -141,6 +141,11 @@ def _is_rowwise(capture: Capture) -> bool:
 
 def is_ragged(call: Call) -> bool:
     return call.lengths is not None or call.mask is not None or call.resets is not None
+
+
+def needs_masks(program: Program, call: Call, capture: Capture) -> bool:
+    """Whether rows that take no part must be masked, as the capture can't run on fewer rows."""
+    return capture.forward.graph.batch is None and is_ragged(call) and program.batched
 
 
 def run_masked(program: Program, call: Call, backend: str, save: str) -> Result:
@@ -352,14 +357,14 @@ def _planned(program: Program, call: Call, backend: str, save: str) -> tuple[Pla
     program, call = batch_guessed(program, call)
     with torch.enable_grad():
         capture, dependencies = captures.find(program, call)
-        if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
+        if needs_masks(program, call, capture):
             program, call, _ = masked_call(program, call)
             return _planned(program, call, backend, save)
         tensors = tensors_of(call, capture, dependencies)
         training = any(t.requires_grad for t in tensors)
         if training:
             capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
-            if capture.forward.graph.batch is None and is_ragged(call) and program.batched:
+            if needs_masks(program, call, capture):
                 program, call, _ = masked_call(program, call)
                 return _planned(program, call, backend, save)
             tensors = tensors_of(call, capture, dependencies, joint=True)

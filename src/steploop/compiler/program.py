@@ -78,6 +78,11 @@ class Kept:
     stops: dict[str, bool] = field(default_factory=dict)
 
 
+def roots_of(program: Program) -> list[tuple[Any, str, Any, Any]]:
+    """Where the walk over what a step depends on begins: (value, path, what holds it, where in that)."""
+    return [(program.root, "", None, None), *((held[i], name, held, i) for held, i, name in program.statics)]
+
+
 def name_of(program: Program) -> str:
     """What a person calls a step: its class or its function."""
     return getattr(program.root, "__name__", None) or type(program.root).__name__.lstrip("_")

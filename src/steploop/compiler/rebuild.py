@@ -17,6 +17,8 @@ from .ir.graph import Size, expression
 from .ops.table import operation_of
 from .passes.gradients import FIRST_FACTOR
 
+_SQUEEZES = {torch.ops.aten.squeeze.default, torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims}
+
 
 class RealTensors:
     """The real tensors of a traced module, each once, in the order they were met.
@@ -63,8 +65,6 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
         aten.contiguous.default,
     }  # fmt: skip
 
-    squeezes = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
-
     def convert(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             return made[argument]
@@ -103,13 +103,12 @@ def rebuild(graph: fx.Graph, captured: RealTensors, env: ShapeEnv) -> fx.Graph:
             if node.target is aten.detach.default:
                 captured.detached.append(_source(node))
             made[node] = made[node.args[0]]
-        elif node.target in squeezes and not _axes_of_one(node):
+        elif node.target in _SQUEEZES and not (axes := _axes_of_one(node)):
             made[node] = made[node.args[0]]
         else:
             target, args = node.target, node.args
-            fewer = target is aten.squeeze.dims and len(_axes_of_one(node)) < len(cast("Sequence[int]", args[1]))
-            if target is aten.squeeze.default or fewer:
-                target, args = aten.squeeze.dims, (args[0], _axes_of_one(node))
+            if target in _SQUEEZES and target is not aten.squeeze.dim:
+                target, args = aten.squeeze.dims, (args[0], axes)
             call = new.call_function(target, convert(args), convert(dict(node.kwargs)))
             call.meta.update(val=value, line=node.meta.get("line", ""))
             if node.target in FIRST_FACTOR:  # by its strides, which a copy may have changed

@@ -42,9 +42,8 @@ def run(program: Program, call: Call, backend: str, save: str) -> Result:
     with foreign.hidden(), step_by_step():
         program, call = pipeline.batch_guessed(program, call)
         capture, dependencies = captures.find(program, call)
-    if capture.forward.graph.batch is None and pipeline.is_ragged(call) and program.batched:
-        changed, changed_call, finish = masked_call(program, call)
-        return finish(run(changed, changed_call, backend, save))
+    if pipeline.needs_masks(program, call, capture):
+        return _run_masked(program, call, backend, save)
     with foreign.hidden(), step_by_step():
         tensors = pipeline.tensors_of(call, capture, dependencies)
         if forward_mode.active():
@@ -52,6 +51,8 @@ def run(program: Program, call: Call, backend: str, save: str) -> Result:
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if training:
             capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
+            if pipeline.needs_masks(program, call, capture):
+                return _run_masked(program, call, backend, save)
             tensors = pipeline.tensors_of(call, capture, dependencies, joint=True)
         key = _text(program, call, capture, dependencies, backend, save, training, tensors)
     _hold_sizes(call, capture, training)
@@ -60,6 +61,11 @@ def run(program: Program, call: Call, backend: str, save: str) -> Result:
     results = operator(tensors, key, call.steps, batch)
     count, states = len(capture.forward.graph.outputs), len(call.initial)
     return Result(list(results[:count]), list(results[count : count + states]), capture.out_spec)
+
+
+def _run_masked(program: Program, call: Call, backend: str, save: str) -> Result:
+    changed, changed_call, finish = masked_call(program, call)
+    return finish(run(changed, changed_call, backend, save))
 
 
 def _text(

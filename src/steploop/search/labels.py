@@ -32,12 +32,13 @@ def _first(error: Exception) -> str:
 
 
 def counts(name: str, value: Any) -> Tensor:
-    counts = torch.as_tensor(value)
-    if counts.is_floating_point() or counts.dtype == torch.bool or counts.dim() > 1 or bool((counts < 0).any()):
+    """A number, or one for each row, as int64. name: of the argument, for the error."""
+    given = torch.as_tensor(value)
+    if given.is_floating_point() or given.dtype == torch.bool or given.dim() > 1 or bool((given < 0).any()):
         raise InputError(
             message(f"`{name}` is a number, or one for each row.", expected="int >= 0, or (B,) ints", found=str(value))
         )
-    return counts.to(torch.int64)
+    return given.to(torch.int64)
 
 
 def check_targets(labels: Tensor, size: int) -> None:

@@ -130,15 +130,14 @@ class _Run:
         device = own["label"].device
         labels, lengths = prefix.labels.to(device), prefix.lengths.to(device)
         first = _rows("start", start, batch, device)
+        inputs = prefix.read(first)
         parts = [("model", self.search.model)]
         parts += [(f"scorers.{i}", scorer) for i, scorer in enumerate(cast("Iterable[Step]", self.search.scorers))]
         parts += [("constraint", self.search.constraint)] if self.search.constraint is not None else []
         for path, step in parts:
             begun = {n: v for n, v in self.given.items()} if path == "model" and self.given is not None else None
             constants = _taken_by(step, self.constants)
-            _, after = Loop(step, backend=self.backend)(
-                prefix.read(first), lengths=lengths, state=begun, **constants
-            )
+            _, after = Loop(step, backend=self.backend)(inputs, lengths=lengths, state=begun, **constants)
             self._put(own, path, step, after)
         last = prefix.last(first)
         own["label"] = last.unsqueeze(1).expand(own["label"].shape)

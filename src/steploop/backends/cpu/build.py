@@ -197,7 +197,8 @@ def _compile(source: Path, library: Path, using: Compiler) -> None:
     """Runs the compiler; flags that it does not know are left out."""
     message, text = "", source.read_text()
     plain = (*FLAGS, *level(text))
-    for flags in (using.flags(text), (*plain, using.arch), (*plain, CAREFUL, GENERIC), (*plain, GENERIC), plain):
+    tries = (using.flags(text), (*plain, using.arch), (*plain, CAREFUL, GENERIC), (*plain, GENERIC), plain)
+    for flags in dict.fromkeys(tries):
         command = [using.path, *flags, "-o", str(library), str(source), "-lm", "-lpthread"]
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
