@@ -94,6 +94,7 @@ HIDDEN = {
     "another structure of the result": lambda s, x: {"many": x} if several(x) else {"one": x},
     "a list": lambda s, x: x if several(x) else [x],
     "squeezed": lambda s, x: torch.tanh(x * 2).squeeze().reshape(x.shape),
+    "a squeezed state": lambda s, x: torch.tanh(s.m.prev.sum(1) + x[:, :4]).squeeze().reshape(x[:, :4].shape),
     "squeezed in front": lambda s, x: torch.tanh(x * 2).unsqueeze(1).squeeze(0).flatten(-2).reshape(x.shape),
 }  # fmt: skip
 
@@ -120,7 +121,8 @@ def test_what_a_graph_does_not_show_is_seen(name, first):
     loop = sl.Loop(step, backend="eager")
     for _ in range(2):
         for batch in (first, 4 - first, first):
-            sl.verify(loop, torch.randn(3, batch, 12, requires_grad=True))
+            for steps in (3, 1):  # one row of one step is one row for what stands outside the loop, too
+                sl.verify(loop, torch.randn(steps, batch, 12, requires_grad=True))
         with torch.no_grad():  # parameters that were equal differ now
             for i, tensor in enumerate((step.a, step.b, step.c, step.d)):
                 tensor.add_(i + 1)
