@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import steploop as sl
-from steploop.compiler import captures
+from steploop.compiler import capture_store
 
 from .data import Workload
 from .measure import timed
@@ -30,7 +30,7 @@ def _of_a_call(loop: sl.Loop, work: Workload, calls: int) -> list[float]:
     xs = torch.randn(2, work.B, work.I)
     loop(xs)
     prepared = loop.prepare(xs)
-    return _rounds(lambda: captures.find(prepared.program, prepared.call), calls)
+    return _rounds(lambda: capture_store.find(prepared.program, prepared.call), calls)
 
 
 def _of_a_streamed_step(loop: sl.Loop, work: Workload, calls: int) -> list[float]:

@@ -15,7 +15,7 @@ from toy_backend import Toy
 
 import steploop as sl
 from steploop.backends import choose
-from steploop.compiler import captures
+from steploop.compiler import capture_store
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -75,7 +75,7 @@ def _same_random_numbers() -> None:
 @pytest.fixture(autouse=True)
 def _no_captures_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of other tests that are not collected yet serve no step of this one: tests count captures."""
-    monkeypatch.setattr(captures, "_BY_CLASS", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(capture_store, "_BY_CLASS", weakref.WeakKeyDictionary())
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from steploop.backends import cpu, eager
-from steploop.compiler.capture import trace_forward
 from steploop.compiler.ir.graph import LoopInput, LoopProgram, Rows
 from steploop.compiler.passes.rows import annotate
 from steploop.compiler.program import Program
 from steploop.compiler.schedule import Schedule, make_schedule
 from steploop.compiler.span import Span
 from steploop.compiler.trace import Leaf, Signature
+from steploop.compiler.trace_step import trace_forward
 
 
 @dataclass(eq=False)

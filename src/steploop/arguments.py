@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .errors import InputError, describe, message
 from .inputs import constant_leaves, sequences
-from .step import RESERVED, Step, Survey, signature_of
+from .signature import RESERVED, signature_of
+from .step import Step, Survey
 from .tree import Structure
 
 

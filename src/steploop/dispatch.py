@@ -105,21 +105,21 @@ def _stops(program: Program, call: Call, backend: str, save: str) -> bool:
 
 def plan(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
     """The Plan by which `run` would run this call; of a loop that ends by itself, the whole call as one piece."""
-    from .compiler import pipeline
+    from .compiler import planning
 
     if call.until is not None:
         program, call = until.whole(program, call)
-    return pipeline.plan(program, call, backend=backend, save=save)
+    return planning.plan(program, call, backend=backend, save=save)
 
 
 def profile(program: Program, call: Call, backend: str, save: str = "auto") -> Any:
     """The Plan of a call with what its pieces take; of a loop that ends by itself, all steps of it."""
-    from .compiler import pipeline
+    from .compiler import planning
 
     _no_transforms()
     if call.until is not None:
         program, call = until.whole(program, call)
-    return pipeline.profile(program, call, backend=backend, save=save)
+    return planning.profile(program, call, backend=backend, save=save)
 
 
 def stream_step(program: Program, call: Call, backend: str) -> Any:
@@ -137,9 +137,9 @@ def is_recorded() -> bool:
         return False
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    from .compiler import capture
+    from .compiler import trace_step
 
-    return not capture.is_tracing() and (get_proxy_mode() is not None or torch.compiler.is_exporting())
+    return not trace_step.is_tracing() and (get_proxy_mode() is not None or torch.compiler.is_exporting())
 
 
 def checked_backend(backend: str) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .errors import InputError, StateError, message
 from .frame import Frame, run_in
-from .step import Survey, signature_of
+from .signature import signature_of
+from .step import Survey
 
 
 def own_values(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, sizing, torchscript, tracked
 from . import until as ending
-from .arguments import Arguments, check_on_masked, take_apart
-from .compiler.program import Call, Program, Result
+from .arguments import check_on_masked, take_apart
+from .call_sizes import CallSizes
+from .compiler.program import Call
 from .devices import check_call, explained
 from .errors import InputError, StepError, UnsupportedError, describe, message
 from .initial import require
@@ -24,10 +24,11 @@ from .inputs import (
     checked_mask,
     time_and_batch,
 )
-from .marks import valid_at
-from .packed import last_of, pack, unpack
+from .packed import last_of, unpack
+from .prepared import Prepared
+from .signature import signature_of
 from .states import States, given_states
-from .step import Step, Unbatched, signature_of, survey
+from .step import Step, Unbatched, survey
 from .step_program import program_of
 from .stream import Stream
 from .tracebacks import ends_at_the_call
@@ -239,7 +240,7 @@ class Loop(nn.Module, Generic[Y]):
         program = program_of(self.step, tree, arguments)
         rows = arguments.xs, program.x_names
         time, batch = time_and_batch(*rows, self.batch_first)
-        sizes = _Sizes(mask, resets, lengths, state, arguments, self.batch_first)
+        sizes = CallSizes(mask, resets, lengths, state, arguments, self.batch_first)
         time = sizes.time(time, steps)
         batch = sizes.batch(batch, batch_size)
         if arguments.constants:
@@ -307,124 +308,6 @@ def _with_objects(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 Step._loop_class = Loop
-
-
-@dataclass(eq=False)
-class Prepared:
-    """A checked call, and what is needed to give its result back in the caller's form."""
-
-    program: Program
-    call: Call
-    names: list[str]
-    own: list[Tensor | None]
-    batch_first: bool
-    packed: PackedSequence | None
-
-    def finish(self, result: Result) -> tuple[Any, States]:
-        """(outputs, States) as the caller sees them."""
-        outputs: list[Any] = result.outputs
-        if self.packed is not None:
-            missing = self.call.steps - (0 if result.taken is None else len(result.taken))
-            if result.taken is not None and missing:  # what the caller packed is as long as it was
-                outputs = [torch.cat([o, o.new_zeros(missing, *o.shape[1:])]) for o in outputs]
-            lengths: Any = self.call.lengths
-            outputs = [pack(output, self.packed, lengths.cpu()) for output in outputs]
-        elif self.batch_first:
-            outputs = [output.transpose(0, 1) for output in outputs]
-        structure = result.out_spec if result.out_spec is not None else self.program.out_spec
-        states = self.states(result.states)
-        states.count(_count_of(self.call, result))
-        return unflatten(outputs, structure), states
-
-    def states(self, values: list[Tensor]) -> States:
-        """States of these values that remember their own initial values."""
-        own = {name: value for name, value in zip(self.names, self.own, strict=True) if value is not None}
-        return States(zip(self.names, values, strict=True), own)
-
-
-def _count_of(call: Call, result: Result) -> Callable[[], Tensor]:
-    """Gives (B,) int64, the steps of a call that were valid for each row; few callers ask."""
-    marks = [None if m is None else m.clone() for m in (call.lengths, call.mask)]  # the caller may write into them
-    steps, taken = call.steps, result.taken
-    batch: Any = call.batch
-    device = result.states[0].device if result.states else None
-
-    def count() -> Tensor:
-        valid = valid_at(steps, *marks) if taken is None else taken
-        if valid is None:
-            return torch.full((batch,), steps, dtype=torch.int64, device=device)
-        return valid.sum(0).to(device)
-
-    return count
-
-
-@dataclass
-class _Sizes:
-    """T and B, from whatever tells them."""
-
-    mask: Any
-    resets: Any
-    lengths: Any
-    state: Any
-    arguments: Arguments
-    batch_first: bool
-
-    def time(self, of_xs: Any, steps: Any) -> Any:
-        if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0):
-            raise InputError(message("`steps` is a number of steps.", expected="an int >= 0", found=describe(steps)))
-        if of_xs is not None:
-            if steps is not None and steps != of_xs:
-                raise InputError(
-                    message(
-                        "`steps=` differs from the sequences' T.",
-                        expected=f"T={of_xs}",
-                        found=f"steps={steps}",
-                        fix="leave out steps=; it is for calls without sequences",
-                    )
-                )
-            return of_xs
-        if steps is not None:
-            return steps
-        for given in (self.mask, self.resets):
-            if isinstance(given, Tensor) and given.dim() == 2:
-                return given.shape[1 if self.batch_first else 0]
-        raise InputError(
-            message("Nothing tells how many steps to run.", expected="a sequence, or steps=", fix="loop(steps=10)")
-        )
-
-    def batch(self, of_xs: Any, batch_size: Any) -> Any:
-        if of_xs is not None:
-            if batch_size is not None and batch_size != of_xs:
-                raise InputError(
-                    message(
-                        "`batch_size=` differs from the sequences' B.",
-                        expected=f"B={of_xs}",
-                        found=f"batch_size={batch_size}",
-                        fix="leave out batch_size=, or check batch_first",
-                    )
-                )
-            return of_xs
-        if batch_size is not None:
-            return batch_size
-        for tensor, axis in self._others():
-            if isinstance(tensor, Tensor) and tensor.dim() > axis:
-                return tensor.shape[axis]
-        raise InputError(
-            message(
-                "Nothing tells how many rows the batch has.",
-                expected="a sequence, a state, a constant (B, ...), lengths, mask, resets or batch_size=",
-                fix="loop(steps=10, batch_size=4)",
-            )
-        )
-
-    def _others(self) -> Any:
-        yield self.lengths, 0
-        yield self.mask, 0 if self.batch_first else 1
-        yield self.resets, 0 if self.batch_first else 1
-        if isinstance(self.state, dict):
-            yield from ((value, 0) for value in self.state.values())
-        pairs = zip(self.arguments.constants, self.arguments.constant_batched, strict=True)
-        yield from ((constant, 0) for constant, batched in pairs if batched)
 
 
 def _turned(x: Any) -> Any:

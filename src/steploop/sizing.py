@@ -307,8 +307,8 @@ def _used(states: Sequence[State], values: Sequence[Tensor | None], at_most: int
 
 def _size_key(program: Program, arguments: Arguments) -> Any:
     """What the sizes that were found depend on, but for the sizes of axes; None where that cannot be told."""
-    from .compiler.captures import everything_of  # torch's tracing machinery: only when it is needed
-    from .compiler.dependencies import ambient
+    from .compiler.ambient import ambient
+    from .compiler.capture_store import everything_of  # torch's tracing machinery: only when it is needed
 
     try:
         depends = everything_of(program)

@@ -11,8 +11,9 @@ from .arguments import Arguments
 from .compiler.program import Program, StepOutput
 from .errors import StepError, describe, message
 from .frame import Frame, run_in
+from .signature import signature_of
 from .states import States
-from .step import Step, Survey, signature_of
+from .step import Step, Survey
 from .tree import Structure, flatten, unflatten
 
 # Programs kept per Step. A step seen with more structures than this forgets the oldest.

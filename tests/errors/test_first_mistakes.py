@@ -293,7 +293,7 @@ def test_an_error_that_is_nobodys_mistake_stays_whole(monkeypatch):
     from steploop.compiler import pipeline
 
     monkeypatch.delenv("STEPLOOP_TRACEBACK", raising=False)
-    monkeypatch.setattr(pipeline, "_invocation", [].index)
+    monkeypatch.setattr(pipeline, "invocation_of", [].index)
     with pytest.raises(TypeError) as caught:
         sl.Loop(sl.nn.GRUCell(3, 3), backend="eager")(XS)
     assert own_and_others(caught.value)[1] > 4

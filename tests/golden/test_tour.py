@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "how-it-works.md"
 BEGIN, END = "<!-- tour:begin (made by tests/golden/test_tour.py) -->\n", "<!-- tour:end -->\n"
 # The stages that change something, each with what there is to see. The file is where to look for more.
 TOLD = {
-    "capture": "**Captured** (`compiler/capture.py`). Python has run once, on tensors without numbers. `B` is the "
+    "capture": "**Captured** (`compiler/trace_step.py`). Python has run once, on tensors without numbers. `B` is the "
     "batch, a symbol. A linear layer is one `addmm`; the state before the step is an input like any other.",
     "expose_products": "**Simplified** (`compiler/passes/`). Products and sums stand apart now, so that each can go "
     "its own way.",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import steploop as sl
-from steploop.compiler import captures
+from steploop.compiler import capture_store
 
 REGISTRY: dict[int, float] = {}
 
@@ -74,7 +74,7 @@ class Sloped(torch.autograd.Function):
 
 def run(cell, gradients=True):
     """Loops of a step at several sizes, against the plain loop; how many captures that took."""
-    before, loop = captures.captured, sl.Loop(cell)
+    before, loop = capture_store.captured, sl.Loop(cell)
     for batch in (3, 1, 5):
         x = torch.randn(6, batch, 4, requires_grad=gradients)
         results = []
@@ -86,7 +86,7 @@ def run(cell, gradients=True):
             results.append([outputs, *(g for g in grads if g is not None)])
         for ours, plain in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-    return captures.captured - before
+    return capture_store.captured - before
 
 
 def test_equal_steps_share_one_capture():
@@ -182,17 +182,17 @@ def test_a_capture_keeps_no_step_alive():
 
 
 def test_layers_of_a_bidirectional_stack():
-    before = captures.captured
+    before = capture_store.captured
     layers = [sl.nn.Bidirectional(sl.nn.GRUCell(8, 4), sl.nn.GRUCell(8, 4)) for _ in range(3)]
     x = torch.randn(5, 3, 8)
     for layer in layers:
         x, _ = layer(x)
     x.sum().backward()
-    assert captures.captured - before == 1
+    assert capture_store.captured - before == 1
 
 
 def test_a_step_takes_no_more_captures_than_are_kept(monkeypatch):
-    monkeypatch.setattr(captures, "MOST", 2)
+    monkeypatch.setattr(capture_store, "MOST", 2)
     first, other = Cell(), Cell()
     for cell in (first, other):
         for scale in (2, 3, 4, 5):

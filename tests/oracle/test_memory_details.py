@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import steploop as sl
 from steploop import memory
-from steploop.compiler import captures
+from steploop.compiler import capture_store
 
 
 def close(a, b, tolerance=1e-5):
@@ -274,10 +274,10 @@ def test_a_stream_doubles_its_history():
             found.append(stream(x[t]))
             sizes.append(stream.state["keys"].shape[1])
             if t == 20:
-                before = captures.captured
+                before = capture_store.captured
     close(torch.stack(found), whole)
     assert sorted(set(sizes)) == [16, 32, 64]
-    assert captures.captured - before <= 1
+    assert capture_store.captured - before <= 1
 
 
 def test_a_reset_stream_needs_no_more_room():
@@ -823,10 +823,10 @@ def test_a_new_number_of_steps_captures_nothing_anew():
     loop = sl.Loop(Looped(), backend="eager")
     for steps in (4, 5):
         loop(torch.randn(steps, 2, 3))
-    before = captures.captured
+    before = capture_store.captured
     for steps in (6, 9, 12):
         loop(torch.randn(steps, 2, 3))
-    assert captures.captured == before
+    assert capture_store.captured == before
 
 
 def test_a_changed_layer_is_sized_anew():

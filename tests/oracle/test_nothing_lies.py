@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steploop as sl
-from steploop.compiler import captures, operators
+from steploop.compiler import capture_store, operators
 
 B, INPUT, HIDDEN = 3, 4, 6
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -157,9 +157,9 @@ def test_ten_thousand_steps_are_captured_as_ten_are():
         parts = (plan, plan.backward)
         return [len(p.before) + len(p.after) + sum(len(one.ops) for one in p.loops) for p in parts]
 
-    before = captures.captured
+    before = capture_store.captured
     assert nodes(10) == nodes(10_000)
-    assert captures.captured == before + 1
+    assert capture_store.captured == before + 1
 
 
 def test_a_loop_is_one_operator_under_a_tracer():

@@ -123,7 +123,7 @@ def test_a_sampled_choice_is_drawn_from_the_scores():
 
 
 def test_a_schedule_goes_on_with_the_updates_and_captures_nothing_anew():
-    from steploop.compiler import captures
+    from steploop.compiler import capture_store
 
     step = ScheduledSampling(model(), lambda updates: min(1.0, updates / 4), scores="scores")
     loop, given = sl.Loop(step), labels()
@@ -133,9 +133,9 @@ def test_a_schedule_goes_on_with_the_updates_and_captures_nothing_anew():
         output, _ = loop(given)
         if expected in (0.0, 1.0):
             assert torch.equal(output["read"], reference(given)[0]["read"])
-        made = made or captures.captured
+        made = made or capture_store.captured
         step.advance()
-    assert captures.captured == made
+    assert capture_store.captured == made
     restored = ScheduledSampling(model(), lambda updates: min(1.0, updates / 4), scores="scores")
     restored.load_state_dict(step.state_dict())
     assert restored.p == 1.0 and int(restored.updates) == 6

@@ -21,7 +21,7 @@ from agree import agree, agree_scan
 from torch import nn
 
 import steploop as sl
-from steploop.compiler import captures, invocation
+from steploop.compiler import capture_store, invocation
 
 T, B, INPUT, HIDDEN = 4, 3, 2, 3
 
@@ -50,10 +50,10 @@ class Cell(sl.Step):
 
 def right(step, captures_made=None, xs=None, **call):
     """A call gives what the plain loop gives, and makes so many captures (None: any number)."""
-    before = captures.captured
+    before = capture_store.captured
     agree(step, data(T, B, INPUT) if xs is None else xs, save="states", **call)
     if captures_made is not None:
-        assert captures.captured - before == captures_made
+        assert capture_store.captured - before == captures_made
 
 
 def test_weights():
@@ -323,9 +323,9 @@ def test_new_sizes():
 
 
 def attend(cell, steps, batch, slots):
-    before = captures.captured
+    before = capture_store.captured
     right(cell, None, data(steps, batch, INPUT), memory=data(batch, slots, HIDDEN))
-    return captures.captured - before
+    return capture_store.captured - before
 
 
 # -- functions -----------------------------------------------------------------------------------------------
@@ -340,9 +340,9 @@ def make(w, scale, linear):
 
 
 def scan_captures(fn):
-    before = captures.captured
+    before = capture_store.captured
     agree_scan(fn, torch.zeros(B, HIDDEN), data(T, B, HIDDEN))
-    return captures.captured - before
+    return capture_store.captured - before
 
 
 def test_a_new_closure_at_every_call_does_not_capture_again():
@@ -473,7 +473,7 @@ def test_what_a_step_logs_is_read():
 
 def test_several_threads_make_one_capture():
     cell, wrong = Cell(), []
-    before = captures.captured
+    before = capture_store.captured
     sequences = [[data(T + number, B + size, INPUT) for size in range(3)] for number in range(4)]
 
     def work(number):
@@ -491,7 +491,7 @@ def test_several_threads_make_one_capture():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert captures.captured - before == 1
+    assert capture_store.captured - before == 1
 
 
 class WithoutAutocast(Cell):
@@ -530,9 +530,9 @@ def test_torch_takes_another_way_for_few_rows():
     cell = Convolves().float()
 
     def made(batch):
-        before = captures.captured
+        before = capture_store.captured
         right(cell, None, torch.randn(T, batch, HIDDEN, dtype=torch.float32).requires_grad_())
-        return captures.captured - before
+        return capture_store.captured - before
 
     assert sum(made(batch) for batch in (3, 4, 20, 40, 2, 16, 15, 6, 100)) <= 2
 
@@ -618,15 +618,15 @@ def test_a_loop_in_a_step_does_not_look_at_weights():
     loop, optimizer = sl.Loop(step), torch.optim.SGD(step.parameters(), 0.1)
     made = []
     for _ in range(4):
-        before = captures.captured
+        before = capture_store.captured
         outputs, _ = loop(data(T, B, INPUT))
         optimizer.zero_grad()
         outputs.square().sum().backward()
         optimizer.step()
-        made.append(captures.captured - before)
+        made.append(capture_store.captured - before)
     assert made[0] > 0 and made[1:] == [0, 0, 0]
     right(step)
-    reads = next(iter(captures._store(_program_of(loop)).values()))[0].reads
+    reads = next(iter(capture_store._store(_program_of(loop)).values()))[0].reads
     assert not {f().__module__.split(".")[0] for f in reads.functions if f() is not None} & {"steploop", "torch"}
     assert not reads.contents
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import steploop as sl
-from steploop.compiler import captures
+from steploop.compiler import capture_store
 
 
 @pytest.fixture(autouse=True)
 def checked(monkeypatch):
-    monkeypatch.setattr(captures, "_CHECK", True)
+    monkeypatch.setattr(capture_store, "_CHECK", True)
 
 
 class Inner(sl.Step):
@@ -63,8 +63,8 @@ def test_a_stale_capture_is_seen():
 
 def test_streamed_steps_are_checked_too(monkeypatch):
     """Each capture at steps 1, 2, 4, ...; what the kernel reads at every step."""
-    looked, before = [], captures.making.check_kept
-    monkeypatch.setattr(captures.making, "check_kept", lambda *given: (looked.append(1), before(*given)))
+    looked, before = [], capture_store.making.check_kept
+    monkeypatch.setattr(capture_store.making, "check_kept", lambda *given: (looked.append(1), before(*given)))
     cell = sl.nn.GRUCell(3, 4)
     stream, plain = sl.Loop(cell).stream(2), sl.Loop(cell, backend="reference").stream(2)
     with torch.no_grad():

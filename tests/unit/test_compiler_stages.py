@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import steploop as sl
-from steploop.compiler import captures
+from steploop.compiler import capture_store
 from steploop.compiler.ir.graph import Rows, op_name
 from steploop.compiler.partition import components
 from steploop.compiler.passes.manager import mixing_reasons
@@ -32,7 +32,7 @@ def graph_of(body, **constants):
             return body(self, x, self.h.prev, **given)
 
     prepared = sl.Loop(Step(), backend="eager").prepare(torch.randn(2, B, SIZE), **constants)
-    capture, _ = captures.find(prepared.program, prepared.call)
+    capture, _ = capture_store.find(prepared.program, prepared.call)
     return capture.forward.graph
 
 

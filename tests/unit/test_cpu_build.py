@@ -18,7 +18,7 @@ import steploop as sl
 from steploop.backends import cpu
 from steploop.backends.cpu import build as building
 from steploop.backends.cpu import cache as keeping
-from steploop.compiler import captures
+from steploop.compiler import capture_store
 from steploop.errors import BuildError
 
 TEXT = 'extern "C" __attribute__((visibility("default"))) int answer() {{ return {}; }}\n'
@@ -365,9 +365,9 @@ FIRST_CALLS = {
 @pytest.mark.parametrize("name", list(FIRST_CALLS))
 def test_what_no_kernel_can_do_without_is_begun_before_a_step_is_captured(name, gradients, monkeypatch):
     """The libraries of products are built while Python traces the step."""
-    before = captures.captured
+    before = capture_store.captured
     at = []
-    monkeypatch.setattr(cpu.Cpu, "prepare", lambda self, dtypes: at.append(captures.captured))
+    monkeypatch.setattr(cpu.Cpu, "prepare", lambda self, dtypes: at.append(capture_store.captured))
     with torch.set_grad_enabled(gradients):
         FIRST_CALLS[name](Halves())
     assert at and at[0] == before

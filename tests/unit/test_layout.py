@@ -11,10 +11,9 @@ import steploop
 
 ROOT = Path(steploop.__file__).parent
 FRONT = {
-    "arguments", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "kinds", "loop",
-    "operation", "packed", "scan", "replay", "share", "sizing", "state", "state_messages", "states", "step",
-    "step_program", "stream",
-    "strict_export", "torchscript", "tracebacks", "tracked", "tree", "until", "verify", "verify_runs", "verify_steps",
+    "arguments", "call_sizes", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "kinds", "loop",
+    "operation", "packed", "prepared", "scan", "replay", "share", "signature", "sizing", "state", "state_messages",
+    "states", "step", "step_program", "stream", "strict_export", "torchscript", "tracebacks", "tracked", "tree", "until", "verify", "verify_runs", "verify_steps",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}
 # What the modules of a part may import besides errors, tree, marks and their own part.
@@ -93,6 +92,15 @@ def test_imports(path):
         assert ok, f"{name} (part {part}) must not import {target}"
         if part == "front" and target.startswith("compiler") and name not in KNOW_THE_COMPILER:
             assert target == "compiler.program", f"{name} must not import {target}"
+
+
+LONG = {"backends.cpu.ops_pointwise"}  # a table: one row per operation
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_file_is_long(path):
+    if name_of(path) not in LONG:
+        assert len(path.read_text().splitlines()) <= 400, f"{name_of(path)}: two concepts, two files"
 
 
 def test_no_module_is_imported_in_a_circle():

@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from .extract import extract
 from .ir.graph import Rows, expression, op_name
 from .ops.table import is_view, operation_of
-from .partition import Batched, Loop, Partition, extract
 from .passes.repeats import repetition
+from .problem import Batched, Loop, Partition
 
 WIDE = 16  # numbers of a row that are worth an operation inside: narrow ones are better off with all rows at once
 

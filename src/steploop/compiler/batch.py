@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map_only
 from .history_products import PRODUCTS
 from .ir.graph import Rows, shape_at, symbols_of
 from .ops.table import is_factory, linear_in
-from .partition import State
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument, print_size
+from .problem import State
 from .rowwise import Rowwise
 
 aten = torch.ops.aten

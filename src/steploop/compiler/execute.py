@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from .absorb import absorb
 from .batch import OncePiece, Piece
 from .ir.graph import Rows, op_name
-from .partition import Batched, Loop, Partition
 from .patience import long_part
+from .problem import Batched, Loop, Partition
 from .schedule import Schedule
 from .sequence_runner import SequenceRunner
 from .span import Cuttable, Span

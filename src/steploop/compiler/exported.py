@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import DataError, InputError, UnsupportedError, describe, message
-from .captured import Facts, sizes_of
+from .capture import Facts, sizes_of
 from .choices import choice
 from .conditions import condition, conditions_of
 from .graph_data import Damaged, NotPlain, Reader, graph_to_data, one_line, size_from_data, size_to_data

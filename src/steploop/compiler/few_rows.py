@@ -13,9 +13,8 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from .capture import trace_forward
-from .captured import Capture
-from .dependencies import Dependencies, Number
+from .capture import Capture
+from .dependencies import Dependencies
 from .free_numbers import FreeNumber
 from .invocation import HELD
 from .ir.graph import Size, StepGraph, expression
@@ -27,6 +26,8 @@ from .reads import EVERYTHING
 from .recorder import Recorder
 from .stages import aside
 from .trace import Leaf, Observed, Signature, Trace
+from .trace_step import trace_forward
+from .walk import Number
 
 
 def same_for_few(capture: Capture, batch: int, program: Program, dependencies: Dependencies) -> bool:

@@ -21,7 +21,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
-from .dependencies import Number
+from .walk import Number
 
 aten = torch.ops.aten
 # What the text of an expression may name.

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from ..errors import UnsupportedError
 from . import forward_mode
-from .captured import Facts, sizes_of
+from .capture import Facts, sizes_of
 from .ir.graph import StepGraph, expression
 from .layout import Layout, split_needs
 from .lower import BackwardPlan, ForwardPlan, Needs, Saving

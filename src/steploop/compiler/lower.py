@@ -20,8 +20,9 @@ from .ir.edit import remove_dead
 from .ir.graph import GRADIENTS, ROLES, Size, StepGraph, expression
 from .memory_operator import is_whole, own_prevs
 from .ops.table import is_random, operation_of
-from .partition import Partition, Problem, State, loop_nodes, partition, problem_of
+from .partition import loop_nodes, partition
 from .passes.manager import find_mixing, hoist, mixing_reasons
+from .problem import Partition, Problem, State, problem_of
 from .show_loops import show_loops
 from .stages import note, stage
 

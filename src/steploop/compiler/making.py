@@ -8,33 +8,32 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import MismatchError
-from .capture import FixedBatch, trace_forward, trace_joint
-from .captured import Capture, Facts, hint, lock, sizes_of
-from .dependencies import Dependencies, Number
+from .capture import Capture, Facts, hint, sizes_of
+from .dependencies import Dependencies
 from .few_rows import does_the_same, essence
 from .free_numbers import FreeNumber, NotFree
 from .memory_operator import calls_in, must_inline, tracing
-from .partition import needed_nodes, problem_of, recurrent_components
-from .passes.histories import use_whole_histories
+from .partition import needed_nodes, recurrent_components
 from .passes.manager import find_mixing, simplify
-from .patience import long_part
-from .program import Call, Program, name_of, roots_of
+from .problem import problem_of
+from .program import Call, Program, roots_of
 from .reads import Reads
 from .recorder import Recorder
 from .refusals import KEEP
 from .side_effects import Snapshot
 from .stages import aside
 from .trace import Observed, Signature, Trace
+from .trace_step import FixedBatch, trace_forward
 from .two_runs import SideEffect, check_same, check_same_constants
+from .walk import Number
 
 
-def _snapshot(program: Program) -> Snapshot:
+def snapshot(program: Program) -> Snapshot:
     with _disable_current_modes():
         return Snapshot([root for root, *_ in roots_of(program)])
 
@@ -94,8 +93,8 @@ class _Maker:
         dependencies = read_by(program, recorder, known)
         return Capture(
             program=Facts.of(program), signature=signature, symbolic=symbolic, forward=trace, reads=dependencies.reads,
-            key=dependencies.key, floats=_settled_floats(dependencies, self.free), facts=dependencies.facts,
-            slots=_settle(trace, dependencies), pinned=dependencies.pinned,
+            key=dependencies.key, floats=settled_floats(dependencies, self.free), facts=dependencies.facts,
+            slots=settle(trace, dependencies), pinned=dependencies.pinned,
             batch=None if symbolic or signature.batch is None else signature.batch, inline=frozenset(inline),
             by_tracing=frozenset(self.by_tracing),
         ), dependencies  # fmt: skip
@@ -140,7 +139,7 @@ class _Maker:
 
     def _watched(self, trace: Callable[[Observed], Trace]) -> tuple[Trace, Recorder]:
         """A trace of a step without side effects, and without numbers that differ from one run to the next."""
-        before = _snapshot(self.program)
+        before = snapshot(self.program)
         seed = torch.initial_seed()
         recorder = Recorder()
         try:
@@ -150,7 +149,7 @@ class _Maker:
                 before.restore()
             raise
         with _disable_current_modes():
-            changed = _checked(before, recorder, seed)
+            changed = checked(before, recorder, seed)
         if changed:
             self._first_step_for_real(before, changed)
             return self._watched_again(trace)
@@ -164,10 +163,10 @@ class _Maker:
     def _watched_again(self, trace: Callable[[Observed], Trace]) -> tuple[Trace, Recorder]:
         """Once more, after the step's first run for real has kept what it keeps. What changes now is kept for each type
         of tensor that the step meets, and the tracer's is forgotten."""
-        before, recorder, seed = _snapshot(self.program), Recorder(), torch.initial_seed()
+        before, recorder, seed = snapshot(self.program), Recorder(), torch.initial_seed()
         first = trace(Observed(recorder, self.free))
         with _disable_current_modes():
-            if changed := _checked(before, recorder, seed):
+            if changed := checked(before, recorder, seed):
                 before.restore()
                 self.by_tracing |= set(changed)
         return first, recorder
@@ -176,24 +175,24 @@ class _Maker:
         """A step may compute a value once and keep it: then its first step changes something, and no later one does."""
         before.restore()
         if not _real(self.call):
-            raise _changes(changed)
+            raise changes_nothing(changed)
         call = self.call
         xs = [x[0] if call.steps else x.new_zeros(x.shape[1:]) for x in call.xs]
         try:
             with _disable_current_modes(), torch.random.fork_rng(devices=[]):
                 self.program.run(xs, call.constants, call.initial)
-                between = _snapshot(self.program)
+                between = snapshot(self.program)
                 self.program.run(xs, call.constants, call.initial)
                 again = between.changes()
         except Exception:
             before.restore()
-            raise _changes(changed) from None
+            raise changes_nothing(changed) from None
         if again:
             before.restore()
-            raise _changes(changed)
+            raise changes_nothing(changed)
 
 
-def _checked(before: Snapshot, recorder: Recorder, seed: int) -> list[str]:
+def checked(before: Snapshot, recorder: Recorder, seed: int) -> list[str]:
     """The Python values that a trace has changed. Raises for what no step may do even once."""
     before.put_back_recomputed()
     changed = before.changes()
@@ -208,11 +207,11 @@ def _checked(before: Snapshot, recorder: Recorder, seed: int) -> list[str]:
     if tensors:
         raise SideEffect(f"the step changes {', '.join(tensors)} in place. {KEEP}")
     if moved:
-        raise _changes(moved)
+        raise changes_nothing(moved)
     return changed
 
 
-def _changes(changed: Sequence[str]) -> SideEffect:
+def changes_nothing(changed: Sequence[str]) -> SideEffect:
     return SideEffect(
         f"the step changes a Python value: {', '.join(changed)}. A step is captured once and not run again, so the "
         "change would happen once instead of at every step. Keep what changes from step to step in an "
@@ -254,7 +253,7 @@ def _contents_read(recorder: Recorder, dependencies: Dependencies) -> frozenset[
     return frozenset(dependencies.paths[place[id(t)]] for t in recorder.tensors if id(t) in place)
 
 
-def _settle(trace: Trace, dependencies: Dependencies) -> list[Any]:
+def settle(trace: Trace, dependencies: Dependencies) -> list[Any]:
     """The slots of a trace's tensors; the trace itself forgets them."""
     number = {id(t): i for i, t in enumerate(dependencies.tensors)}
     slots: list[Any] = [t if isinstance(t, FreeNumber) else number.get(id(t), t) for t in trace.tensors]
@@ -262,111 +261,9 @@ def _settle(trace: Trace, dependencies: Dependencies) -> list[Any]:
     return slots
 
 
-def _settled_floats(dependencies: Dependencies, free: Sequence[Number]) -> list[float | None]:
+def settled_floats(dependencies: Dependencies, free: Sequence[Number]) -> list[float | None]:
     paths = {number.path for number in free}
     return [None if number.path in paths else number.value for number in dependencies.floats]
-
-
-# -- the gradient ----------------------------------------------------------------------------------------------
-
-
-def with_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Dependencies:
-    """Captures the gradient too, if it has not been. Gives the walk that the captured tensors are found in.
-
-    FixedBatch where the gradient holds for another number of rows than the call's.
-    """
-    with lock:
-        if capture.joint is not None:
-            return dependencies
-        if capture.no_joint:
-            raise FixedBatch("the gradient computes with the number of rows")
-        with long_part(f"capturing {name_of(dependencies.program)} with its gradient"):
-            return _add_joint(capture, dependencies, call)
-
-
-def _check_holds(capture: Capture, joint: Trace, call: Call, dependencies: Dependencies) -> None:
-    """FixedBatch where a gradient that was traced for any number of rows does not hold for the call's."""
-    if not capture.symbolic:
-        return
-    if hint(call.batch) in (0, 1):  # torch takes these for cases of their own, and most steps don't
-        holds = not joint.fixes
-    else:
-        sizes = {k: hint(v) for k, v in sizes_of(joint, call).items()}
-        holds = joint.holds_for(sizes, dependencies.float_values())
-    if not holds:
-        raise FixedBatch("the gradient computes with the number of rows")
-
-
-def _add_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Dependencies:
-    program = dependencies.program
-    tensors = [t for t, s in zip(capture.tensors(dependencies), capture.slots) if not isinstance(s, FreeNumber)]
-    free = capture.free(dependencies)
-    before, recorder, seed = _snapshot(program), Recorder(), torch.initial_seed()
-    try:
-        joint = _joint(capture, program, tensors, set(capture.inline), Observed(recorder, free))
-        opaque = {id(call.op) for call in calls_in(joint.graph.graph)}
-        if opaque and find_mixing(joint.graph):
-            # Where gradients mix rows, everything may have to be one loop.
-            joint = _joint(capture, program, tensors, opaque | set(capture.inline), Observed(recorder, free))
-        _check_holds(capture, joint, call, dependencies)
-    except Exception as error:
-        capture.no_joint = isinstance(error, FixedBatch)
-        with _disable_current_modes():
-            before.restore()
-        raise
-    with _disable_current_modes():
-        if changed := _checked(before, recorder, seed):
-            before.restore()
-            if not capture.by_tracing.issuperset(changed):
-                raise _changes(changed)
-    check_same(capture.forward, joint)
-    joint.keep_alive.extend(use_whole_histories(joint.graph))
-    return _with_more_reads(capture, dependencies, joint, recorder)
-
-
-def _joint(
-    capture: Capture, program: Program, tensors: list[Tensor], inline: set[int], observed: Observed
-) -> Trace:
-    if capture.symbolic:
-        with tracing(inline) as memory:
-            joint = trace_joint(program, capture.signature, True, capture.forward.graph, tensors, observed)
-        joint.keep_alive.extend(memory.calls)
-    else:  # as in `_fixed_trace`
-        joint = trace_joint(program, capture.signature, False, capture.forward.graph, tensors, observed)
-    simplify(joint.graph)
-    return joint
-
-
-def _with_more_reads(
-    capture: Capture, dependencies: Dependencies, joint: Trace, recorder: Recorder
-) -> Dependencies:
-    """With a gradient the step may have read more than without: the capture is described anew by all of it."""
-    old = capture.reads
-    walk = read_by(dependencies.program, recorder, [old])
-    if not walk.reads.within(old):
-        reads = walk.reads.joined(old)
-        with _disable_current_modes():
-            walk = Dependencies(roots_of(dependencies.program), reads)
-        walk.program = dependencies.program
-        free = capture.free(dependencies)
-        capture.earlier[old] = capture.slots
-        capture.slots = _renumbered(capture.slots, dependencies, walk)
-        capture.forward.tensors = cast("list[Any]", capture.slots)
-        capture.reads, capture.key, capture.facts = reads, walk.key, walk.facts
-        capture.floats, capture.pinned = _settled_floats(walk, free), walk.pinned
-        walk.program.kept.walks[reads] = walk
-        walk.program.kept.quick = None
-    else:
-        walk = dependencies
-    capture.joint = joint
-    capture.joint_slots = _settle(joint, walk)
-    return walk
-
-
-def _renumbered(slots: Sequence[Any], old: Dependencies, new: Dependencies) -> list[Any]:
-    number = {id(t): i for i, t in enumerate(new.tensors)}
-    found = [old.tensors[s] if isinstance(s, int) else s for s in slots]
-    return [s if isinstance(s, FreeNumber) else number.get(id(s), s) for s in found]
 
 
 def check_kept(program: Program, call: Call, capture: Capture, dependencies: Dependencies) -> None:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..errors import BuildError, MismatchError
 from . import words
-from .captured import Capture
+from .capture import Capture
+from .extract import extract
 from .guards import same_content
 from .ir.graph import LoopProgram, Rows
 from .lower import lower_forward
 from .ops.table import is_view
-from .partition import Loop, extract
 from .passes.manager import mixing_reasons
+from .problem import Loop
 from .program import Call
 from .words import Table
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .capture import trace_forward, trace_joint
-from .captured import Capture
+from .capture import Capture
 from .conditions import condition
 from .dependencies import Dependencies
 from .graph_data import ROLES, runnable
@@ -29,6 +28,7 @@ from .ir.graph import Size, StepGraph, shape_at, size_at
 from .program import Program
 from .recorder import Recorder
 from .trace import Leaf, Observed, Signature, Trace
+from .trace_step import trace_forward, trace_joint
 
 _ROWS = 3  # of a batch that is not one of the sizes in question
 _GROUPS = 3  # with so many free sizes, every set of them is tried; else each by itself, and all

@@ -9,103 +9,17 @@ that computes it is a shift by one step.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from .ir.graph import LoopInput, LoopProgram, Rows, StepGraph
+from .extract import extract
 from .memory_operator import is_memory
-from .ops.table import is_factory
+from .problem import Batched, Loop, Partition, Problem, State
 
 aten = torch.ops.aten
-
-
-@dataclass(eq=False)
-class State:
-    """A state of a (forward or backward) step: its value before the step, and the node that is its value after."""
-
-    prev: fx.Node
-    next: fx.Node
-    name: str
-
-
-@dataclass(eq=False)
-class Problem:
-    """What is to be partitioned: a graph with states, and what is wanted from it.
-
-    wanted: values needed from every step.  summed: values of which the sum over all steps is needed.
-    stepwise: nodes that can't be batched over time, with the reason.
-    one_loop: everything that varies goes into one loop (rows that mix and are not all valid).
-    ends: the state that ends a row, see `LoopProgram`.
-    """
-
-    graph: fx.Graph
-    batch: Any
-    states: list[State]
-    wanted: list[fx.Node]
-    summed: list[fx.Node]
-    finals: list[State] = field(default_factory=list)
-    stepwise: dict[fx.Node, str] = field(default_factory=dict)
-    one_loop: bool = False
-    ends: fx.Node | None = None
-
-
-def problem_of(
-    step: StepGraph, names: Sequence[str] = (), stepwise: dict[fx.Node, str] | None = None, one_loop: bool = False
-) -> Problem:
-    """A forward step as a problem: its outputs and states are wanted. names: of its states."""
-    named = names or [""] * len(step.prevs)
-    states = [State(p, n, name) for p, n, name in zip(step.prevs, step.nexts, named)]
-    return Problem(step.graph, step.batch, states, list(step.outputs), [], list(states), stepwise or {}, one_loop)
-
-
-def joint_problem_of(step: StepGraph) -> Problem:
-    """A forward step and its gradient as one problem, to see what loops in either."""
-    found = problem_of(step)
-    pairs = zip(step.ct_nexts, step.grad_prevs)
-    found.states += [State(c, g, "") for c, g in pairs if c is not None and g is not None]
-    found.finals = found.states
-    found.wanted += step.results("grad_xs", "grad_constants", "grad_captured")
-    return found
-
-
-@dataclass(eq=False)
-class Batched:
-    """Calls that run once for all steps, delayed states (placeholders) among them."""
-
-    nodes: list[fx.Node]
-
-
-@dataclass(eq=False)
-class Loop:
-    """One component. nodes: its calls.  also_outside: those of them, views, that stand outside as well."""
-
-    nodes: list[fx.Node]
-    states: list[State]
-    program: LoopProgram | None = None
-    inputs: list[fx.Node] = field(default_factory=list)
-    kept: list[fx.Node] = field(default_factory=list)
-    also_outside: set[fx.Node] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class Partition:
-    """`once`: calls that do not vary, run before everything. `segments`: Batched and Loop, in order.
-
-    delayed: for every state whose prev is read outside its loop, the node that stands for it there.
-    """
-
-    problem: Problem
-    once: list[fx.Node]
-    segments: list[Batched | Loop]
-    delayed: dict[fx.Node, State]
-
-    @property
-    def loops(self) -> list[Loop]:
-        return [s for s in self.segments if isinstance(s, Loop)]
 
 
 def components(nodes: Iterable[Any], successors: dict[Any, list[Any]]) -> list[list[Any]]:
@@ -319,86 +233,3 @@ def _ancestors_of_loops(needs: dict[Any, set[Any]], count: int) -> set[Any]:
                 found.add(source)
                 stack.append(source)
     return found
-
-
-# -- loops as programs of their own --------------------------------------------------------------------------
-
-
-def extract(loop: Loop, problem: Problem, result: Partition) -> None:
-    """Copies a component into a graph of its own, with what it reads as inputs."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs: list[LoopInput] = []
-    own = {*loop.nodes, *(s.prev for s in loop.states)}
-    prevs = []
-    for state in loop.states:
-        prevs.append(_copy_placeholder(graph, state.prev, copies))
-    body = _with_constants(loop.nodes, own, loop.states)
-    for node in body:
-        for source in node.all_input_nodes:
-            if source not in own and source not in copies and source not in body:
-                copies[source] = _input(graph, source, inputs)
-                loop.inputs.append(source)
-    for state in loop.states:
-        if state.next not in own and state.next not in copies:
-            copies[state.next] = _input(graph, state.next, inputs)
-            loop.inputs.append(state.next)
-    for node in body:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        copies[node].meta = dict(node.meta)
-    loop.kept = _kept(loop, own, problem, result)
-    kept = [copies[n] for n in loop.kept]
-    nexts = [copies[s.next] for s in loop.states]
-    graph.output((nexts, kept))
-    ends = next((i for i, s in enumerate(loop.states) if s.prev is problem.ends), None)
-    loop.program = LoopProgram(
-        graph=graph, batch=problem.batch, prevs=prevs, nexts=nexts, inputs=inputs, kept=kept,
-        names=[s.name for s in loop.states], mixes_rows=any(n in problem.stepwise for n in loop.nodes),
-        ends=ends,
-    )  # fmt: skip
-
-
-def _with_constants(nodes: list[fx.Node], own: set[fx.Node], states: list[State]) -> list[fx.Node]:
-    """The calls of a loop, and before them the constants made of sizes that they read."""
-    extra: dict[fx.Node, None] = {}
-    for node in [*nodes, *(s.next for s in states)]:
-        for source in [*node.all_input_nodes, node]:
-            if source not in own and is_factory(source) and source.meta.get("rows") is not None:
-                if all(i in own for i in source.all_input_nodes) or not source.all_input_nodes:
-                    extra[source] = None
-    free = [n for n in extra if not n.all_input_nodes]
-    return free + list(nodes)
-
-
-def _copy_placeholder(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    copy = graph.placeholder(node.name)
-    copy.meta = dict(node.meta)
-    copies[node] = copy
-    return copy
-
-
-def _input(graph: fx.Graph, source: fx.Node, inputs: list[LoopInput]) -> fx.Node:
-    with graph.inserting_after(graph._root):
-        node = graph.placeholder(source.name)
-    node.meta = dict(source.meta)
-    kind = "step" if source.meta["varies"] else "once"
-    inputs.append(LoopInput(node, kind, source.meta["rows"], source.name))
-    return node
-
-
-def _kept(loop: Loop, own: set[fx.Node], problem: Problem, result: Partition) -> list[fx.Node]:
-    """Values of a loop that are read outside it."""
-    wanted = {*problem.wanted, *problem.summed, *(s.next for s in result.delayed.values())}
-    foreign = {s.next for s in problem.finals if s.prev not in own}
-    calls = {n for s in result.segments for n in s.nodes}
-    kept = []
-    for node in [*loop.nodes, *(s.prev for s in loop.states)]:
-        if node in loop.also_outside:
-            continue
-        outside = any(u not in own and u in calls for u in node.users)
-        if (outside or node in wanted or node in foreign) and isinstance(node.meta.get("val"), Tensor):
-            kept.append(node)
-    return kept
-
-
-__all__ = ["Batched", "Loop", "Partition", "Problem", "Rows", "State", "loop_nodes", "partition"]

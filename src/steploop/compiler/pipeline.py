@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..view.plan_table import counted
-from . import captures, forward_mode
-from .capture import keep_with_trace
-from .captured import Capture
+from . import capture_store, forward_mode
+from .capture import Capture
 from .choices import chooser, make_ready
 from .dependencies import Dependencies
-from .execute import Executable
 from .invocation import Invocation, hints_of
-from .ir.graph import Rows, StepGraph, op_name
+from .ir.graph import Rows, StepGraph
 from .layout import Layout
 from .loop_operator import LoopFunction, traced
 from .lower import (
@@ -41,20 +38,18 @@ from .lower import (
 from .masking import masked_call
 from .passes.histories import use_whole_histories
 from .passes.manager import mixing_reasons
-from .plan import Plan, describe
-from .profile import timed
-from .program import Call, Program, Result, name_of
+from .program import Call, Program, Result
 from .recorder import working
 from .replay import REPLAY_FROM, ReplayPlan, lower_replay, with_replay
-from .stages import as_text, recorded_stages
 from .trace import Trace
+from .trace_step import keep_with_trace
 
 
 def run(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Result:
     """Runs a call that nobody else traces. Differentiable; see `Loop` for what the arguments mean."""
     prepare = partial(make_ready, program, backend)
     program, call = batch_guessed(program, call, prepare)
-    capture, dependencies = captures.find(program, call, prepare)
+    capture, dependencies = capture_store.find(program, call, prepare)
     if needs_masks(program, call, capture):
         return run_masked(program, call, backend, save)
     tensors = tensors_of(call, capture, dependencies)
@@ -62,14 +57,14 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
         forward_mode.refuse_tangents(named_tensors(call, capture, dependencies))
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if training:
-        capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
+        capture, dependencies = capture_store.with_gradient(program, call, capture, dependencies)
         if needs_masks(program, call, capture):
             return run_masked(program, call, backend, save)
         tensors = tensors_of(call, capture, dependencies, joint=True)
     if (recorder := working()) is not None:
         recorder.inner.append(capture.reads)  # the outer step's capture must know when this one no longer holds
     nested = traced(tensors)
-    invocation = _invocation(capture, call, backend, save, training, nested, tensors)
+    invocation = invocation_of(capture, call, backend, save, training, nested, tensors)
     if nested:
         keep_with_trace(invocation)
     batch = 1 if call.batch is None else call.batch
@@ -85,7 +80,7 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
 
 def wants_gradients(program: Program, call: Call, backend: str) -> tuple[bool, bool]:
     """(whether anything that a call reads requires a gradient, whether its step draws random numbers)."""
-    capture, dependencies = captures.find(program, call, partial(make_ready, program, backend))
+    capture, dependencies = capture_store.find(program, call, partial(make_ready, program, backend))
     training = any(t.requires_grad for t in tensors_of(call, capture, dependencies))
     seeded = torch.Tag.nondeterministic_seeded
     return training, any(seeded in getattr(n.target, "tags", ()) for n in capture.forward.graph.graph.nodes)
@@ -93,9 +88,10 @@ def wants_gradients(program: Program, call: Call, backend: str) -> tuple[bool, b
 
 def stops(program: Program, call: Call, backend: str, save: str) -> bool:
     """Whether a call without gradients does next to nothing at steps before which all rows have ended."""
-    capture, dependencies = captures.find(program, call, partial(make_ready, program, backend))
+    capture, dependencies = capture_store.find(program, call, partial(make_ready, program, backend))
     tensors = tensors_of(call, capture, dependencies)
-    invocation = _invocation(capture, call, backend, policy_of(capture, save, False, 0, tensors), False, False, tensors)
+    policy = policy_of(capture, save, False, 0, tensors)
+    invocation = invocation_of(capture, call, backend, policy, False, False, tensors)
     return invocation.forward.executable.stops
 
 
@@ -106,15 +102,15 @@ def batch_guessed(
     independent along it, that axis is the batch, and the outside pieces run on all rows of all steps at once."""
     if program.batched or not call.initial:
         return program, call
-    firsts = {captures.hint(t.shape[1]) if t.dim() > 1 else None for t in call.xs}
-    firsts |= {captures.hint(t.shape[0]) if t.dim() > 0 else None for t in call.initial}
+    firsts = {capture_store.hint(t.shape[1]) if t.dim() > 1 else None for t in call.xs}
+    firsts |= {capture_store.hint(t.shape[0]) if t.dim() > 0 else None for t in call.initial}
     if len(firsts) != 1 or not (size := firsts.pop()) or size < 2:
         return program, call
     guess = program.kept.rowwise or _with_batch(program)
     program.kept.rowwise = guess
     guessed = replace(call, batch=call.initial[0].shape[0])
     try:
-        capture, _ = captures.find(guess, guessed, before_making)
+        capture, _ = capture_store.find(guess, guessed, before_making)
     except Exception:
         return program, call  # the plain way has the better message, or works
     if capture.made.rowwise is None:
@@ -172,11 +168,11 @@ def named_tensors(call: Call, capture: Capture, dependencies: Dependencies) -> l
     return named + [(f"a tensor that the step reads: {path.get(id(t), 'one it makes')}", t) for t in captured]
 
 
-def _invocation(
+def invocation_of(
     capture: Capture, call: Call, backend: str, save: str, training: bool, nested: bool, tensors: list[Tensor]
 ) -> Invocation:
-    batch = 1 if call.batch is None else captures.hint(call.batch)
-    rows = captures.hint(call.steps) * max(batch, 1)
+    batch = 1 if call.batch is None else capture_store.hint(call.batch)
+    rows = capture_store.hint(call.steps) * max(batch, 1)
     ragged = is_ragged(call)
     policy = policy_of(capture, save, training, rows, tensors, nested)
     key = (
@@ -186,7 +182,7 @@ def _invocation(
     invocations = capture.made.invocations
     found = invocations.get(key)
     if found is None:
-        with captures.lock, _alone(), torch.no_grad():
+        with capture_store.lock, _alone(), torch.no_grad():
             found = invocations[key] = compiled(capture, call, backend, policy, training, nested, tensors)
     return found
 
@@ -210,8 +206,8 @@ def policy_of(
         return save
     key, known = _required(tensors), capture.made.bytes
     if key not in known:
-        needs = _needs(capture, tensors)
-        with captures.lock:
+        needs = _needs_of_capture(capture, tensors)
+        with capture_store.lock:
             found = _chosen(capture.joint.graph, needs, "again")
         known[key] = tuple(sum(map(row_bytes, nodes)) for nodes in (found.nodes, found.again))
     kept, again = (each * rows for each in known[key])
@@ -220,7 +216,7 @@ def policy_of(
     return "all" if kept + again <= SAVE_LIMIT else "states"
 
 
-def _needs(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
+def _needs_of_capture(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
     joint = capture.joint.graph
     x, c, s, k = len(joint.xs), len(joint.constants), len(joint.prevs), len(joint.captured)
     flags = _required(tensors)
@@ -237,7 +233,7 @@ def compiled(
     graph = trace.graph if training else _batched_form(trace)
     mixing = bool(mixing_reasons(graph)) if graph.batch is not None else False
     one_loop = mixing and (call.lengths is not None or call.mask is not None)
-    needs = _as_needs(layout, tensors) if training else None
+    needs = needs_of(layout, tensors) if training else None
     # What is lowered does not depend on the direction, nor on masks, unless rows mix: calls share it.
     key, made = (backend, save, nested, one_loop, needs), capture.made.lowered
     lowered = made.get(key)
@@ -298,14 +294,14 @@ class Lowered:
     def forward_again(self) -> ForwardPlan:
         """A forward that gives all that the backward needs, for calls that kept nothing."""
         if self._again is None:
-            with captures.lock:
+            with capture_store.lock:
                 self._again = self._forward(self.saving.nodes)
         return self._again
 
     def backward(self, needs: Needs, resets: bool) -> Any:
         key = (needs, resets and any(needs.reset_to))
         if key not in self._backwards:
-            with captures.lock, torch.no_grad():
+            with capture_store.lock, torch.no_grad():
                 self._backwards[key] = lower_backward(
                     self.graph, self.saving, needs, self.names, self.choose, self.one_loop, key[1]
                 )
@@ -319,7 +315,7 @@ def _chosen(graph: StepGraph, needs: Needs, policy: str) -> Saving:
     return with_replay(graph, choose_saved(graph, needs, "all"))
 
 
-def _as_needs(layout: Layout, tensors: Sequence[Tensor]) -> Needs:
+def needs_of(layout: Layout, tensors: Sequence[Tensor]) -> Needs:
     parts = layout.split([t.requires_grad for t in tensors])
     reset_to = tuple(parts["reset_to"]) or (False,) * layout.initial
     return Needs(*(tuple(parts[n]) for n in ("xs", "constants", "initial")), reset_to, tuple(parts["captured"]))
@@ -338,74 +334,3 @@ def _places(graph: Any, saving: Saving) -> tuple[list[tuple[str, int]], list]:
             places.append(("saved", len(extra)))
             extra.append(node)
     return places, extra
-
-
-def plan(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Plan:
-    """What `run` would do. The backward plan is there when anything that the call reads requires a gradient."""
-    return _planned(program, call, backend, save)[0]
-
-
-def profile(program: Program, call: Call, *, backend: str = "auto", save: str = "auto") -> Plan:
-    """The plan of a call with what its pieces took, forward and backward."""
-    found, executables, tensors = _planned(program, call, backend, save)
-    timed(found, executables, tensors, lambda: run(program, call, backend=backend, save=save))
-    return found
-
-
-def _planned(program: Program, call: Call, backend: str, save: str) -> tuple[Plan, list[Executable], list[Tensor]]:
-    """A call's plan, what runs it (forward, and backward where there is one), and the tensors that it reads."""
-    program, call = batch_guessed(program, call)
-    with torch.enable_grad():
-        capture, dependencies = captures.find(program, call)
-        if needs_masks(program, call, capture):
-            program, call, _ = masked_call(program, call)
-            return _planned(program, call, backend, save)
-        tensors = tensors_of(call, capture, dependencies)
-        training = any(t.requires_grad for t in tensors)
-        if training:
-            capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
-            if needs_masks(program, call, capture):
-                program, call, _ = masked_call(program, call)
-                return _planned(program, call, backend, save)
-            tensors = tensors_of(call, capture, dependencies, joint=True)
-        invocation = _invocation(capture, call, backend, save, training, False, tensors)
-    name = name_of(program)
-    notes = [*_inlined_notes(capture), *_saved_note(invocation)]
-    executables = [invocation.forward.executable]
-    forward = describe(executables[0], f"{name} forward", notes)
-    if training:
-        needs = _as_needs(invocation.layout, tensors)
-        executables.append(invocation.lowered.backward(needs, call.resets is not None).executable)
-        forward.backward = describe(executables[1], f"{name} backward")
-    forward.again = lambda: _stages(program, call, backend, save)
-    return forward, executables, tensors
-
-
-def _stages(program: Program, call: Call, backend: str, save: str) -> str:
-    """The texts of all stages: the call is planned once more, from the capture on."""
-    with recorded_stages() as found:
-        plan(program, call, backend=backend, save=save)
-    return as_text(found)
-
-
-def _inlined_notes(capture: Capture) -> list[str]:
-    return [f"{name} runs step by step: what it reads depends on what it gives" for name in capture.forward.inlined]
-
-
-def _saved_note(invocation: Invocation) -> list[str]:
-    if invocation.lowered.saving is None:
-        return []
-    joint = invocation.trace.graph
-    names = invocation.program.state_names
-    nodes = invocation.lowered.saving.nodes
-    kept = [f"state {names[joint.nexts.index(n)]}" for n in nodes if n in joint.nexts]
-    others = [n.args[0] if op_name(n) == "getitem" else n for n in nodes if n not in joint.nexts]
-    kept += [counted(map(op_name, others))] if others else []
-    notes = [f"kept for the backward: {', '.join(kept) or 'nothing but the inputs'}"]
-    if again := invocation.lowered.saving.again:
-        made = [f"state {names[joint.nexts.index(n)]}" if n in joint.nexts else op_name(n) for n in again]
-        notes.append(f"made again for the backward, some steps at a time: {', '.join(made)}")
-    return notes
-
-
-__all__ = ["plan", "run"]

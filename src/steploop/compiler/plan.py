@@ -17,8 +17,8 @@ from .execute import Executable
 from .ir.graph import LoopProgram, Rows, expression, line_of, op_name
 from .memory_operator import is_memory, operation_name
 from .ops.table import is_view
-from .partition import Batched, Loop, Partition, State
 from .patterns import is_linear_recurrence
+from .problem import Batched, Loop, Partition, State
 from .sources import Source, Sources, caller_of
 
 

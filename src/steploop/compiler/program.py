@@ -62,8 +62,8 @@ class Program:
 class Kept:
     """What is kept of a Program between its calls.
 
-    quick: the last call's capture, with all that tells whether the next may use it (`captures.find`).
-    walks: walks over what it depends on, by what they follow (`captures.walk_of`).
+    quick: the last call's capture, with all that tells whether the next may use it (`capture_store.find`).
+    walks: walks over what it depends on, by what they follow (`capture_store.walk_of`).
     rowwise: the same program with a batch axis, which a scan may turn out to have (`pipeline.batch_guessed`).
     masked: with masks as a part of the step (`masking`), by its numbers of sequences, constants and states.
     until: with rows frozen that have ended, by the state that ends them (`until.freezing`).

@@ -22,8 +22,8 @@ from .ir.graph import GRADIENTS, Rows, StepGraph
 from .lower import SPREAD, Saving, as_input, copied, improved, row_bytes
 from .memory_operator import is_memory
 from .ops.table import operation_of
-from .partition import Problem, State
 from .passes.manager import mixing_reasons
+from .problem import Problem, State
 from .show_loops import show_loops
 from .span import Span
 from .stages import note

@@ -9,7 +9,7 @@ from torch import fx
 from ..backends.contract import Runner
 from .ir.graph import StepGraph
 from .ir.show import Names
-from .partition import Loop, Partition
+from .problem import Loop, Partition
 
 
 def show_loops(step: StepGraph, partition: Partition, runners: Mapping[Loop, Runner]) -> str:

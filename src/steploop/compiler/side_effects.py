@@ -38,9 +38,9 @@ from .changeable import (
     position_of,
     taken_from,
 )
-from .dependencies import attributes_of, slots_of
 from .guards import MISSING, class_dictionary, contents
 from .reads import globals_of, kind_of_file, kind_of_module, trusted
+from .walk import attributes_of, slots_of
 
 # More objects than this are not looked at: no step's own values are so many.
 _MOST = 200_000

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from . import blocks
 from .ir.graph import Rows, expression, size_at
-from .partition import Batched, Loop
+from .problem import Batched, Loop
 from .rowwise import Rowwise
 from .schedule import Schedule
 from .span import Cuttable, Span, Unpacked

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map_only
 from ..errors import UnsupportedError
 from .ir.graph import shape_at, symbols_of
 from .ops.table import is_random
-from .partition import State
 from .printing import Source, call_text
+from .problem import State
 from .rowwise import Rowwise
 
 

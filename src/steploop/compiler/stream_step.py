@@ -17,10 +17,10 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..marks import wide
-from . import captures, forward_mode
+from . import capture_store, forward_mode
+from .ambient import function_modes
 from .batch import OncePiece
 from .choices import choice, make_ready
-from .dependencies import function_modes
 from .guards import Kinds, kinds_guard
 from .ir.graph import StepGraph, op_name
 from .lower import copied
@@ -54,7 +54,7 @@ class StreamStep:
     def __init__(self, program: Program, call: Call, backend: str):
         self.program = program
         with torch.no_grad():
-            self.capture, self.dependencies = captures.find(program, call, partial(make_ready, program, backend))
+            self.capture, self.dependencies = capture_store.find(program, call, partial(make_ready, program, backend))
         self.batch = call.batch
         self.device = call.device
         self.holds = True
@@ -117,7 +117,7 @@ class _Checked(StreamStep):
     def take(self, *given: Any) -> tuple[list[Tensor], list[Tensor]] | None:
         done = super().take(*given)
         if done is not None:
-            captures.check_kept(self.program, self.call, self.capture, self.dependencies)
+            capture_store.check_kept(self.program, self.call, self.capture, self.dependencies)
             self._run.check()
         return done
 
@@ -158,7 +158,7 @@ def prepare(program: Program, call: Call, backend: str) -> StreamStep | None:
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) or forward_mode.active():
         return None  # casts stand in the captured graph; running it under autocast would cast again
-    step = (_Checked if captures.checking() else StreamStep)(program, call, backend)
+    step = (_Checked if capture_store.checking() else StreamStep)(program, call, backend)
     return step if step.capture.forward.graph.batch is not None or step.capture.batch == call.batch else None
 
 

@@ -11,10 +11,10 @@ import sympy
 import torch
 from torch import Tensor
 
-from .dependencies import Number
 from .free_numbers import FreeNumber
 from .ir.graph import StepGraph
 from .recorder import Recorder
+from .walk import Number
 
 BATCH_HINT = 1031  # a prime that no feature size is likely to have
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
-from . import captures, foreign, forward_mode, pipeline
-from .capture import is_tracing
-from .captured import Capture
+from . import capture_store, foreign, forward_mode, pipeline
+from .capture import Capture
 from .conditions import condition
 from .dependencies import Dependencies
 from .exported import Exported, Options, from_text, to_text
@@ -28,6 +27,7 @@ from .masking import masked_call
 from .memory_operator import step_by_step
 from .ones import allowed_ones
 from .program import Call, Program, Result
+from .trace_step import is_tracing
 
 
 def run(program: Program, call: Call, backend: str, save: str) -> Result:
@@ -41,7 +41,7 @@ def run(program: Program, call: Call, backend: str, save: str) -> Result:
         )
     with foreign.hidden(), step_by_step():
         program, call = pipeline.batch_guessed(program, call)
-        capture, dependencies = captures.find(program, call)
+        capture, dependencies = capture_store.find(program, call)
     if pipeline.needs_masks(program, call, capture):
         return _run_masked(program, call, backend, save)
     with foreign.hidden(), step_by_step():
@@ -50,7 +50,7 @@ def run(program: Program, call: Call, backend: str, save: str) -> Result:
             forward_mode.refuse_tangents(pipeline.named_tensors(call, capture, dependencies))
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if training:
-            capture, dependencies = captures.with_gradient(program, call, capture, dependencies)
+            capture, dependencies = capture_store.with_gradient(program, call, capture, dependencies)
             if pipeline.needs_masks(program, call, capture):
                 return _run_masked(program, call, backend, save)
             tensors = pipeline.tensors_of(call, capture, dependencies, joint=True)
@@ -75,14 +75,14 @@ def _text(
     """The loop as text; where a tracer that is not torch.export meets a step without one, a number of this process."""
     trace = capture.joint if training else capture.forward
     layout = pipeline.layout_of(call, trace)
-    rows = captures.hint(call.steps) * max(captures.hint(call.batch or 1), 1)
+    rows = capture_store.hint(call.steps) * max(capture_store.hint(call.batch or 1), 1)
     policy = pipeline.policy_of(capture, save, training, rows, tensors)
     captured = layout.split(tensors)["captured"]
     flags = [t.requires_grad for t in captured]
     options = (layout, call.reverse, call.on_masked, backend, policy, training)
     key = (*options, *flags, *(t.device for t in tensors))
     if key not in capture.made.texts:
-        with captures.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
+        with capture_store.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
             ones = allowed_ones(program, capture, dependencies, training)
             options = Options(call.reverse, call.on_masked, training, backend, policy, flags, ones)
             hints = hints_of(trace, capture.signature)
@@ -99,7 +99,7 @@ def _text(
 def _hold_sizes(call: Call, capture: Capture, training: bool) -> None:
     """Tells the other tracer what a capture relies on, so that it refuses to keep sizes free that are not."""
     trace = capture.joint if training else capture.forward
-    sizes = captures.sizes_of(trace, call)
+    sizes = capture_store.sizes_of(trace, call)
     if capture.batch is not None and call.batch != capture.batch:
         raise AssertionError("a capture for another batch size")
     for one in trace.conditions:
@@ -113,7 +113,7 @@ def exported(text: str) -> Exported:
     """The loop that a text is, once for each text."""
 
     def lower(graph: Any, names: list[str], backend: str, save: str, one_loop: bool, needs: Needs | None) -> Any:
-        with captures.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
+        with capture_store.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
             return pipeline.Lowered(graph, names, backend, save, True, one_loop, needs)
 
     return from_text(text, lower)

@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError, StepError, describe, message
 from ..frame import running
 from ..marks import wide
+from ..signature import signature_of
 from ..state import State
-from ..step import Step, signature_of, states_below, survey
+from ..step import Step, states_below, survey
 from ..tree import flatten, unflatten
 from .base import Memory, _to_front, check_mask, final, is_valid, latest_reset, rows_at, run_child
 

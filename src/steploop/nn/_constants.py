@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import StepError, message
-from ..step import Step, signature_of
+from ..signature import signature_of
+from ..step import Step
 
 
 def constants_for(cell: nn.Module, constants: dict[str, Any], begin: bool = False) -> dict[str, Any]:

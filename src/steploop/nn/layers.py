@@ -17,7 +17,7 @@ from ..step import Step
 from ._constants import check_constants_used, constants_for
 from .bidirectional import Bidirectional
 from .stack import Stack
-from .torch_layers import _TorchLayer
+from .torch_layer import TorchLayer
 
 _MARKS = ("lengths", "mask", "resets")
 
@@ -106,7 +106,7 @@ class Layers(nn.Module):
             outputs, state = _call(layer, xs, given.get(name), options, last if is_last else "__call__")
             values |= {f"{name}.{path}": value for path, value in state.items()}
             own |= {f"{name}.{path}": value for path, value in state._own.items()}
-            counts += [] if isinstance(layer, _TorchLayer) else [state]  # an sl.nn.LSTM does not count its steps
+            counts += [] if isinstance(layer, TorchLayer) else [state]  # an sl.nn.LSTM does not count its steps
             xs, first = (outputs,), {}
         states = States(values, own)
         states.count((lambda: counts[0].steps) if counts else None)
@@ -163,7 +163,7 @@ class Layers(nn.Module):
 
 def _whole_sequence(layer: Any, k: int, options: dict[str, Any]) -> Any:
     """A layer as it was given if it takes whole sequences, else in a Loop."""
-    if isinstance(layer, (Loop, Bidirectional, Layers, _TorchLayer)):
+    if isinstance(layer, (Loop, Bidirectional, Layers, TorchLayer)):
         return layer
     if isinstance(layer, nn.RNNBase):
         name = type(layer).__name__
@@ -208,7 +208,7 @@ def _constants_of(layer: nn.Module, constants: dict[str, Any]) -> dict[str, Any]
 def _call(
     layer: Any, xs: tuple[Any, ...], state: States | None, options: dict[str, Any], method: str
 ) -> tuple[Any, States]:
-    if isinstance(layer, _TorchLayer):
+    if isinstance(layer, TorchLayer):
         return _call_torch_layer(layer, xs, state, options, method)
     return getattr(layer, method)(*xs, state=state, **options)
 

@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from .. import dispatch
 from ..devices import explained
 from ..errors import InputError, describe, message
-from ..loop import Loop, Prepared
+from ..loop import Loop
 from ..marks import wide
 from ..nn._constants import _begins_with, _takes, check_constants_used
+from ..prepared import Prepared
 from ..states import States
 from ..step import Step, survey
 from .hypotheses import Hypotheses, of_slot, traced_back

@@ -22,7 +22,7 @@ from .. import contract
 from . import products
 from .build import TRIAL, BuildError, begin, compiler, folder, problem, what_to_install, wide_vectors
 from .comparing import comparison
-from .emit_nest import CTYPES
+from .emit_expressions import CTYPES
 from .lower import lower
 from .runner import Runner
 from .stepper import Stepper

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .emit_nest import CTYPES, size_text
+from .emit_expressions import CTYPES, size_text
 from .fuse import Plan
 from .language import Buffer, Product
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...compiler import blocks
 from . import threads
 from .build import begin, build
-from .emit_nest import CTYPES
+from .emit_expressions import CTYPES
 from .reserved import KERNELS
 
 FILES = ("vector.h", "tiles.h", "product.h", "products.cpp")

@@ -21,7 +21,8 @@ from ...errors import BuildError, InputError, without_memory
 from .. import contract, eager
 from . import checks, products, threads
 from .build import begin
-from .emit import TAIL, Printer, canonical, prelude
+from .emit import Printer, canonical, prelude
+from .emit_call import TAIL
 from .emit_early import in_rows
 from .fuse import Plan, fuse
 from .language import Buffer, Dim, Program

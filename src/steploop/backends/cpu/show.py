@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .emit_nest import size_text
+from .emit_expressions import size_text
 from .fuse import Nest, Plan
 from .language import (
     Buffer,

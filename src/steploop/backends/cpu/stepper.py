@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks, comparing, threads
-from .emit import NUMBERS, TAIL
+from .emit_call import NUMBERS, TAIL
 from .runner import Runner, first_of_tail, in_memory, no_memory
 
 try:

@@ -21,7 +21,8 @@ from ..history_products import history_cotangent, history_scores, history_sums
 from ..ir.edit import call, remove_dead, replace
 from ..ir.graph import Rows, Size, StepGraph, expression, shape_of
 from ..memory_operator import MemoryCall, call_of
-from ..partition import joint_problem_of, needed_nodes, recurrent_components
+from ..partition import needed_nodes, recurrent_components
+from ..problem import joint_problem_of
 from ..stages import stage
 from .axes import Label, aligned, backwards, flat, forwards, product_of
 from .identities import remove_identities

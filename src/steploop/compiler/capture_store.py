@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError, message, warn
-from . import making
-from .capture import FixedBatch
-from .captured import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
-from .dependencies import Dependencies, Number, ambient
+from . import making, making_joint
+from .ambient import ambient
+from .capture import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
+from .dependencies import Dependencies
 from .few_rows import same_for_few
 from .memory_operator import all_step_by_step
 from .passes.manager import find_mixing
@@ -30,6 +30,8 @@ from .program import Call, Program, name_of, roots_of
 from .reads import EVERYTHING, Reads, kind_of_file, trusted
 from .stages import aside, looking
 from .trace import Leaf, Signature
+from .trace_step import FixedBatch
+from .walk import Number
 
 _CHECK = os.environ.get("STEPLOOP_CHECK", "") not in ("", "0")
 MOST = 64  # captures that are kept of one step for inputs of one kind
@@ -90,12 +92,12 @@ def with_gradient(
     the number of rows differs from step to step, too.
     """
     try:
-        return capture, making.with_joint(capture, dependencies, call)
+        return capture, making_joint.with_joint(capture, dependencies, call)
     except FixedBatch:
         if find_mixing(capture.forward.graph):
             _check_rows_stay(program, call, "lets rows see each other, and its gradient computes")
         capture, dependencies = find_fixed(program, call)
-        return capture, making.with_joint(capture, dependencies, call)
+        return capture, making_joint.with_joint(capture, dependencies, call)
 
 
 def _check_rows_stay(program: Program, call: Call, what: str) -> None:
