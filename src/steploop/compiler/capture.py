@@ -83,6 +83,7 @@ class Capture:
     like: for B = 0 and B = 1, whether the step does the same as with several rows, once that was asked.
     by_tracing: the paths of Python values that a trace changes, and no run of the step for real.
     family: what calls must have in common with that for which it was made, sizes apart; set where it may serve others.
+    not_free: the paths of floats that are inputs of it and can be none of its gradient.
     earlier: the slots as they were numbered for what the step was known to read before its gradient was captured.
     """
 
@@ -101,6 +102,7 @@ class Capture:
     joint: Trace | None = None
     joint_slots: list[Slot] = field(default_factory=list)
     no_joint: bool = False
+    not_free: frozenset[str] = frozenset()
     made: Made = field(default_factory=Made)
     like: dict[int, bool] = field(default_factory=dict)
     by_tracing: frozenset[str] = frozenset()

@@ -23,6 +23,7 @@ from .ambient import ambient
 from .capture import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
 from .dependencies import Dependencies
 from .few_rows import same_for_few
+from .free_numbers import NotFree
 from .memory_operator import all_step_by_step
 from .passes.manager import find_mixing
 from .patience import long_part
@@ -98,6 +99,9 @@ def with_gradient(
             _check_rows_stay(program, call, "lets rows see each other, and its gradient computes")
         capture, dependencies = find_fixed(program, call)
         return capture, making_joint.with_joint(capture, dependencies, call)
+    except NotFree as error:
+        capture, dependencies = _find_with_numbers(program, call, capture, dependencies, error.paths)
+        return with_gradient(program, call, capture, dependencies)
 
 
 def _check_rows_stay(program: Program, call: Call, what: str) -> None:
@@ -119,21 +123,43 @@ def find_fixed(program: Program, call: Call) -> tuple[Capture, Dependencies]:
 
     They are kept by themselves. Calls without gradients have the capture for any number of rows.
     """
+    return _find_apart(program, call, "fixed", [], fixed=True)
+
+
+def _find_with_numbers(
+    program: Program, call: Call, capture: Capture, dependencies: Dependencies, paths: set[str]
+) -> tuple[Capture, Dependencies]:
+    """A capture for what floats are in a call: those, by their paths, that can be no inputs of a gradient."""
+    free = [number for number in capture.free(dependencies) if number.path not in paths]
+    return _find_apart(program, call, ("numbers", frozenset(number.path for number in free)), free, fixed=False)
+
+
+def _find_apart(
+    program: Program, call: Call, kind: Hashable, free: list[Number], fixed: bool
+) -> tuple[Capture, Dependencies]:
+    """The capture for a call among those of a kind of its own, made now if there is none."""
+    global captured
     with lock:
         signature = signature_of(program, call)
-        family = ("fixed", program.key, program.batched, ambient(), _kinds(signature))
+        family = (kind, program.key, program.batched, ambient(), _kinds(signature))
         known = [] if looking() else _store(program).setdefault(family, [])
-        found = None
+        same: list[Capture] = []  # those that differ in sizes only
         for capture in reversed(known):
             dependencies = walk_of(program, capture.reads)
-            alike = not capture.symbolic and dependencies.key == capture.key and capture.has_floats(dependencies)
-            if alike and _fits(capture, signature, call, program, dependencies):
-                found = capture, dependencies
-                break
-        if found is None:
-            with long_part(f"capturing {name_of(program)}"):
-                found = making.make(program, signature, call, [c.reads for c in known], [], fixed=True)
-            _keep(known, found[0])
+            if dependencies.key == capture.key and capture.has_floats(dependencies):
+                same.append(capture)
+                if _fits(capture, signature, call, program, dependencies):
+                    return capture, dependencies
+        captured += 1
+        if not fixed:
+            signature.dynamic = signature.dynamic.union(
+                *(c.signature.dynamic | _differences(c.signature, signature) for c in same)
+            )
+        with long_part(f"capturing {name_of(program)}"):
+            found = making.make(program, signature, call, [c.reads for c in known], free, fixed=fixed)
+        if not same and len(known) >= MANY - 1:
+            _warn(program, known[-1], found[0])
+        _keep(known, found[0])
         return found
 
 

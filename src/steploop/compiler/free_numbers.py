@@ -26,7 +26,8 @@ from .walk import Number
 aten = torch.ops.aten
 # What the text of an expression may name.
 FUNCTIONS = {
-    "__builtins__": {"min": min, "max": max, "int": int, "abs": abs, "float": float}, "math": math, "torch": torch,
+    "__builtins__": {"min": min, "max": max, "int": int, "abs": abs, "float": float, "round": round},
+    "math": math, "torch": torch,
 }  # fmt: skip
 
 
@@ -88,6 +89,11 @@ class Symbols:
         values = {symbol: number.value for symbol, number in zip(self.paths, self.numbers)}
         found = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, (float, FreeFloat))]
         return [float(a.expression.xreplace(values)) if isinstance(a, FreeFloat) else a for a in found]
+
+    def pinned(self, env: ShapeEnv) -> set[str]:
+        """The paths of floats that the trace took for one number: something needed a Python float there and then."""
+        equal = [g.expr for g in env.guards if isinstance(g.expr, sympy.Eq)]
+        return {p for e in equal if any(isinstance(side, sympy.Float) for side in e.args) for p in self.paths_in(e)}
 
     def paths_in(self, expression: sympy.Expr) -> set[str]:
         return {self.paths[s] for s in expression.free_symbols if s in self.paths}
@@ -234,7 +240,17 @@ def _number(expression: sympy.Expr, symbols: Symbols, node: fx.Node) -> FreeNumb
     if not dtype.is_floating_point:
         dtype = torch.get_default_dtype() if value.dtype is not torch.bool else torch.float64
     names = tuple(sorted((str(s), symbols.paths[s]) for s in expression.free_symbols))
-    return FreeNumber(PythonPrinter().doprint(expression), names, dtype, value.device)
+    found = FreeNumber(PythonPrinter().doprint(expression), names, dtype, value.device)
+    return found if _can_be_made(found, symbols) else None
+
+
+def _can_be_made(number: FreeNumber, symbols: Symbols) -> bool:
+    """Whether the text of an expression is one that Python can compute."""
+    try:
+        number.tensor({n.path: n.value for n in symbols.numbers})
+    except Exception:
+        return False
+    return True
 
 
 def is_float(symbol: sympy.Symbol) -> bool:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .capture import Capture, hint, lock, sizes_of
 from .dependencies import Dependencies
-from .free_numbers import FreeNumber
+from .free_numbers import FreeNumber, NotFree
 from .making import changes_nothing, checked, read_by, settle, settled_floats, snapshot
 from .memory_operator import calls_in, tracing
 from .passes.histories import use_whole_histories
@@ -27,13 +27,16 @@ from .two_runs import check_same
 def with_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Dependencies:
     """Captures the gradient too, if it has not been. Gives the walk that the captured tensors are found in.
 
-    FixedBatch where the gradient holds for another number of rows than the call's.
+    FixedBatch where the gradient holds for another number of rows than the call's. NotFree where floats that are inputs
+    of the capture can be none of its gradient.
     """
     with lock:
         if capture.joint is not None:
             return dependencies
         if capture.no_joint:
             raise FixedBatch("the gradient computes with the number of rows")
+        if capture.not_free:
+            raise NotFree(set(capture.not_free))
         with long_part(f"capturing {name_of(dependencies.program)} with its gradient"):
             return _add_joint(capture, dependencies, call)
 
@@ -67,6 +70,11 @@ def _add_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Depe
         capture.no_joint = isinstance(error, FixedBatch)
         with _disable_current_modes():
             before.restore()
+        if isinstance(error, NotFree):
+            capture.not_free = frozenset(error.paths)
+        elif free and not capture.no_joint:  # the step may do with a float what no symbol can do
+            capture.not_free = frozenset(number.path for number in free)
+            raise NotFree(set(capture.not_free)) from error
         raise
     with _disable_current_modes():
         if changed := checked(before, recorder, seed):

@@ -18,7 +18,7 @@ from .inplace import changes_in_place, writes_real_tensor
 from .recorder import Recorder, tensors_read
 from .refusals import asks_for_gradient, is_user_file, own_operations
 from .sources import line_of_frame
-from .traced_as import TRACED_AS
+from .traced_as import TRACED_AS, by_tensor
 
 
 def _user_line() -> str:
@@ -54,7 +54,7 @@ class Lines(TorchFunctionMode):
             self.refused = self.refused or own_operations(type(odd), line)
             raise self.refused
         self._tag(self._line)
-        function = TRACED_AS.get(function, function)
+        function = by_tensor(function, args, kwargs) or TRACED_AS.get(function, function)
         self._recorder.pause()
         try:
             with _disable_current_modes() if self._reads_content(function, args) else nullcontext():

@@ -270,6 +270,8 @@ class _Tracer:
         captured = RealTensors(module)
         graph = rebuild(module.graph, captured, self.env)
         inputs = [n for n in graph.nodes if n.op == "placeholder"][len(captured.tensors) :]
+        if pinned := self.floats.pinned(self.env):
+            raise NotFree(pinned)
         calls = [(n.target, self.floats.values_in(n)) for n in graph.nodes if n.op == "call_function"]
         made, numbers = lift(graph, self.floats, next(iter(inputs), None))
         placeholders = [n for n in graph.nodes if n.op == "placeholder" and n not in made]

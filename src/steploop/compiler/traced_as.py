@@ -7,6 +7,8 @@
     linalg.solve, inv, ... the forms that check nothing, and a look at what they found (`solved`)
     one_hot                without its check: no class is out of range
     gaussian_nll_loss      without its check: no variance is negative
+    lerp, pow              with a tensor for a float that is an input of the graph: the gradient of the form with a
+                           number would keep the number
 """
 
 from __future__ import annotations
@@ -209,6 +211,26 @@ def _written(tensor: Tensor, parts: tuple[Any, ...], axis: int, found: Tensor, v
     return True
 
 
+def by_tensor(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Callable[..., Any] | None:
+    """The same function by tensors without axes, where a number that it takes is a symbol."""
+    if function not in BY_TENSOR or not any(isinstance(a, torch.SymFloat) for a in (*args, *(kwargs or {}).values())):
+        return None
+    values = (*args, *(kwargs or {}).values())
+    like = next(a for a in values if isinstance(a, Tensor))
+    dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+
+    def as_tensor(value: Any) -> Any:
+        if not isinstance(value, torch.SymFloat):
+            return value
+        return torch.scalar_tensor(value, dtype=dtype, device=like.device)
+
+    def call(*given: Any, **named: Any) -> Any:
+        return function(*map(as_tensor, given), **{name: as_tensor(value) for name, value in named.items()})
+
+    return call
+
+
+BY_TENSOR = {torch.lerp, Tensor.lerp, torch.pow, Tensor.pow, Tensor.__pow__, Tensor.__rpow__}
 TRACED_AS: dict[Any, Callable[..., Any]] = {
     torch.linalg.solve: looked_at("solve"), torch.linalg.inv: looked_at("inv"),
     torch.inverse: looked_at("inv"), Tensor.inverse: looked_at("inv"),
