@@ -278,16 +278,35 @@ def begin(
         tree = found
         own = own_values(tree, batch, arguments.xs, arguments.constants, named)
         values = _given_values(tree, given)
+    sizes = {**sizes, **_of_no_step(tree.states, values, sizes)}
     if any(state.grows_with is not None for state in tree.states):
         before = room_of(tree.states, values)
         room = _larger(_larger(_used(tree.states, values, before) + steps, before), room)
         if isinstance(given, Mapping):
-            padded = with_room(tree.states, cast("list[Tensor]", values), room)
+            met = [v if not s.unsized or not _is_unmet(v) else None for s, v in zip(tree.states, values, strict=True)]
+            padded = with_room(tree.states, cast("list[Tensor]", met), room)
             given = {**given, **{n: v for n, v in zip(tree.names, padded, strict=True) if v is not None}}
     for i, state in enumerate(tree.states):
         if state.unsized and own[i] is None:
             own[i] = start(state, sizes, batch, room, device)
+            if isinstance(given, Mapping) and _is_unmet(values[i]):
+                given = {**given, tree.names[i]: own[i]}
     return Begun(tree, tree.with_copies(own), given)
+
+
+def _of_no_step(states: Sequence[State], values: Sequence[Tensor | None], sizes: Sizes) -> Sizes:
+    """The sizes of given States that no step of this call meets: they stay as they are. One that no step has met yet is
+    (B, 0) and has none."""
+    found: Sizes = {}
+    for state, value in zip(states, values, strict=True):
+        if state.unsized and state not in sizes and value is not None and not _is_unmet(value):
+            found[state] = (tuple(value.shape[1:] if state.grows_with is None else value.shape[2:]), value.dtype)
+    return found
+
+
+def _is_unmet(value: Tensor | None) -> bool:
+    """Whether a given State is what one is that no step has met."""
+    return value is not None and value.shape[1:] == (0,)
 
 
 def _larger(a: Any, b: Any) -> Any:

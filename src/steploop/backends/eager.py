@@ -106,7 +106,6 @@ class Runner(contract.Runner):
         self._resetting: dict[bool, object] = {}
         steps = [i for i in loop.inputs if i.kind == "step"]
         self._follow = [i.node if i.rows is None and loop.batch in symbols_of(i.node) else None for i in steps]
-        self._only_rows = loop.batch is not None and all(rows_of(n) is not None for n in loop.kept)
 
     def __call__(
         self,
@@ -133,8 +132,9 @@ class Runner(contract.Runner):
         moving = [(v, place) for v, place, i in zip(inputs, places, loop.inputs) if i.kind == "step"]
         for size, run in groupby(reversed(steps) if down else steps, key=self._group(span)):
             chosen = list(run)
-            if self._only_rows and size in (0, (0, chosen[0])):
-                continue  # steps without a row; not every operation of torch takes none
+            if loop.batch is not None and size in (0, (0, chosen[0])):
+                self._no_row(len(chosen), sizes, kept)
+                continue
             rows = self._rows(span, chosen[0])
             part = [_take(s, Rows(0), rows, size) if loop.batch is not None else s for s in full]
             constants = [
@@ -156,6 +156,14 @@ class Runner(contract.Runner):
             full = [_put(f, p, rows, size) if loop.batch is not None else p for f, p in zip(full, part)]
         known = {**sizes, str(loop.batch): span.schedule.batch}
         return full, [self.join(k, node, down, known) for k, node in zip(kept, loop.kept)]
+
+    def _no_row(self, count: int, sizes: dict[str, int], kept: list[list[Tensor | Joined]]) -> None:
+        """Steps that no row takes do not run, as not every operation of torch takes no rows: what they keep is zero."""
+        known = {**sizes, str(self.loop.batch): 0}
+        for node, values in zip(self.loop.kept, kept):
+            if rows_of(node) is None:
+                like = node.meta["val"]
+                values += [torch.zeros(shape_at(like, known), dtype=like.dtype, device=like.device)] * count
 
     def _steps(self, run: Run, sizes: dict[str, int], kept: list[list[Tensor | Joined]]) -> list[Tensor]:
         """Runs steps on the same rows; appends their kept values and gives the states after them."""

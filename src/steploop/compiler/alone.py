@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from . import forward_mode
 from .distributions import without_checks
 from .sizes_by_value import sizes_by_value
+from .symbolic_len import symbolic_len
 
 
 @contextmanager
@@ -24,6 +25,7 @@ def alone() -> Iterator[None]:
         for surrounding in (
             _disable_current_modes, _quiet, _no_autocast_cache, _no_saved_tensors_hooks, without_checks, _no_anomalies,
             _nothing_compiled, _nothing_checkpointed, forward_mode.switched_off, sizes_by_value,
+            symbolic_len,
         ):  # fmt: skip
             stack.enter_context(surrounding())
         yield

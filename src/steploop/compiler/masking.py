@@ -12,9 +12,13 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
+from ..errors import UnsupportedError, message
 from ..marks import at_steps, latest, repeated, valid_at, wide
-from .program import Call, Program, Result, StepOutput
+from .program import Call, Program, Result, StepOutput, name_of
+from .row_trial import rows_see_each_other
 
 
 def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[Result], Result]]:
@@ -22,6 +26,7 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
     valid = valid_at(call.steps, call.lengths, call.mask)
     if valid is None:
         valid = torch.ones(call.steps, cast(int, call.batch), dtype=torch.bool, device="cpu")
+    _check_rows_apart(program, call, valid)
     valid = valid.to(call.device)
     resets = torch.zeros_like(valid) if call.resets is None else call.resets.to(call.device)
     source = latest(valid, call.reverse)
@@ -42,6 +47,21 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
         return Result(outputs, result.states, result.out_spec)
 
     return inner, new, finish
+
+
+def _check_rows_apart(program: Program, call: Call, valid: Tensor) -> None:
+    """UnsupportedError where rows that take no part would be seen by others."""
+    real = not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in (*call.xs, *call.initial, valid))
+    if real and not bool(valid.all()) and rows_see_each_other(program, call):
+        raise UnsupportedError(
+            message(
+                f"{name_of(program)} fixes the number of rows, and its rows see each other.",
+                expected="the same rows at every step: no lengths and no mask",
+                found="rows that take no part in some steps",
+                fix="let the step run on any number of rows (x.shape[0] or len(x) instead of a number, no loop over "
+                'rows), or use backend="reference"',
+            )
+        )
 
 
 def _program(program: Program, xs: int, constants: int, states: int) -> Program:

@@ -16,6 +16,7 @@ from .free_numbers import FreeFloat, is_float
 from .ir.graph import Size, expression
 from .ops.table import operation_of
 from .passes.gradients import FIRST_FACTOR
+from .refusals import traces_itself
 
 _SQUEEZES = {torch.ops.aten.squeeze.default, torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims}
 
@@ -28,7 +29,7 @@ class RealTensors:
     detached: what was detached, by the names of torch's trace: a graph without gradients does not show it.
     """
 
-    def __init__(self, module: fx.GraphModule):
+    def __init__(self, module: fx.GraphModule, env: ShapeEnv):
         self.tensors: list[Tensor] = []
         self.index: dict[str, int] = {}
         self.objects: dict[str, Any] = {}
@@ -43,6 +44,8 @@ class RealTensors:
                 self.objects[node.target] = tensor
                 continue
             if isinstance(tensor, FakeTensor):
+                if tensor.constant is None and tensor.fake_mode.shape_env is env:
+                    raise traces_itself()
                 tensor = tensor.constant if tensor.constant is not None else tensor
             if id(tensor) not in numbers:
                 numbers[id(tensor)] = len(self.tensors)

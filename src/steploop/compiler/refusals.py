@@ -20,6 +20,7 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 # Files of ours that stand between a user's step and torch, without being anybody's step.
 _BETWEEN = tuple(os.path.join(_HERE, "memory", name) for name in ("base.py", "opaque.py"))
 _USER_PARTS = tuple(os.path.join(_HERE, part) for part in ("nn", "memory", "seq2seq", "search", "recipes"))
+_TRACER = os.path.join(_HERE, "compiler", "trace_step.py")
 VALUE_ERRORS = (DataDependentOutputException, GuardOnDataDependentSymNode, DynamicOutputShapeException)
 _REFERENCE = 'backend="reference" runs it as it stands.'
 
@@ -30,13 +31,17 @@ def is_user_file(filename: str) -> bool:
     return filename.startswith(_USER_PARTS) or not filename.startswith(_HERE)
 
 
-def refusal(error: Exception, called: str = "") -> StepError | None:
+def refusal(error: Exception, called: str = "", of_gradient: tuple[str, int] | None = None) -> StepError | None:
     """The StepError to raise for an error of torch's tracer; None where the error speaks for itself.
 
     called: the torch call that failed, with the types of its arguments.
+    of_gradient: the file and the line of the step whose gradient was computed, if one was.
     """
     text = str(error)
     where, line = innermost_user_frame(error)
+    if not where and of_gradient is not None:
+        where, line = f" ({of_gradient[0]}:{of_gradient[1]})", linecache.getline(*of_gradient).strip()
+        called = called or f"the gradient of this line: {type(error).__name__}"
     if isinstance(error, VALUE_ERRORS) or ".numpy() is not supported" in text:
         return _uses_value(where, line)
     if "non-functional tensor" in text:
@@ -125,7 +130,9 @@ def innermost_user_frame(error: BaseException | None) -> tuple[str, str]:
     chosen = None
     while error is not None:
         for frame in traceback.extract_tb(error.__traceback__):
-            if is_user_file(frame.filename):
+            if frame.filename == _TRACER:
+                chosen = None  # what called the tracer is no line of the step
+            elif is_user_file(frame.filename):
                 chosen = frame
         error = error.__cause__ or error.__context__
         if chosen is not None:
@@ -133,6 +140,19 @@ def innermost_user_frame(error: BaseException | None) -> tuple[str, str]:
     if chosen is None:
         return "", "(line not known)"
     return f" ({chosen.filename}:{chosen.lineno})", (chosen.line or "").strip()
+
+
+def traces_itself() -> StepError:
+    """For a step that hands what it computes with to another tracer, whose graph then holds it as a constant."""
+    return StepError(
+        message(
+            "the step traces a function itself (torch.func.linearize, make_fx), which a capture can't hold.",
+            expected="calls of torch; of torch.func grad, jacfwd, jvp, vjp, vmap and the like",
+            found="a constant that the step has computed",
+            at="",
+            fix=f"torch.func.jvp(f, (x,), (tangent,)) does what linearize does, at once. {_REFERENCE}",
+        )
+    )
 
 
 def reads_what_changes(why: str, filename: str, number: int) -> StepError:

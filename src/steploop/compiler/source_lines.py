@@ -117,6 +117,12 @@ class Lines(TorchFunctionMode):
         self._tag(self._line)
         self._line = line
 
+    @property
+    def of_gradient(self) -> tuple[str, int] | None:
+        """The file and the line of what the running backward pass is the gradient of."""
+        places = getattr(self._line, "places", ())
+        return places[0] if places else None
+
     def settle(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
             node.meta.setdefault("line", self._line)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from .ir.check import check
+from .ir.check import check, checking
 from .ir.graph import StepGraph
 from .ir.show import show
 
@@ -23,7 +23,7 @@ _aside: ContextVar[bool] = ContextVar("steploop_stages_aside", default=False)
 
 def stage(name: str, step: StepGraph, recorded: bool = False) -> None:
     """Notes what a graph looks like after a stage, where somebody looks. recorded: torch has just made it."""
-    if os.environ.get("STEPLOOP_CHECK_GRAPHS", "0") != "0":
+    if checking():
         check(step, name, values_too=not recorded)
     note(name, lambda: show(step))
 

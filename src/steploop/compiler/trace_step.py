@@ -146,7 +146,7 @@ class _Tracer:
         except (SteploopError, FixedBatch):
             raise
         except Exception as error:
-            refused = lines.refused or refusal(error, lines.failed)
+            refused = lines.refused or refusal(error, lines.failed, lines.of_gradient)
             if refused is None:
                 raise
             raise refused from error
@@ -267,7 +267,7 @@ class _Tracer:
             batch = self.batch.node.expr
             if batch not in self.symbols:
                 raise FixedBatch("the step fixes the batch size")
-        captured = RealTensors(module)
+        captured = RealTensors(module, self.env)
         graph = rebuild(module.graph, captured, self.env)
         inputs = [n for n in graph.nodes if n.op == "placeholder"][len(captured.tensors) :]
         if pinned := self.floats.pinned(self.env):

@@ -7,6 +7,9 @@
     linalg.solve, inv, ... the forms that check nothing, and a look at what they found (`solved`)
     one_hot                without its check: no class is out of range
     gaussian_nll_loss      without its check: no variance is negative
+    index_fill             by a comparison, where the value is a tensor: torch's vmap and its gradient look at it
+    trace                  the sum of the diagonal, since its gradient is an index_fill
+    cov, corrcoef          their formulas, without weights
     lerp, pow              with a tensor for a float that is an input of the graph: the gradient of the form with a
                            number would keep the number
 """
@@ -76,15 +79,77 @@ def _gru_cell(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Tensor 
 def _fake_quantize(x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
     """torch's formula, in float32 for every dtype; the gradient passes where nothing was clipped."""
     if isinstance(scale, Tensor) or isinstance(zero_point, Tensor):
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+        return _quantized(x, torch.as_tensor(scale), torch.as_tensor(zero_point), quant_min, quant_max)
     scale = float(np.float32(scale))
     places = torch.round(x * float(np.float32(1) / np.float32(scale))) + zero_point
+    return _at_places(x, places, scale, zero_point, quant_min, quant_max)
+
+
+def _fake_quantize_per_channel(
+    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, quant_min: int, quant_max: int
+) -> Tensor:
+    shape = [-1 if i == axis % x.dim() else 1 for i in range(x.dim())]
+    return _quantized(x, scale.view(shape), zero_point.view(shape), quant_min, quant_max)
+
+
+def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    scale, zero_point = scale.detach().float(), zero_point.detach()
+    places = x * (1 / scale)
+    places = torch.round(places + zero_point if zero_point.is_floating_point() else places)
+    places = places if zero_point.is_floating_point() else places + zero_point
+    return _at_places(x, places, scale, zero_point, quant_min, quant_max)
+
+
+def _at_places(x: Tensor, places: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
     kept = torch.where((places >= quant_min) & (places <= quant_max), x, 0.0)
     value = ((places.clamp(quant_min, quant_max) - zero_point).float() * scale).to(x.dtype)
     return value.detach() + (kept - kept.detach())
 
 
+# -- what torch makes of sizes and weights --------------------------------------------------------------------
+
+
+def _trace(input: Tensor) -> Tensor:
+    return input.diagonal().sum() if input.dim() == 2 else torch.trace(input)
+
+
+def _cov(
+    input: Tensor, *, correction: int = 1, fweights: Tensor | None = None, aweights: Tensor | None = None
+) -> Tensor:
+    if fweights is not None or aweights is not None or input.dim() > 2 or input.dtype == torch.bool:
+        return torch.cov(input, correction=correction, fweights=fweights, aweights=aweights)
+    rows = input if input.dim() == 2 else input.reshape(1, -1)
+    count = rows.shape[1]
+    apart = rows - (rows.sum(1) / count).unsqueeze(1)
+    return (apart @ apart.t().conj() / max(count - correction, 0)).squeeze()
+
+
+def _corrcoef(input: Tensor) -> Tensor:
+    if input.is_complex():
+        return torch.corrcoef(input)
+    found = _cov(input)
+    if found.dim() == 0:
+        return found / found
+    deviation = found.diagonal().sqrt()
+    return (found / deviation.unsqueeze(1) / deviation.unsqueeze(0)).clip(-1, 1)
+
+
 # -- indexing ------------------------------------------------------------------------------------------------
+
+
+def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or input.dim() == 0:
+        return torch.index_fill(input, dim, index, value)
+    shape = [1] * input.dim()
+    shape[dim] = -1
+    places = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device).index_fill(0, index, True)
+    return torch.where(places.view(shape), value.to(input.dtype), input)
+
+
+def _index_fill_(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or input.dim() == 0:
+        return input.index_fill_(dim, index, value)
+    return input.copy_(_index_fill(input, dim, index, value))
 
 
 def _is_number(index: Any) -> bool:
@@ -237,7 +302,10 @@ TRACED_AS: dict[Any, Callable[..., Any]] = {
     torch.linalg.cholesky: looked_at("cholesky"), torch.cholesky: looked_at("cholesky"),
     Tensor.cholesky: looked_at("cholesky"), F.one_hot: _one_hot, torch.lstm_cell: _lstm_cell,
     torch.gru_cell: _gru_cell, torch.fake_quantize_per_tensor_affine: _fake_quantize,
-    F.gaussian_nll_loss: _gaussian_nll_loss,
+    torch.fake_quantize_per_channel_affine: _fake_quantize_per_channel,
+    F.gaussian_nll_loss: _gaussian_nll_loss, torch.trace: _trace, Tensor.trace: _trace,
+    torch.cov: _cov, Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef,
+    torch.index_fill: _index_fill, Tensor.index_fill: _index_fill, Tensor.index_fill_: _index_fill_,
     torch.linalg.lu_factor: looked_at("lu_factor", 2), torch.linalg.ldl_factor: looked_at("ldl_factor", 2),
     Tensor.__getitem__: _get_item, Tensor.__setitem__: _set_item, Tensor.index_put_: _index_put_,
     Tensor.index_put: _index_put, torch.index_put: _index_put, torch.index_put_: _index_put_,

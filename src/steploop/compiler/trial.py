@@ -55,7 +55,7 @@ def _try(node: fx.Node, sizes: Mapping[str, int]) -> str:
     def real(argument: fx.Node) -> Tensor:
         value = argument.meta["val"]
         shape = [size_at(expression(n), sizes) for n in value.shape]
-        return torch.zeros((), dtype=value.dtype, device="cpu").expand(shape)
+        return torch.zeros(shape, dtype=value.dtype, device="cpu")  # (some kernels take any strides for dense ones)
 
     args, kwargs = tree_map_only(fx.Node, real, (node.args, node.kwargs))
     args, kwargs = tree_map_only(Size, lambda size: size_at(size.expr, sizes), (args, kwargs))

@@ -36,8 +36,11 @@ def decomposed(low: Lowering, node: fx.Node) -> Any:
         found = function(*args, **kwargs)
         return list(found) if isinstance(found, (tuple, list)) else [found]
 
-    with _disable_current_modes(), torch.no_grad():
-        graph = make_fx(call, tracing_mode="fake")(*examples).graph
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            graph = make_fx(call, tracing_mode="fake")(*examples).graph
+    except Exception:  # it has none for these arguments, or asks for values
+        raise Unsupported(f"no native form of {node.target}".replace(".default", "")) from None
     return _walk(low, node, graph, tensors)
 
 

@@ -56,6 +56,8 @@ def _embedding(low: Lowering, node: fx.Node) -> Expr:
 def _index_select(low: Lowering, node: fx.Node) -> Expr:
     value, dim, index = low.args(node)
     shape = low.shape(node)
+    if not shape:
+        raise Unsupported("places of a value without axes")
     dim = dim % len(value.shape)
     if low.has_batch(node.args[0], dim):
         raise Unsupported("index_select along the batch axis")
@@ -97,6 +99,8 @@ def _scatter(low: Lowering, node: fx.Node) -> Expr:
     if node.kwargs.get("reduce") or len(node.args) > 4:
         raise Unsupported("scatter with a reduction")
     add = node.target.overloadpacket.__name__ == "scatter_add"
+    if not low.shape(node):
+        raise Unsupported("scatter into a value without axes")
     dim = low.inner(node, dim)
     return _write(low, node, value, dim, checked(low, index, value.shape[dim], copy=False), source, add)
 
@@ -118,6 +122,8 @@ def _write(low: Lowering, node: fx.Node, value: Expr, dim: int, index: Expr, sou
 @lowers("index_add", "index_copy")
 def _index_add(low: Lowering, node: fx.Node) -> Expr:
     value, dim, index, source = low.args(node)[:4]
+    if not low.shape(node):
+        raise Unsupported("adding to places of a value without axes")
     dim = low.inner(node, dim)
     index = checked(low, index, value.shape[dim])
     wide = low.reshape(index, tuple(source.shape[dim] if d == dim else 1 for d in range(len(source.shape))))

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -28,6 +29,11 @@ aten = torch.ops.aten
 
 class Broken(AssertionError):
     """A step graph that can't be one: a mistake in the pass that is named."""
+
+
+def checking() -> bool:
+    """Whether tests run: every graph is checked then, and what would be mended on the way is raised."""
+    return os.environ.get("STEPLOOP_CHECK_GRAPHS", "0") != "0"
 
 
 def check(step: StepGraph, after: str, values_too: bool = True) -> None:

@@ -118,6 +118,8 @@ def along(dim_at: int = 1, name: str = "dim", results: int = 1, default: int | N
         rank = len(shape_of(operands[0]))
         rows = aligned(operands, rank)
         dims = node.args[dim_at] if dim_at < len(node.args) else node.kwargs.get(name, default)
+        if dims is None or (name == "dims" and not dims):  # roll takes all axes as one then
+            raise Mixed("works along all axes")
         for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
             if dim % rank == rows.dim:
                 raise Mixed("works along the rows of the batch")

@@ -52,8 +52,10 @@ def _same_as(node: fx.Node) -> fx.Node | None:
         return args[0] if (source.dtype, source.device) == (node.meta["val"].dtype, node.meta["val"].device) else None
     if target is aten.slice.Tensor and shape_of(args[0]) == shape_of(node):
         return args[0] if argument(node, 4, "step", 1) == 1 else None
-    if target is aten.slice_scatter.default and shape_of(args[0]) == shape_of(args[1]):
-        return args[1]
+    if target is aten.slice_scatter.default:
+        _end_where_the_axis_ends(node)
+        if shape_of(args[0]) == shape_of(args[1]):
+            return args[1]
     if target is aten.slice_backward.default and shape_of(args[0]) == shape_of(node):
         return args[0]
     if target is aten.t.default and isinstance(args[0], fx.Node) and args[0].target is aten.t.default:
@@ -61,6 +63,15 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     if target in (aten.squeeze.dims, aten.squeeze.dim) and shape_of(args[0]) == shape_of(node):
         return args[0]
     return None
+
+
+def _end_where_the_axis_ends(node: fx.Node) -> None:
+    """`x[2:]` has the largest number there is for its end, with which torch's vmap can't compute."""
+    dim, end = argument(node, 2, "dim", 0), argument(node, 4, "end", None)
+    if end is not None and isinstance(end, int) and end >= _END:
+        start, step = argument(node, 3, "start", None), argument(node, 5, "step", 1)
+        size = sizes_of(node.meta["val"].shape)[dim]
+        node.args, node.kwargs = (*node.args[:2], dim, 0 if start is None else start, size, step), {}
 
 
 _PLAIN_FORMS = {
