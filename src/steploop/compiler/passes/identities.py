@@ -25,7 +25,8 @@ def remove_identities(step: StepGraph) -> None:
 
 
 def _same_as(node: fx.Node) -> fx.Node | None:
-    node.target = _PLAIN_FORMS.get(node.target, node.target)
+    plain: Any = _PLAIN_FORMS.get(node.target, node.target)
+    node.target = plain
     target, args = node.target, node.args
     if target is aten.copy.default:
         return _copied(node)
@@ -40,7 +41,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
             return source
         if target is not aten.expand.default:
             if -1 in args[1]:  # no rows at all leave it open what -1 stands for
-                args = node.args = (source, [s if isinstance(s, int) else Size(s) for s in shape_of(node)])
+                shape: list[Any] = [s if isinstance(s, int) else Size(s) for s in shape_of(node)]
+                args = node.args = (source, shape)
             node.target = aten.view.default if target is not aten.reshape.default else target
             if source.target is aten.view.default and target is not aten.reshape.default:
                 node.args = (source.args[0], args[1])
