@@ -45,9 +45,10 @@ def _run_compiled(program: Program, call: Call, backend: str, save: str) -> Resu
     _no_transforms()
     kinds.check(program, call)
     if call.until is not None:
-        stops = lambda *piece: _stops(*piece, backend, save)  # noqa: E731
-        wants = lambda *asked: wants_gradients(*asked, backend)  # noqa: E731
-        return until.run(program, call, lambda *piece: _run_compiled(*piece, backend, save), wants, stops)
+        stops = lambda program, piece: _stops(program, piece, backend, save)
+        wants = lambda program, piece: wants_gradients(program, piece, backend)
+        run_piece = lambda program, piece: _run_compiled(program, piece, backend, save)
+        return until.run(program, call, run_piece, wants, stops)
     whole = getattr(program.root, "run_whole", None) if program.stands_alone else None
     if whole is not None:
         _no_tangents((*call.xs, *call.constants, *call.initial, *program.root.parameters()))

@@ -1,6 +1,6 @@
 """A Python float that differs from call to call.
 
-It is an input of the graph where the step only computes with it. Else the step is captured anew, and a warning names it.
+It is an input of the graph where the step only computes with it. Else the step is captured anew, and a warning says so.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ INPUTS = {
     "softmax": lambda h, t: (h / t).softmax(-1), "full": lambda h, t: h + torch.full_like(h, t),
 }  # fmt: skip
 NUMBERS = {
-    "math": lambda h, t: h * math.exp(-t), "sqrt": lambda h, t: h * math.sqrt(t), "text": lambda h, t: h * float(str(t)),
+    "math": lambda h, t: h * math.exp(-t), "sqrt": lambda h, t: h * math.sqrt(t),
+    "text": lambda h, t: h * float(str(t)),
     "a tensor": lambda h, t: h * torch.tensor(t), "softplus": lambda h, t: F.softplus(h, beta=t),
     "elu": lambda h, t: F.elu(h, t), "addcmul": lambda h, t: torch.addcmul(h, h, h, value=t),
-    "layer norm": lambda h, t: F.layer_norm(h, (4,), eps=t), "quantile": lambda h, t: h.quantile(t, 1, keepdim=True) + h,
+    "layer norm": lambda h, t: F.layer_norm(h, (4,), eps=t),
+    "quantile": lambda h, t: h.quantile(t, 1, keepdim=True) + h,
 }  # fmt: skip
 VALUES = (1.0, 0.98, 0.96, 0.94, 0.92)
 

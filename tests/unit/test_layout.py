@@ -11,9 +11,10 @@ import steploop
 
 ROOT = Path(steploop.__file__).parent
 FRONT = {
-    "arguments", "call_sizes", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "kinds", "loop",
-    "operation", "packed", "prepared", "scan", "replay", "share", "signature", "sizing", "state", "state_messages",
-    "states", "step", "step_program", "stream", "strict_export", "torchscript", "tracebacks", "tracked", "tree", "until", "verify", "verify_runs", "verify_steps",
+    "arguments", "call_sizes", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "kinds",
+    "loop", "operation", "packed", "prepared", "scan", "replay", "share", "signature", "sizing", "state",
+    "state_messages", "states", "step", "step_program", "stream", "strict_export", "torchscript", "tracebacks",
+    "tracked", "tree", "until", "verify", "verify_runs", "verify_steps",
 }  # fmt: skip
 LIBRARY = {"memory", "nn", "search", "seq2seq"}
 # What the modules of a part may import besides errors, tree, marks and their own part.

@@ -33,6 +33,7 @@ class Runner(Protocol):
 
     def settle(self) -> None:
         """Waits for what is being built. BuildError where that fails and there is no `otherwise`."""
+        return None
 
     def __call__(
         self, inputs: Sequence[Any], states: Sequence[Tensor], reset_to: Sequence[Tensor] | None, span: Span,
@@ -74,6 +75,7 @@ class Backend(Protocol):
     def prepare(self, dtypes: set[torch.dtype]) -> None:
         """Begins what takes its time and does not depend on the loop, while a step is captured. dtypes: those that it
         multiplies weights of."""
+        return None
 
     def stepper(self, runner: Runner, *arguments: Any) -> Any:
         """A loop prepared to run single steps (a stream's); see `cpu.stepper.Stepper`. None where there is none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +106,7 @@ class Runner(eager.Runner):
         self.recordings[key] = found
         return found
 
-    def _function(self, like: eager.Run, sizes: dict[str, int]):
+    def _function(self, like: eager.Run, sizes: dict[str, int]) -> Callable[[list[Tensor]], list[Tensor]]:
         """The steps of a run as a function of the tensors [*constants, *back, *states, *packed, marks]: it gives the
         states after them and the kept values, joined."""
         lengths = [len(group) for group in (like.constants, like.back, like.states, like.packed)]
@@ -117,7 +117,7 @@ class Runner(eager.Runner):
             constants, back, states, packed = ([next(rest) for _ in range(n)] for n in lengths)
             marks = next(rest) if like.marks is not None else None
             run = replace(like, states=states, constants=constants, packed=packed, back=back, marks=marks)
-            kept: list[list[Tensor]] = [[] for _ in self.loop.kept]
+            kept: list[list[Tensor | eager.Joined]] = [[] for _ in self.loop.kept]
             after = eager.Runner._steps(self, run, sizes, kept)
             return [*after, *(self.join(k, node, run.down) for k, node in zip(kept, self.loop.kept))]
 

@@ -6,9 +6,10 @@ This backend takes every loop; its speed is bounded by one dispatch per operatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -61,7 +62,8 @@ class Run:
 
     def marks_or_none(self) -> list[Tensor | None]:
         """For every step its marks, in running order, where any row is reset."""
-        steps = self._in_order(_one_by_one(self.marks, Rows(0), self.count, self.rows))
+        marks: Any = self.marks
+        steps = self._in_order(_one_by_one(marks, Rows(0), self.count, self.rows))
         return [mark if hit else None for mark, hit in zip(steps, self.hits)]
 
     def _in_order(self, steps: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -103,7 +105,7 @@ class Runner(contract.Runner):
     def __init__(self, loop: LoopProgram):
         self.loop = loop
         self._plain = _print_steps(loop, resets=False, after=False)
-        self._resetting: dict[bool, object] = {}
+        self._resetting: dict[bool, Callable[..., Any]] = {}
         steps = [i for i in loop.inputs if i.kind == "step"]
         self._follow = [i.node if i.rows is None and loop.batch in symbols_of(i.node) else None for i in steps]
 
@@ -150,8 +152,10 @@ class Runner(contract.Runner):
                 made.shapes = [shape_at(n.meta["val"], now) if n is not None else None for n in self._follow]
             hits = [span.schedule.reset_steps[k] for k in chosen] if resets else ()
             if any(hits):
-                made.marks, made.hits = _between(span.resets, Rows(0), span, first, last + 1), hits
-                made.back = [_take(r, Rows(0), rows, size) for r in reset_to]
+                marks: Any = span.resets
+                back: Any = reset_to
+                made.marks, made.hits = _between(marks, Rows(0), span, first, last + 1), hits
+                made.back = [_take(r, Rows(0), rows, size) for r in back]
             part = self._steps(made, sizes, kept)
             full = [_put(f, p, rows, size) if loop.batch is not None else p for f, p in zip(full, part)]
         known = {**sizes, str(loop.batch): span.schedule.batch}
@@ -172,12 +176,12 @@ class Runner(contract.Runner):
             return self._plain(*given)
         return self._with_resets(run.down)(*given, run.marks_or_none(), *run.back)
 
-    def _with_resets(self, down: bool):
+    def _with_resets(self, down: bool) -> Callable[..., Any]:
         if down not in self._resetting:
             self._resetting[down] = _print_steps(self.loop, resets=True, after=down)
         return self._resetting[down]
 
-    def _group(self, span: Span):
+    def _group(self, span: Span) -> Callable[[int], Any]:
         """Steps with the same rows run in one go."""
         if self.loop.batch is None:
             return lambda k: 1
@@ -190,16 +194,17 @@ class Runner(contract.Runner):
         return None if members is None else members[k]
 
     def join(
-        self, values: Sequence[Tensor | Joined], node: fx.Node, down: bool, sizes: dict[str, int] | None = None
+        self, values: list[Any], node: fx.Node, down: bool, sizes: dict[str, int] | None = None
     ) -> Tensor:
-        """The values of a node at all steps, given in running order, as one tensor, upwards. sizes: where none ran."""
+        """The values of a node at all steps (or `Joined` ones of several), given in running order, as one tensor,
+        upwards. sizes: where none ran."""
         rows = rows_of(node)
         if down:
             values = values[::-1]
         if not values:
             return _empty(node, sizes or {})
         if any(isinstance(v, Joined) for v in values):
-            single = (lambda v: v.unsqueeze(0)) if rows is None else (lambda v: v)
+            single: Callable[[Tensor], Tensor] = (lambda v: v.unsqueeze(0)) if rows is None else (lambda v: v)
             values = [v.values if isinstance(v, Joined) else single(v) for v in values]
             if len(values) == 1:
                 return values[0]
@@ -258,8 +263,8 @@ def _empty(node: fx.Node, sizes: dict[str, int]) -> Tensor:
     return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
-def _take(value: Tensor, rows: Rows, members: Tensor | None, size: int | tuple) -> Tensor:
-    """The rows of a step out of all B rows."""
+def _take(value: Tensor, rows: Rows, members: Tensor | None, size: Any) -> Tensor:
+    """The rows of a step out of all B rows. size: how many; not read where `members` are given."""
     if members is None and value.shape[rows.dim] == size * rows.inner * rows.outer:
         return value
     if rows.inner == 0:
@@ -273,14 +278,14 @@ def _take(value: Tensor, rows: Rows, members: Tensor | None, size: int | tuple) 
     return value.narrow(rows.dim, 0, size)
 
 
-def _put(full: Tensor, part: Tensor, members: Tensor | None, size: int | tuple) -> Tensor:
+def _put(full: Tensor, part: Tensor, members: Tensor | None, size: Any) -> Tensor:
     """All B rows with those of a step replaced."""
     if members is not None:
         return full.index_copy(0, members, part)
     return part if size == full.shape[0] else torch.cat([part, full[size:]])
 
 
-def _print_steps(loop: LoopProgram, resets: bool, after: bool):
+def _print_steps(loop: LoopProgram, resets: bool, after: bool) -> Callable[..., Any]:
     """def steps(sizes, B, count, states, constants, sequences, kept, [marks, *reset_to]) -> states"""
     source = Source()
     add = source.add
@@ -297,8 +302,8 @@ def _print_steps(loop: LoopProgram, resets: bool, after: bool):
     for i in range(len(loop.kept)):
         add(f"keep{i} = kept[{i}].append")
     add("for step in range(count):")
-    for j, i in enumerate([i for i in loop.inputs if i.kind == "step"]):
-        add(f"{names[i.node]} = sequences[{j}][step]", 2)
+    for j, item in enumerate([i for i in loop.inputs if i.kind == "step"]):
+        add(f"{names[item.node]} = sequences[{j}][step]", 2)
     if resets:
         add("mark = marks[step]", 2)
         if not after:
@@ -321,12 +326,12 @@ def _bind_symbols(loop: LoopProgram) -> str:
     return "; ".join(lines) or "pass"
 
 
-def _unpack(add, names: list[str], origin: str) -> None:
+def _unpack(add: Callable[..., None], names: list[str], origin: str) -> None:
     if names:
         add(f"{', '.join(names)}, = {origin}")
 
 
-def _print_reset(add, names: list[str], back: list[str], loop: LoopProgram) -> None:
+def _print_reset(add: Callable[..., None], names: list[str], back: list[str], loop: LoopProgram) -> None:
     add("if mark is not None:", 2)
     for prev, name, to in zip(loop.prevs, names, back):
         ones = "".join(", 1" for _ in prev.meta["val"].shape[1:])

@@ -8,6 +8,7 @@ differentiates it as it stands, any number of times.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,13 @@ class Run:
         self.call = call
         self.xs = [x.unbind(0) for x in call.xs]
         self.states = list(call.initial)
-        self.valid = valid_steps(call)
+        self.valid: Any = valid_steps(call)  # (T, B) bool on the CPU, None where all are
         if call.until is not None:
-            everything = torch.ones(call.steps, call.batch, dtype=torch.bool, device="cpu")
+            batch: Any = call.batch
+            everything = torch.ones(call.steps, batch, dtype=torch.bool, device="cpu")
             self.valid = everything if self.valid is None else self.valid.clone()  # it is written into
         self.on_all_rows = False
-        self.seen_xs: list[Tensor] | None = None
+        self.seen_xs: Any = None  # a list of tensors, once a step has run
         self.structure: Structure | None = None
         self.t = 0
 
@@ -73,7 +75,8 @@ class Run:
 
     def _leave_out_ended(self, t: int) -> None:
         """A row that has ended takes no step from t on, up to a reset of it."""
-        ended = self.states[self.call.until].detach().cpu()
+        until: Any = self.call.until
+        ended = self.states[until].detach().cpu()
         if self.call.resets is None:
             self.valid[t:] &= ~ended
         else:
@@ -157,7 +160,7 @@ class Run:
             if rows is None:
                 self.seen_xs = [x.detach() for x in xs]
             elif self.seen_xs is None:
-                batch = self.call.batch
+                batch: Any = self.call.batch
                 self.seen_xs = [x[:1].expand(batch, *x.shape[1:]).index_copy(0, rows, x).detach() for x in xs]
             else:
                 self.seen_xs = [seen.index_copy(0, rows, x).detach() for seen, x in zip(self.seen_xs, xs, strict=True)]
@@ -166,7 +169,7 @@ class Run:
         if self.call.resets is None:
             return states
         reset = self.call.resets[t].to(self.call.device)
-        targets = self.call.reset_to
+        targets: Any = self.call.reset_to
         if rows is not None:
             reset = reset.index_select(0, rows)
             targets = [target.index_select(0, rows) for target in targets]
@@ -180,7 +183,8 @@ class Run:
     def _spread(self, some: list[Tensor], rows: Tensor, last: list[Tensor] | None) -> list[Tensor]:
         """Outputs of some rows to (B, ...): the others get zeros, or what they had before."""
         if last is None or self.call.on_masked == "zero":
-            last = [o.new_zeros((self.call.batch, *o.shape[1:])) for o in some]
+            batch: Any = self.call.batch
+            last = [o.new_zeros((batch, *o.shape[1:])) for o in some]
         return [whole.index_copy(0, rows, o) for whole, o in zip(last, some, strict=True)]
 
     def _absent(self, last: list[Tensor]) -> list[Tensor]:

@@ -65,7 +65,8 @@ def _widened(loop: Loop, taken: set[fx.Node], shared: set[fx.Node], result: Part
 
 def _readable(loop: Loop) -> bool:
     """Whether every sequence that a loop reads has its rows in front, as a row of it is read where it stands."""
-    return all(i.kind == "once" or i.rows in (None, Rows(0)) for i in loop.program.inputs)
+    program: Any = loop.program
+    return all(i.kind == "once" or i.rows in (None, Rows(0)) for i in program.inputs)
 
 
 class _Finder:

@@ -112,8 +112,8 @@ class _Printer:
                     passing.discard(node)
                     changed = True
         self.passing = passing
-        inputs = {i for n in passing for i in self._linear_inputs(n)}
-        self.piece.row_sums = demanded | {i for i in inputs if only_as_sum(i)}
+        read = {i for n in passing for i in self._linear_inputs(n)}
+        self.piece.row_sums = demanded | {i for i in read if only_as_sum(i)}
 
     def _linear_inputs(self, node: fx.Node) -> list[fx.Node]:
         """The inputs whose row sums give the row sum of a call, the others being the same at every step; [] where

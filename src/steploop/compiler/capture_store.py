@@ -186,7 +186,7 @@ def check_kept(program: Program, call: Call, capture: Capture, dependencies: Dep
 
 def _quick_key(call: Call) -> Hashable:
     """Everything of a call's shapes; None where sizes are symbolic (they may not be compared)."""
-    def key(t: Tensor) -> tuple:
+    def key(t: Tensor) -> tuple[Any, ...]:
         return (tuple(map(hint, t.shape)), t.dtype, t.device)
 
     return (
@@ -345,7 +345,7 @@ def signature_of(program: Program, call: Call) -> Signature:
 
 def symbolic_axes(program: Program, call: Call) -> frozenset[tuple[str, int, int]]:
     """The axes besides the batch whose sizes another tracer keeps free; here they are so from the first capture on."""
-    found = set()
+    found: set[tuple[str, int, int]] = set()
     rows = [("x", [(x.shape[1:], program.batched) for x in call.xs]),
             ("constant", [(c.shape, b) for c, b in zip(call.constants, program.constant_batched)]),
             ("state", [(s.shape, program.batched) for s in call.initial])]  # fmt: skip

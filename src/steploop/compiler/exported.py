@@ -285,7 +285,7 @@ class Exported(Invocation):
             raise Damaged("an input that is computed")
         if not all(map(_alike, graph.prevs, graph.nexts)):
             raise Damaged("a state of two types")
-        pairs = [
+        pairs: list[tuple[Sequence[fx.Node | None], list[fx.Node]]] = [
             (graph.ct_outputs, graph.outputs), (graph.ct_nexts, graph.nexts), (graph.grad_xs, graph.xs),
             (graph.grad_constants, graph.constants), (graph.grad_prevs, graph.prevs),
             (graph.grad_captured, graph.captured),
@@ -361,7 +361,7 @@ class Exported(Invocation):
                 )
             )
 
-    def _sizes_named(self, sizes: dict[str, int]) -> list[tuple[str, int, tuple]]:
+    def _sizes_named(self, sizes: dict[str, int]) -> list[tuple[str, int, list[Any]]]:
         return [(name, sizes[name], place) for name, *place in self.trace.symbols]
 
     def require_gradient(self, needs: Needs) -> None:

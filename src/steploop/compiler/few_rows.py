@@ -49,7 +49,8 @@ def does_the_same(
 ) -> bool:  # fmt: skip
     """tensors: those of the trace, where it has forgotten them."""
     groups = (signature.xs, signature.constants, signature.states)
-    few = Signature(*([_with_rows(leaf, batch) for leaf in group] for group in groups), batch, signature.dynamic)
+    xs, constants, states = ([_with_rows(leaf, batch) for leaf in group] for group in groups)
+    few = Signature(xs, constants, states, batch, signature.dynamic)
     try:
         with aside(), tracing(inline) as memory:
             other = trace_forward(program, few, False, Observed(Recorder(), free))

@@ -58,7 +58,7 @@ class Symbols:
 
     def __init__(self, env: ShapeEnv, numbers: Sequence[Number]):
         self.numbers = list(numbers)
-        self.symbols: list[torch.SymFloat] = []
+        self.symbols: list[Any] = []
         self.paths: dict[sympy.Symbol, str] = {}
         for index, number in enumerate(self.numbers):
             source = ConstantSource(f"float_{index}")
@@ -71,18 +71,19 @@ class Symbols:
         """Puts the symbols where the floats are, and these back afterwards."""
         for number, symbol in zip(self.numbers, symbols):
             number.put(symbol)
-        plain = torch.SymFloat.__repr__
+        kind: Any = torch.SymFloat
+        plain = kind.__repr__
         if self.numbers:  # as text a float is what it is now
-            torch.SymFloat.__repr__ = lambda symbol: repr(float(symbol))
-            torch.SymFloat.__format__ = lambda symbol, spec: format(float(symbol), spec)
+            kind.__repr__ = lambda symbol: repr(float(symbol))
+            kind.__format__ = lambda symbol, spec: format(float(symbol), spec)
         try:
             yield
         finally:
             for number in self.numbers:
                 number.put(number.value)
             if self.numbers:
-                torch.SymFloat.__repr__ = plain
-                del torch.SymFloat.__format__
+                kind.__repr__ = plain
+                del kind.__format__
 
     def values_in(self, node: fx.Node) -> list[float]:
         """The Python floats in a node's arguments; of symbols, what they stood for."""
@@ -233,7 +234,8 @@ def _number(expression: sympy.Expr, symbols: Symbols, node: fx.Node) -> FreeNumb
     if any(s not in symbols.paths for s in expression.free_symbols):
         return None  # sizes too: what a call makes of floats alone it can't be
     value = node.meta["val"]
-    operand = next((a.meta.get("val") for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)), value)
+    given = [a.meta.get("val") for a in node.all_input_nodes]
+    operand: Any = next((v for v in given if isinstance(v, Tensor)), value)
     dtype = value.dtype if value.dtype.is_floating_point else operand.dtype
     if dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32

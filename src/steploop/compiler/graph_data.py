@@ -189,7 +189,7 @@ def target_from_data(name: Any) -> Any:
     parts = name.split(".") if isinstance(name, str) else []
     if len(parts) != 3 or not all(map(_IDENTIFIER.match, parts)):
         raise Damaged("a call of something that is no operator")
-    found = torch.ops
+    found: Any = torch.ops
     try:
         for part in parts:
             found = getattr(found, part)
@@ -218,7 +218,9 @@ def graph_to_data(
     """hints: a size that each symbol may have.  devices: where inputs are.
     inner: of a call of another loop the place of its key among the arguments, and data that stands for it."""
     numbers: dict[fx.Node, int] = {}
-    inputs, calls, lines = [], [], {}
+    inputs: list[Any] = []
+    calls: list[Any] = []
+    lines: dict[str, int] = {}
 
     def data_of(argument: Any) -> Any:
         return argument_to_data(argument, numbers.__getitem__)
@@ -261,13 +263,14 @@ class Reader:
             symbol = self._symbol(int(hint))
             self.symbols[name] = symbol
             places[symbol] = (str(kind), int(index), int(dim))
-        self.fx, self.nodes = fx.Graph(), []
+        self.fx = fx.Graph()
+        self.nodes: list[fx.Node] = []
         for given in data["inputs"]:
             self._input(*given)
         with self.mode, enable_python_dispatcher(), torch.no_grad():
             for made in data["calls"]:
                 self._call(*made)
-        roles = {name: [self._role(n) for n in data["roles"].get(name, [])] for name in ROLES}
+        roles: dict[str, Any] = {name: [self._role(n) for n in data["roles"].get(name, [])] for name in ROLES}
         batch = None if data["batch"] is None else self.symbols[data["batch"]]
         self.graph = StepGraph(graph=self.fx, batch=batch, symbols=places, **roles)
 
@@ -275,16 +278,17 @@ class Reader:
         return None if number is None else _at(self.nodes, number)
 
     def _symbol(self, hint: int) -> sympy.Symbol:
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         with torch.no_grad():
             fake = self.mode.from_tensor(torch.empty(hint, device="meta"), symbolic_context=context)
-        return fake.shape[0].node.expr
+        size: Any = fake.shape[0]
+        return size.node.expr
 
     def _size(self, data: Any) -> Any:
         expr = size_from_data(data, self.symbols)
         return expr if isinstance(expr, int) else self.env.create_symintnode(sympy.sympify(expr), hint=None)
 
-    def _input(self, name: str, shape: list, dtype: Any, device: str) -> None:
+    def _input(self, name: str, shape: list[Any], dtype: Any, device: str) -> None:
         if not _IDENTIFIER.match(name):
             raise Damaged("an input without a name")
         with self.mode:
@@ -295,7 +299,7 @@ class Reader:
         node.meta.update(val=value, line="")
         self.nodes.append(node)
 
-    def _call(self, target: str, arguments: list, line: int, named: dict[str, Any] | None = None) -> None:
+    def _call(self, target: str, arguments: list[Any], line: int, named: dict[str, Any] | None = None) -> None:
         function = target_from_data(target)
         args = tuple(self.inner(a) if _is_loop(a) else self._argument(a) for a in arguments)
         kwargs = {k: self._argument(v) for k, v in (named or {}).items()}

@@ -23,6 +23,7 @@ from .words import Table, address_of
 if TYPE_CHECKING:
     from .patches import Patches
 
+dict_version: Any
 try:
     from torch._C._dynamo.guards import TensorGuards, dict_version
 except ImportError:  # not a public interface: without it, every entry is compared
@@ -38,10 +39,10 @@ class Watched:
 
     __slots__ = ("where", "whole", "subset", "_ignored", "_found", "_entries")
 
-    def __init__(self, where: dict):
+    def __init__(self, where: dict[Any, Any]):
         self.where = where
         self.whole = False
-        self.subset: frozenset[str] | None = None
+        self.subset: Any = None  # the names, a frozenset
         self._ignored: frozenset[str] = frozenset()
         self._found: list[tuple[Any, Any]] | None = None
         self._entries: dict[Any, Any] = {}
@@ -90,10 +91,10 @@ class Guards:
         self.slots: list[tuple[Any, str, Any]] = []
         self.cells: list[tuple[Any, Any]] = []
         self.functions: list[Any] = []
-        self.sequences: list[tuple[Any, tuple]] = []
+        self.sequences: list[tuple[Any, tuple[Any, ...]]] = []
         self.buffers: list[tuple[Any, bytes]] = []
         self.references: list[tuple[Any, Any]] = []
-        self.caches: list[tuple[Any, tuple]] = []
+        self.caches: list[tuple[Any, tuple[Any, ...]]] = []
         self.variables: list[tuple[Any, Any]] = []
         self.contents: list[tuple[Tensor, Tensor]] = []
         self.classes: dict[type, int] = {}  # of torch's and of Python's own, with their numbers in `Patches`
@@ -107,11 +108,11 @@ class Guards:
             found = self._watched[id(where)] = Watched(where)
         return found
 
-    def watch(self, where: dict, names: frozenset[str] | None, ignored: frozenset[str]) -> None:
+    def watch(self, where: dict[Any, Any], names: frozenset[str] | None, ignored: frozenset[str]) -> None:
         """The entries of a dictionary whose keys are among `names` (None: all), now and later."""
         self._watch(where).add(names, ignored)
 
-    def watch_entries(self, where: dict, names: Sequence[Any]) -> None:
+    def watch_entries(self, where: dict[Any, Any], names: Sequence[Any]) -> None:
         """Single entries, there or not."""
         if names:
             self._watch(where).add_entries(names)
@@ -130,7 +131,7 @@ class Guards:
         self._empty += [value for value, copy in self.sequences if not copy]
         self._list = [w for w in watched if not w.is_empty()]
         self._dicts = [*(w.where for w in self._list), *patches.dicts, *patches.class_dicts(self.classes)]
-        self._versions = [*map(dict_version, self._dicts)] if dict_version is not None else None
+        self._versions: Any = [*map(dict_version, self._dicts)] if dict_version is not None else None
         self._objects, self._types = [o for o, _ in self.objects], [t for _, t in self.objects]
         self._cells = [cell for cell, _ in self.cells]
         self._contents = [id(value) for _, value in self.cells]
@@ -142,7 +143,7 @@ class Guards:
         self._kinds = Kinds(tensors)
         rare = (self.slots, self.buffers, self.references, self.caches, self.variables, self.contents)
         self._rare = any(rare)
-        self._table = self._as_words()
+        self._table: Any = self._as_words()  # a `Table`, or None
         others = self._empty if self._table is None else [v for v in self._empty if not isinstance(v, dict)]
         self._beside = bool(others or self._sequences or self._rare)
         self._other_empty = others
@@ -285,7 +286,7 @@ def bytes_of(value: Any) -> bytes:
     return value.tobytes() if isinstance(value, (np.ndarray, memoryview)) or hasattr(value, "tobytes") else bytes(value)
 
 
-def _known(cache: Any) -> tuple:
+def _known(cache: Any) -> tuple[int, int]:
     known = cache.cache_info()
     return known.misses, known.currsize
 
@@ -302,7 +303,7 @@ def kinds_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return lambda *_: False
 
 
-def class_dictionary(cls: type) -> dict | None:
+def class_dictionary(cls: type) -> dict[Any, Any] | None:
     """The dictionary behind vars(cls), which counts its changes."""
     found = [d for d in gc.get_referents(vars(cls)) if type(d) is dict]
     return found[0] if len(found) == 1 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class _Known:
     def fits(self, steps: int, batch: int, marks: list[Tensor | None]) -> bool:
         if (steps, batch) != (self.steps, self.batch):
             return False
-        pairs = list(zip(self.marks, marks))
+        pairs: list[Any] = list(zip(self.marks, marks))
         same = all((a is None) == (b is None) for a, b in pairs)
         return same and all(a is None or torch.equal(a, b) for a, b in pairs)
 
@@ -109,13 +109,14 @@ class Invocation:
         parts = self.layout.split(tensors)
         batch = 1 if self.stacked else batch
         # They are looked at on the CPU, for which each is moved there once a call.
-        marks = [None if (m := parts[name]) is None else m.cpu() for name in ("lengths", "mask", "resets")]
+        marks: list[Any] = [None if (m := parts[name]) is None else m.cpu() for name in ("lengths", "mask", "resets")]
         known = self._schedule  # read once: another thread may put its own there
         if known is not None and known.fits(steps, batch, marks):
             return known.schedule
         device = _device(parts)
+        lengths, mask, resets = marks
         schedule = make_schedule(
-            steps, batch, device, *marks, reverse=self.reverse, repeat=self.on_masked == "repeat",
+            steps, batch, device, lengths, mask, resets, reverse=self.reverse, repeat=self.on_masked == "repeat",
             mixes_rows=self.mixing,
         )  # fmt: skip
         self._schedule = _Known(steps, batch, [None if m is None else m.detach().clone() for m in marks], schedule)
@@ -130,7 +131,7 @@ class Invocation:
         stacked = self.stacked
         nodes = self.forward.step.outputs[: self.forward.outputs]
         run = self._forward(parts, schedule, batch, self.forward, nodes, held)
-        results = run.wanted
+        results: list[Any] = run.wanted
         outputs = [self._outward(v, n, schedule, stacked) for v, n in zip(results, nodes)]
         finals = run.finals if stacked else [schedule.unsort(s) for s in run.finals]
         if self.nested:
@@ -158,8 +159,9 @@ class Invocation:
     def _sorted(self, values: list[Tensor], schedule: Schedule) -> list[Tensor]:
         return values if self.stacked else [schedule.sort(v) for v in values]
 
-    def _given(self, parts: dict[str, Any], schedule: Schedule, step: Any) -> dict[fx.Node, Tensor]:
+    def _given(self, parts: dict[str, Any], schedule: Schedule, step: Any) -> dict[fx.Node, Any]:
         stacked = step.batch is None
+        xs: Iterable[Any]
         if stacked:
             xs = [x.flip(0) if self.reverse else x for x in parts["xs"]]
         else:
@@ -249,7 +251,7 @@ class Invocation:
         run = plan.executable.run(given, initial, zeros, schedule, self._sizes(parts, batch), longest)
         return self._collect(run, plan, parts, schedule, needs, stacked)
 
-    def _saved(self, parts: dict[str, Any], results: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Tensor]:
+    def _saved(self, parts: dict[str, Any], results: Sequence[Tensor], schedule: Schedule, batch: int) -> list[Any]:
         if self.nested:
             run = self._forward(parts, schedule, batch, self.lowered.forward_again())
             return run.wanted[self.forward.outputs :]
@@ -305,22 +307,24 @@ class Invocation:
             else:
                 given[step.prevs[i]] = Shifted(after, edge, reset_to)
 
-    def _collect(self, run: Run, plan: BackwardPlan, parts, schedule: Schedule, needs: Needs, stacked: bool):
+    def _collect(
+        self, run: Run, plan: BackwardPlan, parts: dict[str, Any], schedule: Schedule, needs: Needs, stacked: bool
+    ) -> list[Tensor]:
         def shaped(value: Tensor | None, like: Tensor) -> Tensor:
             return torch.zeros_like(like) if value is None else value
 
-        xs = {}
+        value: Any
+        xs: dict[int, Any] = {}
         for i, value in zip(plan.xs, run.wanted):
             if stacked:
                 xs[i] = value.flip(0) if self.reverse else value
             else:
                 xs[i] = schedule.unpack_cotangent(value)
-        constants, captured = {}, {}
+        constants: dict[int, Any] = {}
         for i, value in zip(plan.constants, run.summed):
             batched = self.program.constant_batched[i] and not stacked
             constants[i] = schedule.unsort(value) if batched and value is not None else value
-        for i, value in zip(plan.captured, run.summed[len(plan.constants) :]):
-            captured[i] = value
+        captured: dict[int, Any] = dict(zip(plan.captured, run.summed[len(plan.constants) :]))
         wanted = [i for i in plan.states if needs.initial[i]]
         initial = {i: v if stacked else schedule.unsort(v) for i, v in zip(wanted, run.finals)}
         resets = self._reset_gradients(run, plan, schedule)
@@ -334,11 +338,13 @@ class Invocation:
 
     def _reset_gradients(self, run: Run, plan: BackwardPlan, schedule: Schedule) -> dict[int, Tensor]:
         found = {}
+        value: Any
+        marks: Any = schedule.marks
         for i, value in zip(plan.resets, run.wanted[len(plan.xs) :]):
             if schedule.resets is None:
                 continue
             total = value.new_zeros(schedule.batch, *value.shape[1:])
-            marked = schedule.marks.nonzero()[:, 0].to(schedule.device)
+            marked = marks.nonzero()[:, 0].to(schedule.device)
             total.index_add_(0, schedule.row[marked], value[marked])
             found[i] = schedule.unsort(total)
         return found

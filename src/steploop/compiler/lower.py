@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -41,10 +42,10 @@ def copied(step: StepGraph, *also: list[fx.Node]) -> tuple[StepGraph, list[list[
         twins[node] = graph.node_copy(node, twins.__getitem__)
         twins[node].meta = dict(node.meta)
 
-    def twin(nodes: Sequence[fx.Node | None]) -> list:
+    def twin(nodes: Sequence[fx.Node | None]) -> list[Any]:
         return [None if n is None else twins[n] for n in nodes]
 
-    lists = {name: twin(getattr(step, name)) for name in ROLES}
+    lists: dict[str, Any] = {name: twin(getattr(step, name)) for name in ROLES}
     twinned = StepGraph(graph=graph, batch=step.batch, symbols=step.symbols, ends=step.ends, **lists)
     return twinned, [twin(a) for a in also]
 
@@ -62,7 +63,7 @@ class ForwardPlan:
 
 
 def lower_forward(
-    step: StepGraph, save: Sequence[fx.Node], names: Sequence[str], choose: Callable, one_loop: bool
+    step: StepGraph, save: Sequence[fx.Node], names: Sequence[str], choose: Callable[..., Any], one_loop: bool
 ) -> ForwardPlan:
     own, (saved,) = copied(step, list(save))
     for role in ("ct_outputs", "ct_nexts", *GRADIENTS):
@@ -147,8 +148,9 @@ def gradients(step: StepGraph, needs: Needs) -> list[fx.Node]:
             continue
         needed.add(node)
         stack.extend(node.all_input_nodes)
-        if following.get(node) is not None:
-            stack.append(following[node])
+        after = following.get(node)
+        if after is not None:
+            stack.append(after)
     return [n for n in step.graph.nodes if n in needed]
 
 
@@ -257,7 +259,7 @@ class BackwardPlan:
 
 
 def lower_backward(
-    step: StepGraph, saving: Saving, needs: Needs, names: Sequence[str], choose: Callable, one_loop: bool,
+    step: StepGraph, saving: Saving, needs: Needs, names: Sequence[str], choose: Callable[..., Any], one_loop: bool,
     resets: bool,
 ) -> BackwardPlan:  # fmt: skip
     own, (known,) = copied(step, [*saving.nodes, *saving.again])
@@ -272,9 +274,10 @@ def lower_backward(
 
     def problem() -> Problem:
         mixing = find_mixing(own)
-        pairs = {i: State(own.ct_nexts[i], own.grad_prevs[i], names[i]) for i in states}
-        wanted = [own.grad_xs[i] for i in xs] + [own.grad_prevs[i] for i in reset_states]
-        summed = [own.grad_constants[i] for i in constants] + [own.grad_captured[i] for i in captured]
+        grad_prevs: list[Any] = own.grad_prevs
+        pairs = {i: State(own.ct_nexts[i], grad_prevs[i], names[i]) for i in states}
+        wanted: list[Any] = [own.grad_xs[i] for i in xs] + [grad_prevs[i] for i in reset_states]
+        summed: list[Any] = [own.grad_constants[i] for i in constants] + [own.grad_captured[i] for i in captured]
         finals = [pairs[i] for i in states if needs.initial[i]]
         return Problem(own.graph, own.batch, list(pairs.values()), wanted, summed, finals, mixing,
                        one_loop=one_loop)  # fmt: skip
@@ -309,7 +312,7 @@ def _add_missing_gradients(step: StepGraph, states: list[int]) -> None:
     for i in states:
         if step.grad_prevs[i] is None:
             like = step.ct_nexts[i].meta["val"]
-            sizes = [e if isinstance(e, int) else Size(e) for e in map(expression, like.shape)]
+            sizes: list[Any] = [e if isinstance(e, int) else Size(e) for e in map(expression, like.shape)]
             last = output or next(iter(reversed(step.graph.nodes)))
             with step.graph.inserting_before(last) if output else step.graph.inserting_after(last):
                 zero = step.graph.call_function(

@@ -101,20 +101,21 @@ class MemoryCall:
         self.handle = next(_handles)
         _CALLS[self.handle] = self
 
-    def split(self, tensors: Sequence[Any]) -> tuple[list, list, list, list]:
+    def split(self, tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         a, b = self.xs, self.xs + self.constants
         c = b + self.states
         return list(tensors[:a]), list(tensors[a:b]), list(tensors[b:c]), list(tensors[c:])
 
     def with_frames(self) -> MemoryCall:
         """The same call with the frames of all steps as its first output, and one output more."""
+        assert self.frames is not None
         counts = (self.xs, self.constants, self.states, self.outputs + 1)
         return MemoryCall(self.op, self.run, self.frames, *counts, whole=True)
 
 
 def call_memory(
-    op: Any, run: Callable, sequence: Callable, frames: Callable | None, xs: list[Tensor], constants: list[Tensor],
-    prevs: list[Tensor],
+    op: Any, run: Callable[..., Any], sequence: Callable[..., Any], frames: Callable[..., Any] | None,
+    xs: list[Tensor], constants: list[Tensor], prevs: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """The outputs and new states of one opaque call; None where the one-step form is to be run instead."""
     trace = _tracing.get()
@@ -210,22 +211,22 @@ def _run_step(tensors: list[Tensor], handle: int) -> list[Tensor]:
     return [t.clone() for t in (*outputs, *nexts)]
 
 
-def _run_backward(cotangents, tensors, handle: int, needs: list[bool]) -> list[Tensor]:
+def _run_backward(cotangents: list[Tensor], tensors: list[Tensor], handle: int, needs: list[bool]) -> list[Tensor]:
     raise AssertionError("a remembering operation was left opaque where it had to run step by step")
 
 
-def _fake_backward(cotangents, tensors, handle: int, needs: list[bool]) -> list[Tensor]:
+def _fake_backward(cotangents: list[Tensor], tensors: list[Tensor], handle: int, needs: list[bool]) -> list[Tensor]:
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(tensors, needs) if n]
 
 
-def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, handle = inputs
     ctx.handle, ctx.needs = handle, [t.requires_grad for t in tensors]
     ctx.shapes = [(o.shape, o.dtype, o.device) for o in output]
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     cotangents = [
         torch.zeros(shape, dtype=dtype, device=device) if g is None else g
         for g, (shape, dtype, device) in zip(gradients, ctx.shapes)

@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .capture import Capture
 from .conditions import condition
 from .dependencies import Dependencies
-from .graph_data import ROLES, runnable
+from .graph_data import runnable
 from .invocation import hints_of
-from .ir.graph import Size, StepGraph, shape_at, size_at
+from .ir.graph import ROLES, Size, StepGraph, shape_at, size_at
 from .program import Program
 from .recorder import Recorder
 from .trace import Leaf, Observed, Signature, Trace
@@ -38,6 +38,7 @@ _RESULTS = ROLES[ROLES.index("outputs") :]
 def allowed_ones(program: Program, capture: Capture, dependencies: Dependencies, training: bool) -> list[list[str]]:
     """The sets of symbols, by name, that may be 1 together."""
     trace = capture.joint if training else capture.forward
+    assert trace is not None
     groups = _groups(trace)
     counts = range(1, len(groups) + 1) if len(groups) <= _GROUPS else (1, len(groups))
     found = []
@@ -76,7 +77,8 @@ def _holds(
             again = trace_joint(program, signature, False, again.graph, wanted, Observed(Recorder()))
         values = _Values()
         first = _results(trace.graph, real, sizes, values)
-        return _same(first, _results(again.graph, again.tensors, {}, values))
+        tensors: Any = again.tensors
+        return _same(first, _results(again.graph, tensors, {}, values))
     except Exception:  # whatever it is that this size does to the step, the capture does not know it
         return False
 
@@ -87,12 +89,13 @@ def _signature_at(signature: Signature, trace: Trace, sizes: dict[str, int]) -> 
     rows = at.get(("batch", 0, 0), signature.batch)
 
     def leaf(kind: str, index: int, old: Leaf) -> Leaf:
-        shape = [rows if d == 0 and old.batched else at.get((kind, index, d), n) for d, n in enumerate(old.shape)]
+        sizes = enumerate(old.shape)
+        shape: list[Any] = [rows if d == 0 and old.batched else at.get((kind, index, d), n) for d, n in sizes]
         return replace(old, shape=tuple(shape))
 
     groups = (("x", signature.xs), ("constant", signature.constants), ("state", signature.states))
-    leaves = [[leaf(kind, i, old) for i, old in enumerate(group)] for kind, group in groups]
-    return Signature(*leaves, rows)
+    xs, constants, states = ([leaf(kind, i, old) for i, old in enumerate(group)] for kind, group in groups)
+    return Signature(xs, constants, states, rows)
 
 
 class _Values:

@@ -38,7 +38,10 @@ def _run(tensors: list[Tensor], key: Any, steps: int, batch: int) -> list[Tensor
     return _invocation(key).run_operator(tensors, steps, batch)
 
 
-def _run_backward(cotangents, tensors, results, key: Any, steps: int, batch: int, needs: list[bool]):
+def _run_backward(
+    cotangents: list[Tensor], tensors: list[Tensor], results: list[Tensor], key: Any, steps: int, batch: int,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     return _invocation(key).run_backward(cotangents, tensors, results, steps, batch, needs)
 
 
@@ -46,18 +49,21 @@ def _fake(tensors: list[Tensor], key: Any, steps: Any, batch: Any) -> list[Tenso
     return _invocation(key).fake_results(tensors, steps, batch)
 
 
-def _fake_backward(cotangents, tensors, results, key: Any, steps: Any, batch: Any, needs: list[bool]):
+def _fake_backward(
+    cotangents: list[Tensor], tensors: list[Tensor], results: list[Tensor], key: Any, steps: Any, batch: Any,
+    needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(tensors, needs) if n]
 
 
-def _setup(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     from . import loop_operator
 
     tensors, key, steps, batch = inputs
     loop_operator.set_up(ctx, _invocation(key), tensors, steps, batch, output)
 
 
-def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     from . import loop_operator
 
     return loop_operator.backward(ctx, gradients), None, None, None

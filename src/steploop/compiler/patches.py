@@ -25,13 +25,13 @@ class Patches:
     """
 
     def __init__(self, library: frozenset[tuple[types.CodeType, str]]):
-        places: dict[int, tuple[dict, set[str]]] = {}
+        places: dict[int, tuple[dict[str, Any], set[str]]] = {}
         for code, module in library:
             if module in sys.modules:
                 _collect(places, vars(sys.modules[module]), code.co_names)
         self._places = [(where, sorted(names)) for where, names in places.values()]
-        self._classes: dict[type, tuple[dict, list[int]]] = {}
-        self._numbers: dict[tuple, int] = {}
+        self._classes: dict[type, tuple[dict[Any, Any], list[Any]]] = {}
+        self._numbers: dict[tuple[Any, ...], int] = {}
         self._pinned: list[Any] = []
         self.users: list[types.FunctionType] = []
         self._places += [(where, sorted(where)) for where in map(class_dictionary, Tensor.__mro__) if where is not None]
@@ -55,7 +55,7 @@ class Patches:
             found[:] = [version, self._numbered((_code_in(where, where),))]
         return found[1]
 
-    def class_dicts(self, classes: Iterable[type]) -> list[dict]:
+    def class_dicts(self, classes: Iterable[type]) -> list[dict[Any, Any]]:
         """The dictionaries behind classes whose number was asked for."""
         return [self._classes[cls][0] for cls in classes]
 
@@ -69,7 +69,7 @@ class Patches:
         found = [_without_tracer(where.get(name)) for where, names in self._places for name in names]
         self.users = [f for f in found if _is_users(f)]
 
-    def _numbered(self, found: tuple[tuple, ...]) -> int:
+    def _numbered(self, found: tuple[tuple[Any, ...], ...]) -> int:
         ids = tuple(tuple(map(id, part)) for part in found)
         number = self._numbers.get(ids)
         if number is None:
@@ -78,7 +78,9 @@ class Patches:
         return number
 
 
-def _collect(places: dict[int, tuple[dict, set[str]]], variables: dict, names: tuple[str, ...]) -> None:
+def _collect(
+    places: dict[int, tuple[dict[str, Any], set[str]]], variables: dict[str, Any], names: tuple[str, ...]
+) -> None:
     for name in names:
         value = variables.get(name, MISSING)
         if value is MISSING:
@@ -91,7 +93,7 @@ def _collect(places: dict[int, tuple[dict, set[str]]], variables: dict, names: t
                 places.setdefault(id(inside), (inside, set()))[1].update(found)
 
 
-def _code_in(where: dict, names: Any) -> tuple:
+def _code_in(where: dict[Any, Any], names: Any) -> tuple[Any, ...]:
     """The functions, classes and modules among some variables."""
     return tuple(v for n in list(names) if _is_code(v := _without_tracer(where.get(n))))
 
@@ -99,7 +101,8 @@ def _code_in(where: dict, names: Any) -> tuple:
 def _without_tracer(value: Any) -> Any:
     """While torch.fx traces, wrappers that hold its tracer stand in the place of some methods: what they wrap."""
     if isinstance(value, types.FunctionType) and "_Patcher__fx_already_patched" in value.__dict__:
-        return value.__wrapped__
+        wrapper: Any = value
+        return wrapper.__wrapped__
     return value
 
 

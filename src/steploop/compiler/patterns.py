@@ -39,7 +39,7 @@ class Recognised(Runner):
 
     accumulates = False
 
-    def __init__(self, name: str, loop: LoopProgram, source: fx.Node | None, scan: Callable, plain: Any):
+    def __init__(self, name: str, loop: LoopProgram, source: fx.Node | None, scan: Callable[..., Any], plain: Any):
         self.backend = name
         self.loop, self.scan, self.plain = loop, scan, cache(plain)  # (lowered once, if at all)
         given = [i.node for i in loop.inputs]
@@ -87,7 +87,7 @@ def recognise(loop: LoopProgram, plain: Callable[[], Any]) -> Recognised | None:
     return _window(loop, prev, following, calls, plain)
 
 
-def _pointwise(loop: LoopProgram, prev: fx.Node, node: fx.Node, plain: Callable) -> Recognised | None:
+def _pointwise(loop: LoopProgram, prev: fx.Node, node: fx.Node, plain: Callable[..., Any]) -> Recognised | None:
     known = _CUMULATIVE.get(node.target)
     if known is None or node.kwargs or len(node.args) != 2 or prev not in node.args:
         return None
@@ -172,7 +172,9 @@ def _scales(node: fx.Node) -> bool:
     return known.pointwise and not known.view and len(node.args) > max((len(g) for g in known.linear), default=0)
 
 
-def _window(loop: LoopProgram, prev: fx.Node, node: fx.Node, calls: list, plain: Callable) -> Recognised | None:
+def _window(
+    loop: LoopProgram, prev: fx.Node, node: fx.Node, calls: list[fx.Node], plain: Callable[..., Any]
+) -> Recognised | None:
     """cat([prev[:, 1:], x[:, None]], 1), the x axis added in the loop or outside."""
     if node.target is not aten.cat.default or len(node.args[0]) != 2:
         return None

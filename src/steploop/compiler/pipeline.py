@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import capture_store, forward_mode
-from .capture import Capture
+from .capture import Capture, hint, lock
 from .choices import chooser, make_ready
 from .dependencies import Dependencies
 from .invocation import Invocation, hints_of
@@ -71,7 +71,7 @@ def run(program: Program, call: Call, *, backend: str = "auto", save: str = "aut
     if nested:
         results = torch.ops.steploop.inner_loop(tensors, invocation.key, call.steps, batch)
     elif training:
-        results = LoopFunction.apply(invocation, call.steps, batch, *tensors)
+        results = LoopFunction.apply(invocation, call.steps, batch, *tensors)  # type: ignore[no-untyped-call]
     else:
         results = invocation.run(tensors, invocation.schedule(tensors, call.steps, batch), batch, call.held)
     count, states = invocation.forward.outputs, len(call.initial)
@@ -102,8 +102,8 @@ def batch_guessed(
     independent along it, that axis is the batch, and the outside pieces run on all rows of all steps at once."""
     if program.batched or not call.initial:
         return program, call
-    firsts = {capture_store.hint(t.shape[1]) if t.dim() > 1 else None for t in call.xs}
-    firsts |= {capture_store.hint(t.shape[0]) if t.dim() > 0 else None for t in call.initial}
+    firsts = {hint(t.shape[1]) if t.dim() > 1 else None for t in call.xs}
+    firsts |= {hint(t.shape[0]) if t.dim() > 0 else None for t in call.initial}
     if len(firsts) != 1 or not (size := firsts.pop()) or size < 2:
         return program, call
     guess = program.kept.rowwise or _with_batch(program)
@@ -171,8 +171,8 @@ def named_tensors(call: Call, capture: Capture, dependencies: Dependencies) -> l
 def invocation_of(
     capture: Capture, call: Call, backend: str, save: str, training: bool, nested: bool, tensors: list[Tensor]
 ) -> Invocation:
-    batch = 1 if call.batch is None else capture_store.hint(call.batch)
-    rows = capture_store.hint(call.steps) * max(batch, 1)
+    batch = 1 if call.batch is None else hint(call.batch)
+    rows = hint(call.steps) * max(batch, 1)
     ragged = is_ragged(call)
     policy = policy_of(capture, save, training, rows, tensors, nested)
     key = (
@@ -182,7 +182,7 @@ def invocation_of(
     invocations = capture.made.invocations
     found = invocations.get(key)
     if found is None:
-        with capture_store.lock, _alone(), torch.no_grad():
+        with lock, _alone(), torch.no_grad():
             found = invocations[key] = compiled(capture, call, backend, policy, training, nested, tensors)
     return found
 
@@ -207,7 +207,8 @@ def policy_of(
     key, known = _required(tensors), capture.made.bytes
     if key not in known:
         needs = _needs_of_capture(capture, tensors)
-        with capture_store.lock:
+        assert capture.joint is not None
+        with lock:
             found = _chosen(capture.joint.graph, needs, "again")
         known[key] = tuple(sum(map(row_bytes, nodes)) for nodes in (found.nodes, found.again))
     kept, again = (each * rows for each in known[key])
@@ -217,6 +218,7 @@ def policy_of(
 
 
 def _needs_of_capture(capture: Capture, tensors: Sequence[Tensor]) -> Needs:
+    assert capture.joint is not None
     joint = capture.joint.graph
     x, c, s, k = len(joint.xs), len(joint.constants), len(joint.prevs), len(joint.captured)
     flags = _required(tensors)
@@ -229,6 +231,7 @@ def compiled(
     capture: Capture, call: Call, backend: str, save: str, training: bool, nested: bool, tensors: list[Tensor]
 ) -> Invocation:
     trace = capture.joint if training else capture.forward
+    assert trace is not None
     layout = layout_of(call, trace)
     graph = trace.graph if training else _batched_form(trace)
     mixing = bool(mixing_reasons(graph)) if graph.batch is not None else False
@@ -277,7 +280,7 @@ class Lowered:
         self.choose = chooser(backend)
         self.saving: Saving | None = None
         self.places: list[tuple[str, int]] = []
-        extra: list = []
+        extra: list[fx.Node] = []
         if needs is not None:
             self.saving = _chosen(graph, needs, save)
             self.places, extra = _places(graph, self.saving)
@@ -288,20 +291,22 @@ class Lowered:
         self._again: ForwardPlan | None = None
         self._backwards: dict[Any, Any] = {}
 
-    def _forward(self, saved: list) -> ForwardPlan:
+    def _forward(self, saved: list[fx.Node]) -> ForwardPlan:
         return lower_forward(self.graph, saved, self.names, self.choose, self.one_loop)
 
     def forward_again(self) -> ForwardPlan:
         """A forward that gives all that the backward needs, for calls that kept nothing."""
         if self._again is None:
-            with capture_store.lock:
+            assert self.saving is not None
+            with lock:
                 self._again = self._forward(self.saving.nodes)
         return self._again
 
     def backward(self, needs: Needs, resets: bool) -> Any:
         key = (needs, resets and any(needs.reset_to))
         if key not in self._backwards:
-            with capture_store.lock, torch.no_grad():
+            assert self.saving is not None
+            with lock, torch.no_grad():
                 self._backwards[key] = lower_backward(
                     self.graph, self.saving, needs, self.names, self.choose, self.one_loop, key[1]
                 )
@@ -318,13 +323,14 @@ def _chosen(graph: StepGraph, needs: Needs, policy: str) -> Saving:
 def needs_of(layout: Layout, tensors: Sequence[Tensor]) -> Needs:
     parts = layout.split([t.requires_grad for t in tensors])
     reset_to = tuple(parts["reset_to"]) or (False,) * layout.initial
-    return Needs(*(tuple(parts[n]) for n in ("xs", "constants", "initial")), reset_to, tuple(parts["captured"]))
+    xs, constants, initial = (tuple(parts[n]) for n in ("xs", "constants", "initial"))
+    return Needs(xs, constants, initial, reset_to, tuple(parts["captured"]))
 
 
-def _places(graph: Any, saving: Saving) -> tuple[list[tuple[str, int]], list]:
+def _places(graph: Any, saving: Saving) -> tuple[list[tuple[str, int]], list[fx.Node]]:
     """Where each saved value is found afterwards: a value that is an output of the step is not kept twice."""
     places: list[tuple[str, int]] = []
-    extra: list = []
+    extra: list[fx.Node] = []
     for node in saving.nodes:
         rows = node.meta["rows"]
         plain = graph.batch is None or (rows is not None and rows.dim == 0 and rows.plain)

@@ -45,7 +45,9 @@ class SequenceRunner(Runner):
         run = self._gradient if self.backward else self._values
         return run(known, resets, dense)
 
-    def _nothing(self, known: dict, span: Span, sizes: dict[str, int]) -> tuple[list[Tensor], list[Tensor]]:
+    def _nothing(
+        self, known: dict[fx.Node, Any], span: Span, sizes: dict[str, int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """No steps: the states as they are, and nothing per step."""
         kept = []
         for node in self.loop.kept:
@@ -56,7 +58,9 @@ class SequenceRunner(Runner):
             kept.append(torch.zeros([rows, *feature], dtype=value.dtype, device=value.device))
         return [known[p] for p in self.loop.prevs], kept
 
-    def _values(self, known: dict, resets: dict, dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
+    def _values(
+        self, known: dict[fx.Node, Any], resets: dict[fx.Node, Any], dense: Dense
+    ) -> tuple[list[Tensor], list[Tensor]]:
         xs, constants, prevs, _ = self.call.split(self.node.args[0])
         edges = [_first(known[p]) for p in prevs]
         back = [_at_reset(known[p]) if p not in resets else resets[p] for p in prevs]
@@ -68,7 +72,9 @@ class SequenceRunner(Runner):
         kept = [outputs[n.args[1]] if is_whole(n) else dense.collect(outputs[n.args[1]]) for n in self.loop.kept]
         return [after[p] for p in self.loop.prevs], kept
 
-    def _gradient(self, known: dict, resets: dict, dense: Dense) -> tuple[list[Tensor], list[Tensor]]:
+    def _gradient(
+        self, known: dict[fx.Node, Any], resets: dict[fx.Node, Any], dense: Dense
+    ) -> tuple[list[Tensor], list[Tensor]]:
         cotangents, tensors, _, needs = self.node.args
         xs, constants, prevs, parameters = self.call.split(tensors)
         edges, back = [_first(known[p]) for p in prevs], [_at_reset(known[p]) for p in prevs]
@@ -93,7 +99,9 @@ class SequenceRunner(Runner):
         results = [gradients[id(t)] for t, n in zip(wanted, needs) if n]
         return self._placed(results, needs, through_resets, prevs, dense)
 
-    def _placed(self, results: list, needs: list[bool], through_resets: list, prevs: list, dense: Dense):
+    def _placed(
+        self, results: list[Any], needs: list[bool], through_resets: list[Any], prevs: list[fx.Node], dense: Dense
+    ) -> tuple[list[Any], list[Tensor]]:
         """Gradients in the form of a loop's kept values: per step for inputs, summed for parameters."""
         kinds = (["x"] * self.call.xs + ["constant"] * self.call.constants + ["state"] * self.call.states
                  + ["parameter"] * len(needs))  # fmt: skip

@@ -56,7 +56,7 @@ class Snapshot:
         self._tensors: list[tuple[Tensor, str, Tensor, int]] = []
         self._generators: list[Any] = []
         self._frames: list[tuple[int, str]] = []
-        self._recomputed: list[tuple[dict, str, Any]] = []
+        self._recomputed: list[tuple[dict[Any, Any], str, Any]] = []
         self._queue: collections.deque[tuple[Any, str]] = collections.deque((root, "") for root in roots)
         self._held.append(Entries(os.environ, "os.environ"))
         while self._queue and len(self._seen) < _MOST:
@@ -77,9 +77,9 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back, as far as it can be."""
         self.put_back_recomputed()
-        for tensor, _, held, version in self._tensors:
-            if not _same_memory(tensor, held) or tensor._version != version:
-                tensor.data = held
+        for tensor, _, memory, version in self._tensors:
+            if not _same_memory(tensor, memory) or tensor._version != version:
+                tensor.data = memory
         for held in self._held:
             if held.changes():
                 held.restore()
@@ -172,7 +172,7 @@ class Snapshot:
                 self._follow(item, f"{path}.{slot}")
         self._follow(type(value), type(value).__name__)
 
-    def _attributes(self, value: Any, attributes: dict, path: str) -> None:
+    def _attributes(self, value: Any, attributes: dict[Any, Any], path: str) -> None:
         made = recomputed(value) if isinstance(value, nn.Module) else frozenset()
         self._recomputed += [(attributes, name, attributes.get(name, MISSING)) for name in made]
         self._held.append(Entries(attributes, path, ADDED | made))
@@ -212,7 +212,7 @@ class Snapshot:
             if isinstance(module, types.ModuleType) and not trusted(kind_of_module(module.__name__)):
                 self._names(vars(module), named.attributes, name)
 
-    def _names(self, variables: dict, names: Iterable[str], path: str) -> None:
+    def _names(self, variables: dict[str, Any], names: Iterable[str], path: str) -> None:
         names = [n for n in names if n not in ADDED]
         self._held.append(Entries(variables, path, frozenset(), names))
         for name in names:

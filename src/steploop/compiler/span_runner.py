@@ -36,7 +36,10 @@ class Run:
 class SpanRunner:
     """Runs the pieces and loops of an executable, one after the other, for each span."""
 
-    def __init__(self, executable: Executable, given, initial, reset_to, schedule: Schedule, sizes):
+    def __init__(
+        self, executable: Executable, given: dict[fx.Node, Any], initial: dict[fx.Node, Tensor],
+        reset_to: dict[fx.Node, Tensor], schedule: Schedule, sizes: dict[str, int],
+    ):  # fmt: skip
         self.e, self.schedule, self.sizes = executable, schedule, sizes
         self.problem = executable.problem
         self.reset_to = reset_to
@@ -73,8 +76,8 @@ class SpanRunner:
         spans = e.spans(self.schedule, longest)
         placed = [] if len(spans) == 1 else [n for n in self.problem.wanted if n not in self.outward]
         self.places = {n: self._allocate(n) for n in placed}
-        wanted: list[Tensor] = []
-        sums: list[Tensor | None] = [None] * len(self.problem.summed)
+        wanted: list[Tensor | Unpacked] = []
+        sums: list[Any] = [None] * len(self.problem.summed)
         before: list[list[Tensor]] = [[] for _ in edges]
         for span in spans:
             for kept, prev in zip(before, edges):
@@ -108,7 +111,9 @@ class SpanRunner:
         clock = self.e.clock
         return function(*arguments) if clock is None else clock.time(part, function, *arguments)
 
-    def _collect(self, wanted: list[Tensor], span: Span, values: dict[fx.Node, Tensor], whole: bool) -> None:
+    def _collect(
+        self, wanted: list[Tensor | Unpacked], span: Span, values: dict[fx.Node, Tensor], whole: bool
+    ) -> None:
         """Writes what is wanted of a span into its place among all steps."""
         parts = [self._per_step(node, values) for node in self.problem.wanted]
         if whole:
@@ -126,7 +131,8 @@ class SpanRunner:
             if place.data_ptr() != part.data_ptr():
                 place.copy_(part)
         if not wanted:
-            wanted.extend({**self.places, **self.outward}[n] for n in self.problem.wanted)
+            made: dict[fx.Node, Any] = {**self.places, **self.outward}
+            wanted.extend(made[n] for n in self.problem.wanted)
 
     def _scatters(self) -> bool:
         return self.schedule.source is not None and self.schedule.repeat is None
@@ -186,7 +192,7 @@ class SpanRunner:
                 values.update(zip(piece.results, results))
         return values
 
-    def _cut(self, sequence: Tensor | Cuttable, node: fx.Node, span: Span) -> Tensor:
+    def _cut(self, sequence: Tensor | Cuttable, node: fx.Node, span: Span) -> Any:
         if not isinstance(sequence, Tensor):
             return sequence.cut(span)
         rows = node.meta["rows"]
@@ -202,7 +208,7 @@ class SpanRunner:
             reset_to = [self.reset_to[s.prev] for s in loop.states]
         inputs = [values[n] for n in self.e.ran[loop].inputs]
         runner = self.e.runners[loop]
-        into = ()
+        into: tuple[Any, ...] = ()
         if (self.places or self.outward or self.own) and runner.writes_into:
             into = (self._memory(loop, span),)
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)

@@ -29,6 +29,7 @@ from .passes.manager import mixing_reasons
 from .program import Call, Program
 from .recording import CudaRecorder, Recording, reasons_against, settings, types_of
 
+GlobalStateGuard: Any
 try:
     from torch._C._dynamo.guards import GlobalStateGuard
 except ImportError:  # not a public interface
@@ -67,7 +68,7 @@ class StreamStep:
         self._unchanged = self.dependencies.unchanged
         self._same_constants = Kinds(call.constants).unchanged if call.constants else None
         stepping = choice(backend).stepping() if self.device.type == "cpu" else None
-        self._run = None if stepping is None else native(self, call, stepping)
+        self._run: Any = None if stepping is None else native(self, call, stepping)
         if self._run is None:
             self._run = straight = _Straight(self, call)
             if self.device.type == "cuda" and backend == "auto" and not reasons_against(straight.calls):
@@ -259,7 +260,7 @@ class _Recorded(_WithMarks):
     def __init__(self, step: StreamStep, straight: _Straight, recorder: Any):
         self.step, self.straight, self.recorder = step, straight, recorder
         self.mixes = straight.mixes
-        self.recording: Recording | None = None
+        self.recording: Any = None  # a `Recording`
         self.key: Any = None
         self.place = recorder.place()
         self.left = self.MOST

@@ -66,7 +66,7 @@ class Trace:
 
     graph: StepGraph
     tensors: list[Tensor | FreeNumber]
-    holds_for: Callable[[dict[str, int], dict[str, float]], bool]
+    holds_for: Callable[..., bool]
     out_spec: Any
     numbers: list[tuple[Any, list[float]]] = field(default_factory=list)
     keep_alive: list[Any] = field(default_factory=list)

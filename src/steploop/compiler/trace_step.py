@@ -321,7 +321,7 @@ class _Tracer:
                 node._rename(f"{kind}_{re.sub(r'[^0-9A-Za-z]+', '_', name)}")
 
     def _add_gradients(
-        self, step: StepGraph, cts: Sequence[fx.Node | None], gradients: list[fx.Node], captured: RealTensors,
+        self, step: StepGraph, cts: Sequence[fx.Node], gradients: list[fx.Node], captured: RealTensors,
         numbers: int,
     ) -> None:  # fmt: skip
         step.ct_outputs, step.ct_nexts = [*cts[: len(step.outputs)]], [*cts[len(step.outputs) :]]

@@ -285,9 +285,8 @@ def by_tensor(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | Non
     dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
 
     def as_tensor(value: Any) -> Any:
-        if not isinstance(value, torch.SymFloat):
-            return value
-        return torch.scalar_tensor(value, dtype=dtype, device=like.device)
+        is_symbol = isinstance(value, torch.SymFloat)
+        return torch.scalar_tensor(value, dtype=dtype, device=like.device) if is_symbol else value
 
     def call(*given: Any, **named: Any) -> Any:
         return function(*map(as_tensor, given), **{name: as_tensor(value) for name, value in named.items()})

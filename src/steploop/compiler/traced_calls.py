@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from . import capture_store, foreign, forward_mode, pipeline
-from .capture import Capture
+from .capture import Capture, hint, lock, sizes_of
 from .conditions import condition
 from .dependencies import Dependencies
 from .exported import Exported, Options, from_text, to_text
@@ -74,15 +74,16 @@ def _text(
 ) -> str | int:  # fmt: skip
     """The loop as text; where a tracer that is not torch.export meets a step without one, a number of this process."""
     trace = capture.joint if training else capture.forward
+    assert trace is not None
     layout = pipeline.layout_of(call, trace)
-    rows = capture_store.hint(call.steps) * max(capture_store.hint(call.batch or 1), 1)
+    rows = hint(call.steps) * max(hint(call.batch or 1), 1)
     policy = pipeline.policy_of(capture, save, training, rows, tensors)
     captured = layout.split(tensors)["captured"]
     flags = [t.requires_grad for t in captured]
-    options = (layout, call.reverse, call.on_masked, backend, policy, training)
-    key = (*options, *flags, *(t.device for t in tensors))
+    asked = (layout, call.reverse, call.on_masked, backend, policy, training)
+    key = (*asked, *flags, *(t.device for t in tensors))
     if key not in capture.made.texts:
-        with capture_store.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
+        with lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
             ones = allowed_ones(program, capture, dependencies, training)
             options = Options(call.reverse, call.on_masked, training, backend, policy, flags, ones)
             hints = hints_of(trace, capture.signature)
@@ -99,7 +100,8 @@ def _text(
 def _hold_sizes(call: Call, capture: Capture, training: bool) -> None:
     """Tells the other tracer what a capture relies on, so that it refuses to keep sizes free that are not."""
     trace = capture.joint if training else capture.forward
-    sizes = capture_store.sizes_of(trace, call)
+    assert trace is not None
+    sizes = sizes_of(trace, call)
     if capture.batch is not None and call.batch != capture.batch:
         raise AssertionError("a capture for another batch size")
     for one in trace.conditions:
@@ -113,7 +115,7 @@ def exported(text: str) -> Exported:
     """The loop that a text is, once for each text."""
 
     def lower(graph: Any, names: list[str], backend: str, save: str, one_loop: bool, needs: Needs | None) -> Any:
-        with capture_store.lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
+        with lock, _disable_current_modes(), torch._C._DisableFuncTorch(), torch.no_grad():
             return pipeline.Lowered(graph, names, backend, save, True, one_loop, needs)
 
     return from_text(text, lower)

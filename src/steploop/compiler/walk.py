@@ -111,7 +111,7 @@ class Walk:
         return tuple(parts)
 
     def entries(
-        self, where: dict, names: frozenset[str] | None, path: str, ignored: frozenset[str] = frozenset()
+        self, where: dict[Any, Any], names: frozenset[str] | None, path: str, ignored: frozenset[str] = frozenset()
     ) -> Hashable:
         """The entries of a dictionary of attributes that are named (None: all)."""
         self.guards.watch(where, names, ignored)
@@ -124,7 +124,7 @@ class Walk:
         return tuple(found)
 
 
-def attributes_of(value: Any) -> dict | None:
+def attributes_of(value: Any) -> dict[str, Any] | None:
     """The dictionary of an object's attributes, past whatever its class makes of attributes that are not there."""
     try:
         found = object.__getattribute__(value, "__dict__")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 from .guards import MISSING, contents
 from .reads import globals_of, kind_of_file, kind_of_module, trusted
@@ -76,7 +77,7 @@ def walk_function(walk: Walk, function: types.FunctionType, path: str) -> Hashab
     return tuple(parts)
 
 
-def variables_of(walk: Walk, code: types.CodeType, variables: dict) -> Hashable:
+def variables_of(walk: Walk, code: types.CodeType, variables: dict[str, Any]) -> Hashable:
     """What code takes from its module and from those that it imports."""
     named = globals_of(code)
     walk.guards.watch_entries(variables, named.names)

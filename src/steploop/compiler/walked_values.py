@@ -61,11 +61,11 @@ def walk_script(walk: Walk, value: Any, path: str) -> Hashable:
 def walk_module(walk: Walk, module: nn.Module, path: str) -> Hashable:
     if type(module).__module__ == "torch._dynamo.eval_frame":
         return walk.into(module._orig_mod, path)  # a compiled module: the trace runs what it was made of
-    ignored = getattr(type(module), "_capture_ignores", frozenset())
+    ignored: frozenset[str] = getattr(type(module), "_capture_ignores", frozenset())
     return ("module", *walk.instance(module, path, ignored))
 
 
-def walk_mapping(walk: Walk, value: dict, path: str) -> Hashable:
+def walk_mapping(walk: Walk, value: dict[Any, Any], path: str) -> Hashable:
     walk.guards.watch(value, None, frozenset())
     if isinstance(value, collections.OrderedDict) and len(value) > 1:  # no dictionary counts changes of its order
         walk.guards.sequences.append((value, tuple(value)))
@@ -77,7 +77,7 @@ def walk_mapping(walk: Walk, value: dict, path: str) -> Hashable:
 
 
 def walk_sequence(walk: Walk, value: Any, path: str) -> Hashable:
-    kind = type(value)
+    kind: Any = type(value)
     if kind is not tuple:
         walk.guards.sequences.append((value, tuple(value)))
     hold = value if isinstance(value, list) else None
@@ -111,7 +111,7 @@ def walk_method(walk: Walk, value: types.MethodType, path: str) -> Hashable:
     return ("method", walk.into(value.__self__, path), walk.into(value.__func__, path))
 
 
-def walk_partial(walk: Walk, value: functools.partial, path: str) -> Hashable:
+def walk_partial(walk: Walk, value: functools.partial[Any], path: str) -> Hashable:
     parts = (value.func, value.args, value.keywords)
     return ("partial", *(walk.into(p, path) for p in parts))
 
@@ -129,7 +129,7 @@ def walk_python_module(walk: Walk, module: types.ModuleType, path: str) -> Hasha
     return ("python module", walk.id_of(module), walk.entries(vars(module), walk.names, path or module.__name__))
 
 
-def walk_reference(walk: Walk, value: weakref.ref, path: str) -> Hashable:
+def walk_reference(walk: Walk, value: weakref.ref[Any], path: str) -> Hashable:
     target = value()
     walk.guards.references.append((value, target))
     return ("reference", walk.into(target, path))

@@ -18,7 +18,7 @@ from typing import Any
 
 # What compares: (address of a table, the entry to begin with, how many there are) -> the first entry that differs, -1
 # where none does. Set by whoever has native code.
-compare: Callable[[int, int, int], int] | None = None
+compare: Any = None
 
 
 class Table:
@@ -36,7 +36,7 @@ class Table:
 
     def question(self) -> Callable[[], int]:
         """`differs` as a function that is called in less time."""
-        question = functools.partial(compare, self.address, 0, self.count)
+        question: Any = functools.partial(compare, self.address, 0, self.count)
         question.table = self  # which must live as long
         return question
 
@@ -67,12 +67,12 @@ def word_at(address: int) -> int:
 
 
 @functools.cache
-def places(version: Callable[[dict], int] | None) -> Places | None:
+def places(version: Callable[[dict[Any, Any]], int] | None) -> Places | None:
     """The places in this Python, or None. version: counts the changes of a dictionary."""
     in_turn = getattr(sys, "_is_gil_enabled", lambda: True)()
     if version is None or sys.implementation.name != "cpython" or not in_turn or ctypes.sizeof(ctypes.c_void_p) != 8:
         return None
-    found = _kind(), _version(version), _used(), *_function(), _cell()
+    found: Any = _kind(), _version(version), _used(), *_function(), _cell()
     return None if None in found else Places(*found)
 
 
@@ -96,11 +96,11 @@ def _kind() -> int | None:
     return _followed(
         thing,
         One.__basicsize__,
-        [(lambda c=c: setattr(thing, "__class__", c), lambda c=c: id(c)) for c in (Other, One, Other)],
+        [(functools.partial(setattr, thing, "__class__", c), functools.partial(id, c)) for c in (Other, One, Other)],
     )
 
 
-def _version(version: Callable[[dict], int]) -> int | None:
+def _version(version: Callable[[dict[Any, Any]], int]) -> int | None:
     thing: dict[str, Any] = {}
     changes = (lambda: thing.update(a=1), lambda: thing.update(a=2), thing.clear, lambda: thing.setdefault("b"))
     return _followed(thing, dict.__basicsize__, [(change, lambda: version(thing)) for change in changes])
@@ -109,12 +109,12 @@ def _version(version: Callable[[dict], int]) -> int | None:
 def _used() -> int | None:
     thing: dict[str, Any] = {}
     changes = [(lambda: thing.update(a=1), 1), (lambda: thing.update(b=1, c=2), 3), (thing.clear, 0)]
-    return _followed(thing, dict.__basicsize__, [(change, lambda n=n: n) for change, n in changes])
+    return _followed(thing, dict.__basicsize__, [(change, functools.partial(int, n)) for change, n in changes])
 
 
 def _function() -> tuple[int | None, ...]:
     thing, size = (lambda: None), types.FunctionType.__basicsize__
-    held = {
+    held: dict[str, list[Any]] = {
         "__code__": [(lambda: 1).__code__, (lambda: 2).__code__],
         "__defaults__": [(1,), None, (2,)],
         "__kwdefaults__": [{"a": 1}, None, {"b": 2}],
@@ -124,7 +124,7 @@ def _function() -> tuple[int | None, ...]:
         return lambda: setattr(thing, name, value)
 
     return tuple(
-        _followed(thing, size, [(put(name, value), lambda v=value: address_of(v)) for value in values])
+        _followed(thing, size, [(put(name, value), functools.partial(address_of, value)) for value in values])
         for name, values in held.items()
     )
 
@@ -135,7 +135,7 @@ def _cell() -> int | None:
     return _followed(
         thing,
         types.CellType.__basicsize__,
-        [(lambda v=v: setattr(thing, "cell_contents", v), lambda v=v: id(v)) for v in (other, one)],
+        [(functools.partial(setattr, thing, "cell_contents", v), functools.partial(id, v)) for v in (other, one)],
     )
 
 

@@ -93,20 +93,23 @@ class _Whole:
     def __init__(self, op: Memory, program: Program, call: Call) -> None:
         self.op, self.program, self.call = op, program, call
         self.device = next((t.device for t in (*call.xs, *call.initial, *call.constants)), None)
-        self.valid = valid_steps(call)
-        self.order = None
-        lengths = call.lengths
+        self.valid: Any = valid_steps(call)  # (T, B) bool; None where all are
+        self.order: Any = None  # (T', B): the step that stands there
+        batch: Any = call.batch
+        lengths: Any = call.lengths
         if call.mask is not None or (call.reverse and lengths is not None):
+            assert self.valid is not None
             lengths = self.valid.sum(0)
             self.order = _to_front(self.valid, call.reverse, int(lengths.max()) if lengths.numel() else 1)
         elif call.reverse:
-            self.order = torch.arange(call.steps - 1, -1, -1, device="cpu")[:, None].expand(call.steps, call.batch)
+            self.order = torch.arange(call.steps - 1, -1, -1, device="cpu")[:, None].expand(call.steps, batch)
         self.order = None if self.order is None else self.order.to(self.device)
         self.lengths = None if lengths is None else lengths.to(self.device)
         self.valid = None if self.valid is None else self.valid.to(self.device)
 
     def result(self) -> Result:
-        call, run = self.call, self.program.run
+        call = self.call
+        run: Any = self.program.run
         names = self.program.state_names
         state = dict(zip(names, call.initial, strict=True))
         fresh = dict(zip(names, call.reset_to or call.initial, strict=True))
@@ -250,6 +253,7 @@ def run_child(
     steps: int,
 ) -> tuple[Any, dict[str, Tensor]]:
     """A whole sequence of another Step, from states given by name: (outputs (T, B, ...), final states)."""
+    back: Any = reset_to
     tree = survey(child)
     marked = {name: _marked(value, batch) for name, value in constants.items()}
     arguments, _ = take_apart(child, tree, xs, marked)
@@ -260,7 +264,7 @@ def run_child(
         initial=[state[name] for name in tree.names],
         steps=steps,
         batch=batch,
-        reset_to=None if resets is None else [reset_to[name] for name in tree.names],
+        reset_to=None if resets is None else [back[name] for name in tree.names],
         lengths=lengths,
         resets=resets,
     )

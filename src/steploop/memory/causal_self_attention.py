@@ -85,7 +85,8 @@ class CausalSelfAttention(Memory):
         self.keys = State(..., grows_with=self.count)
         self.values = State(..., grows_with=self.count)
 
-    def _divided(self, name: str, size: Any) -> int | None:
+    def _divided(self, name: str, size: Any) -> Any:
+        """The size, None where it is not given."""
         if size is None:
             return None
         whole_number("CausalSelfAttention", name, size, 1)
@@ -181,6 +182,7 @@ class CausalSelfAttention(Memory):
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1)
 
     def _positions(self, distance: Tensor) -> Tensor:
+        assert self.relative is not None
         return distance.clamp(-self.relative, self.relative) + self.relative
 
     def _scale(self, q: Tensor) -> float:
@@ -209,8 +211,10 @@ class CausalSelfAttention(Memory):
         self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
         lengths: Tensor | None, resets: Tensor | None,
     ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
-        x, k, v, seed = (*xs, *[None] * (4 - len(xs)))
-        q, k, v = self._heads(*(None if part is None else cleaned(part, lengths) for part in (x, k, v)))
+        given: list[Any] = [*xs, *[None] * (4 - len(xs))]
+        seed = given[3]
+        parts: list[Any] = [None if part is None else cleaned(part, lengths) for part in given[:3]]
+        q, k, v = self._heads(*parts)
         count, steps = state["count"], len(q)  # q (T, B, heads, n)
         position, after = counting(count, reset_to["count"], steps, lengths, resets)
         q, k = self._rotated(q, position), self._rotated(k, position)
@@ -230,9 +234,9 @@ class CausalSelfAttention(Memory):
                 q.permute(1, 2, 0, 3), keys.transpose(1, 2), values.transpose(1, 2),
                 attn_mask=mask, is_causal=mask is None, scale=self._scale(q),
             )  # fmt: skip
-        slots = Slots(count, state["keys"].shape[1], steps, lengths, resets)
+        kept = Slots(count, state["keys"].shape[1], steps, lengths, resets)
         ends = {
-            name: slots.at_end(slots.join(state[name], new, reset_to[name]))
+            name: kept.at_end(kept.join(state[name], new, reset_to[name]))
             for name, new in (("keys", k), ("values", v))
         }
         return self._output(y.permute(2, 0, 1, 3)), {"count": after, **ends}

@@ -57,7 +57,7 @@ class Cumulative(Memory):
             every = self.along(torch.cat([start.unsqueeze(0), x]))
             inclusive, before = every[1:], every[:-1]
         else:
-            resets = resets & is_valid(lengths, *x.shape[:2], x.device)
+            resets = resets & is_valid(lengths, x.shape[0], x.shape[1], x.device)
             inclusive = self._between_resets(x, start, reset_to["total"], resets)
             before = torch.cat([start.unsqueeze(0), inclusive[:-1]])
             before = torch.where(wide(resets, x), reset_to["total"], before)

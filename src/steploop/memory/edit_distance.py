@@ -71,10 +71,10 @@ class EditDistance(Memory):
         scale = counts.cumsum(0)
         starts = None
         if resets is not None:
-            starts = resets & is_valid(lengths, *a.shape, a.device)
+            starts = resets & is_valid(lengths, a.shape[0], a.shape[1], a.device)
             scale = scale + starts.cumsum(0) * _FAR
         columns = []
-        left = None
+        left: Any = None
         for j in range(target.shape[1] + 1):
             best = torch.full_like(scale, _NEVER)
             if j:

@@ -67,10 +67,11 @@ class Masked(Memory):
 
     def step(self, *xs: Any, where: Tensor | None = None, **constants: Any) -> Any:
         self.check(*xs, where=where, **constants)
-        *xs, mask = xs if where is None else (*xs, where)
-        y = self.cell(*xs, **_taken(self.cell, constants))
+        *inside, mask = xs if where is None else (*xs, where)
+        frame: Any = running()
+        y = self.cell(*inside, **_taken(self.cell, constants))
         for _, state in states_below(self.cell):
-            if not (state.unsized and running().prev[state] is None):  # a State no step came by
+            if not (state.unsized and frame.prev[state] is None):  # a State no step came by
                 state.rewrite(torch.where(wide(mask, state.prev), state.latest, state.prev))
         leaves, structure = flatten(y)
         kept = []
@@ -82,28 +83,29 @@ class Masked(Memory):
 
     def _held(self, count: int) -> list[State]:
         """One State per tensor that the child returns; the first step to run tells how many."""
-        frame = running()
+        frame: Any = running()
+        held: dict[str, Any] = self._modules
         states = [self.held]
         for i in range(1, count):
             name = f"held{i}"
-            if name not in self._modules and frame.sizing is not None:
+            if name not in held and frame.sizing is not None:
                 init = self.initial[i] if self.initial else self._one_for_all
                 setattr(self, name, State(..., init=init))
-            if frame.sizing is not None and self._modules[name] not in frame.names:
-                frame.sizing.add(frame, self._modules[name], name)
-            states.append(self._modules[name])
+            if frame.sizing is not None and held[name] not in frame.names:
+                frame.sizing.add(frame, held[name], name)
+            states.append(held[name])
         return states[:count]
 
     def sequence(
         self, xs: tuple[Any, ...], constants: dict[str, Any], state: dict[str, Tensor], reset_to: dict[str, Tensor],
         lengths: Tensor | None, resets: Tensor | None,
     ) -> tuple[Any, dict[str, Tensor]]:  # fmt: skip
-        *xs, where = xs
+        *inside, where = xs
         steps, batch = where.shape
         plan = _Kept(where, lengths, resets)
         y, after = run_child(
             self.cell,
-            tuple(pytree.tree_map_only(Tensor, lambda x: rows_at(x, plan.order), x) for x in xs),
+            tuple(pytree.tree_map_only(Tensor, lambda x: rows_at(x, plan.order), x) for x in inside),
             _taken(self.cell, constants),
             _below(state),
             _below(reset_to),
@@ -224,7 +226,7 @@ def unmask(y: Any, mask: Tensor, init: Any = 0.0, lengths: Tensor | None = None)
             )
         return y
     check_mask("unmask", "mask", mask.flatten() if isinstance(mask, Tensor) and mask.dim() == 2 else mask)
-    kept = mask & is_valid(lengths, *mask.shape, mask.device)
+    kept = mask & is_valid(lengths, mask.shape[0], mask.shape[1], mask.device)
     rank = kept.cumsum(0) - 1
 
     def spread(leaf: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ def compact(xs: Any, where: Tensor, lengths: Tensor | None = None) -> Any:
                 fix="where=where.bool()" if isinstance(where, Tensor) else "where=mask",
             )
         )
-    kept = where & is_valid(lengths, *where.shape, where.device)
+    kept = where & is_valid(lengths, where.shape[0], where.shape[1], where.device)
     count = kept.sum(0)
     longest = int(count.max()) if count.numel() else 0
     order = _to_front(kept, False, longest)[:longest]
@@ -284,7 +286,7 @@ def masked_from(
     `unmask`. The same as `Masked(step)(x, where=mask)` if compact is x without the other steps. In a step:
     `MaskedFrom`.
     """
-    kept = mask & is_valid(lengths, *mask.shape, mask.device)
+    kept = mask & is_valid(lengths, mask.shape[0], mask.shape[1], mask.device)
     y, _ = step(compact, lengths=kept.sum(0).clamp(max=len(pytree.tree_leaves(compact)[0])), **constants)
     return unmask(y, mask, init, lengths)
 
@@ -305,7 +307,7 @@ class MaskedFrom(Step):
         self, xs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As for Masked."""
-        return Masked.sequences_of(self, xs, named)
+        return self.masked.sequences_of(xs, named)
 
     def step(self, where: Tensor, *, source: Tensor, **constants: Any) -> Any:
         check_mask("MaskedFrom", "where", where)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ..compiler.memory_operator import call_memory
 from ..frame import Frame, run_in
-from ..step import Step, states_below
+from ..step import states_below
 from ..tree import flatten, unflatten
 
 
-def opaque_step(op: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
+def opaque_step(op: Any, frame: Frame, xs: tuple[Any, ...], arguments: dict[str, Any]) -> Any:
     """One step of `op` inside a running step: an opaque call while the compiler traces, else its step form."""
     if frame.sizing is not None:
         return op.step(*xs, **arguments)
@@ -54,7 +54,7 @@ def opaque_step(op: Step, frame: Frame, xs: tuple[Any, ...], arguments: dict[str
             )
         return list(outputs), [after[n] for n in names]
 
-    prevs = [frame.prev[s] for s in states]
+    prevs: list[Any] = [frame.prev[s] for s in states]
     once = frames if hasattr(op, "frames_of_all_steps") else None
     called = call_memory(op, one_step, whole_sequence, once, x_leaves, constant_leaves, prevs)
     if called is None:

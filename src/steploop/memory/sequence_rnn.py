@@ -51,7 +51,7 @@ class SequenceRNN(Memory):
             cell = Loop(cell, batch_first=True, reverse=reverse)
         else:
             _check_layer(cell, self.reverse, self.output)
-        self.loop = cell
+        self.loop: Any = cell
 
     def check(self, x: Tensor, inner_lengths: Tensor | None = None, **constants: Any) -> None:
         if not isinstance(x, Tensor) or x.dim() < 2:
@@ -83,7 +83,7 @@ class SequenceRNN(Memory):
         if lengths is not None:
             valid = (torch.arange(steps, device=lengths.device)[:, None] < lengths).flatten()
             keep = valid.nonzero()[:, 0]
-        flat = [None if x is None else x.flatten(0, 1) for x in xs]
+        flat: list[Any] = [None if x is None else x.flatten(0, 1) for x in xs]
         if valid is not None:
             flat = [None if x is None else x.index_select(0, keep) for x in flat]
         row = torch.arange(batch, device=xs[0].device).repeat(steps)

@@ -37,7 +37,7 @@ class Window(Memory):
 
     def step(self, x: Tensor) -> Tensor:
         self.check(x)
-        frame = running()
+        frame: Any = running()
         if self.right and frame.sizing is None:
             raise StepError(_right_in_a_step(self.left, self.right))
         if not self.left:
@@ -66,7 +66,7 @@ class Window(Memory):
     def _ahead(self, x: Tensor, lengths: Tensor | None, resets: Tensor) -> list[Tensor]:
         """x_{t+1}, ..., x_{t+right}: zeros from the next reset on."""
         latest = latest_reset(resets, lengths)[:-1]
-        valid = is_valid(lengths, *x.shape[:2], x.device)
+        valid = is_valid(lengths, x.shape[0], x.shape[1], x.device)
         found = []
         for k in range(1, self.right + 1):
             k = min(k, len(x))

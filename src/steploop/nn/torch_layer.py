@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,10 +35,16 @@ class _Layers(Step):
         return x
 
 
-class TorchLayer:
+if TYPE_CHECKING:
+    _Base = torch_nn.RNNBase
+else:
+    _Base = object
+
+
+class TorchLayer(_Base):
     """Mixed in before a torch.nn.RNNBase: `forward` through sl.Loop, and no second list of the weights."""
 
-    _states = ("h",)
+    _states: tuple[str, ...] = ("h",)
     _make_step: Any  # one layer's Step, made from the torch layer
 
     def __init__(self, *args: Any, backend: str = "auto", save: str = "auto", **kwargs: Any):
@@ -50,11 +56,11 @@ class TorchLayer:
     # -- torch keeps a second list of the weights, for cuDNN; here the parameters are the only truth
 
     @property
-    def _flat_weights(self) -> list[Tensor]:
+    def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _init_flat_weights(self) -> None:
-        self._flat_weight_refs = []
+        self._flat_weight_refs: list[Any] = []
 
     def _weights_have_changed(self) -> bool:
         return False
@@ -71,19 +77,19 @@ class TorchLayer:
     # -- the loops follow from the constructor's arguments, so copies and pickles leave them out
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("_loops", None)
         return state
 
     @property
-    def _loop_of_direction(self) -> tuple[Loop, ...]:
+    def _loop_of_direction(self) -> tuple[Loop[Any], ...]:
         """One loop over all layers; bidirectional: one for each direction, which every layer uses in turn."""
         if "_loops" not in self.__dict__:
             # Held in a tuple: the loops are not children, as torch's layers have none.
             self._loops = tuple(self._make_loop(reverse) for reverse in ((False, True)[: self._directions]))
         return self._loops
 
-    def _make_loop(self, reverse: bool) -> Loop:
+    def _make_loop(self, reverse: bool) -> Loop[Any]:
         count = 1 if self.bidirectional else self.num_layers
         layers = _Layers(lambda: type(self)._make_step(self), count, self.dropout)
         return Loop(layers, reverse=reverse, backend=self.backend, save=self.save)
@@ -125,18 +131,22 @@ class TorchLayer:
         masks |= {"mask": axes.time_major(mask), "resets": axes.time_major(resets)}
         run = self._run_both if self.bidirectional else self._run_one
         outputs, finals = run(axes.sequence, hx, weights, masks)
-        finals = tuple(torch.stack(axis) if axes.batched else torch.cat(axis) for axis in finals)
-        return axes.restore(outputs), finals if self._returns_tuple else finals[0]
+        last = tuple(torch.stack(axis) if axes.batched else torch.cat(axis) for axis in finals)
+        return axes.restore(outputs), last if self._returns_tuple else last[0]
 
     @property
     def _returns_tuple(self) -> bool:
         return len(self._states) > 1
 
-    def _run_one(self, xs, hx, weights, masks) -> tuple[Any, list[list[Tensor]]]:
+    def _run_one(
+        self, xs: Any, hx: Any, weights: dict[str, Tensor], masks: dict[str, Any]
+    ) -> tuple[Any, list[list[Tensor]]]:
         """The outputs, and for each kind of state a list of its values by layer."""
         return self._run_loop(0, list(range(self.num_layers)), xs, hx, weights, masks)
 
-    def _run_both(self, xs, hx, weights, masks) -> tuple[Any, list[list[Tensor]]]:
+    def _run_both(
+        self, xs: Any, hx: Any, weights: dict[str, Tensor], masks: dict[str, Any]
+    ) -> tuple[Any, list[list[Tensor]]]:
         """The outputs, and for each kind of state a list of its values by layer and direction."""
         finals: list[list[Tensor]] = [[] for _ in self._states]
         for k in range(self.num_layers):
@@ -151,7 +161,9 @@ class TorchLayer:
             xs = _map_sequence(lambda a, b: torch.cat([a, b], dim=-1), *both)
         return xs, finals
 
-    def _run_loop(self, direction, layers, xs, hx, weights, masks) -> tuple[Any, list[list[Tensor]]]:
+    def _run_loop(
+        self, direction: int, layers: list[int], xs: Any, hx: Any, weights: dict[str, Tensor], masks: dict[str, Any]
+    ) -> tuple[Any, list[list[Tensor]]]:
         """`layers` of one direction as one loop."""
         loop = self._loop_of_direction[direction]
         self._bring_up_to_date(loop)
@@ -166,7 +178,7 @@ class TorchLayer:
         outputs, final = loop(xs, state=state or None, **masks, **constants)
         return outputs, [[final[f"{place}.{name}"] for place in range(len(layers))] for name in self._states]
 
-    def _bring_up_to_date(self, loop: Loop) -> None:
+    def _bring_up_to_date(self, loop: Loop[Any]) -> None:
         """The loop is no child: train() and eval() do not reach it, nor does `layer.dropout = 0.1`."""
         if loop.training != self.training:
             loop.train(self.training)
@@ -250,7 +262,7 @@ class _Axes:
     """How the caller's axes stand: `sequence` is (T, B, I) or the PackedSequence; `restore` undoes it for
     outputs."""
 
-    def __init__(self, layer: Any, input: Tensor | PackedSequence):
+    def __init__(self, layer: Any, input: Any):
         self.packed = isinstance(input, PackedSequence)
         self.leaf = input.data if self.packed else input
         who = type(layer).__name__
@@ -270,10 +282,10 @@ class _Axes:
             )
         self.batched = self.packed or input.dim() == 3
         self.turned = layer.batch_first and self.batched and not self.packed
-        self.sequence = input if self.packed else self.time_major(input)
+        self.sequence: Any = input if self.packed else self.time_major(input)
         self.batch = int(input.batch_sizes[0]) if self.packed else self.sequence.shape[1]
 
-    def time_major(self, t: Tensor | None) -> Tensor | None:
+    def time_major(self, t: Any) -> Any:
         if t is None:
             return None
         return t.transpose(0, 1) if self.turned else self.add_batch(t, 1)
@@ -281,7 +293,7 @@ class _Axes:
     def add_batch(self, t: Any, dim: int) -> Any:
         return t if self.batched or t is None else torch.as_tensor(t).unsqueeze(dim)
 
-    def restore(self, outputs: Tensor | PackedSequence) -> Tensor | PackedSequence:
+    def restore(self, outputs: Any) -> Tensor | PackedSequence:
         if self.turned:
             return outputs.transpose(0, 1)
         return outputs if self.batched else outputs.squeeze(1)

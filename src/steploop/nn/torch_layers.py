@@ -38,7 +38,7 @@ class _GRULayer(Step):
         super().__init__()
         self.h = State(layer.hidden_size)
 
-    def step(self, x: Tensor, **weights: Tensor) -> Tensor:
+    def step(self, x: Tensor, **weights: Any) -> Tensor:
         self.h.next = h = gru_step(x, self.h.prev, **weights)
         return h
 
@@ -56,7 +56,7 @@ class _LSTMLayer(Step):
         return h
 
 
-class RNN(TorchLayer, torch_nn.RNN):
+class RNN(TorchLayer, torch_nn.RNN):  # type: ignore[misc]  # `forward` takes and gives more
     """torch.nn.RNN, run by sl.Loop: same arguments, parameters, inputs and outputs; see `forward` for what is
     added.
 
@@ -99,7 +99,7 @@ class RNN(TorchLayer, torch_nn.RNN):
         )
 
 
-class LSTM(TorchLayer, torch_nn.LSTM):
+class LSTM(TorchLayer, torch_nn.LSTM):  # type: ignore[misc]  # `forward` takes and gives more
     """torch.nn.LSTM, run by sl.Loop: same arguments, parameters, inputs and outputs; see `forward` for what
     is added.
 
@@ -143,7 +143,7 @@ class LSTM(TorchLayer, torch_nn.LSTM):
         )
 
 
-class GRU(TorchLayer, torch_nn.GRU):
+class GRU(TorchLayer, torch_nn.GRU):  # type: ignore[misc]  # `forward` takes and gives more
     """torch.nn.GRU, run by sl.Loop: same arguments, parameters, inputs and outputs; see `forward` for what is
     added.
 

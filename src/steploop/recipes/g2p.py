@@ -44,8 +44,8 @@ class Encoder(nn.Module):
         self.layers, self.dropout = nn.ModuleList(), nn.Dropout(shape.dropout)
         for layer in range(shape.layers):
             sizes = shape.embedding if layer == 0 else shape.units, shape.units // 2
-            cells = (CELLS[shape.cell](*sizes) for _ in range(2))
-            self.layers.append(sl.nn.Bidirectional(*cells, backend=backend))
+            upwards, downwards = (CELLS[shape.cell](*sizes) for _ in range(2))
+            self.layers.append(sl.nn.Bidirectional(upwards, downwards, backend=backend))
 
     def forward(self, letters: Tensor, lengths: Tensor) -> Tensor:
         x = self.embedding(letters)
@@ -76,7 +76,8 @@ class Decoder(sl.nn.attention.DecoderWithAttention):
         self.start = nn.Linear(units, units)
 
     def begin(self, memory: Tensor) -> None:
-        self.cell[1].h.prev = torch.tanh(self.start(memory[:, 0]))
+        stack: Any = self.cell
+        stack[1].h.prev = torch.tanh(self.start(memory[:, 0]))
 
 
 class Model(nn.Module):
@@ -90,6 +91,7 @@ class Model(nn.Module):
     def forward(self, letters: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
         given = torch.cat([torch.zeros_like(labels[:1]), labels[:-1]])
         memory = self.encoder(letters, lengths)
+        scores: Any
         scores, _ = self.decoder(given, memory=memory, memory_lengths=lengths, lengths=label_lengths)
         return scores
 
@@ -241,8 +243,9 @@ class Pronouncer:
         return said
 
     def _say(self, spelled: list[Tensor], weights: bool) -> list[list[Pronunciation]]:
-        hypotheses = self.search(*sl.seq2seq.buckets.pad_to_longest(spelled), weights)
-        looked = hypotheses.kept["weights"] if weights else None
+        letters, lengths = sl.seq2seq.buckets.pad_to_longest(spelled)
+        hypotheses = self.search(letters, lengths, weights)
+        looked: Any = hypotheses.kept["weights"] if weights else None
         found = []
         for row, sequences in enumerate(hypotheses.to_lists()):
             found.append([

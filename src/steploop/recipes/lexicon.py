@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,8 @@ class Lexicon:
         """
         entries: dict[str, list[Phonemes]] = {}
         for number, line in enumerate(read(path).splitlines(), 1):
-            word, *phonemes = _fields(line) or [None]
+            fields: list[Any] = _fields(line) or [None]
+            word, *phonemes = fields
             if word is None:
                 continue
             if not phonemes or not word:

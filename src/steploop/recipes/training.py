@@ -53,7 +53,9 @@ class Clock:
     together: stop, validate, lower the learning rate.
     """
 
-    def __init__(self):
+    train_from: float  # when the last step began
+
+    def __init__(self) -> None:
         self.start({})
 
     def start(self, before: dict[str, float]) -> None:
@@ -125,10 +127,10 @@ class Training(L.LightningModule):
         self.since: float | None = None
         self.validate_every = processes.of_each(self.validate_every)[0]
 
-    def on_train_batch_start(self, *_) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self.clock.train_from = time.monotonic()
 
-    def on_train_batch_end(self, *_) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         self.clock.training += time.monotonic() - self.clock.train_from
         if self.progress() >= 1:
             self.trainer.should_stop = True
@@ -158,7 +160,7 @@ class Training(L.LightningModule):
     def trained_parameters(self) -> Any:
         return self.parameters()
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         settings = self.settings
         optimizer = torch.optim.AdamW(
             self.trained_parameters(),
@@ -211,7 +213,7 @@ class Keep(L.Callback):
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         self._save(trainer, LAST)
         values = [entry[module.criterion] for entry in module.history]
         if values[-1] == min(values):
@@ -256,21 +258,21 @@ class Show(L.Callback):
             disable=not console.is_terminal,
         )
 
-    def on_fit_start(self, trainer: L.Trainer, module: Training) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
         self.task = self.bar.add_task("training", total=1.0, loss="")
         self.bar.start()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: Training, outputs, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
         loss = f"loss {outputs['loss'].item():.3f}"
         self.bar.update(self.task, completed=module.progress(), loss=loss)
 
-    def on_validation_end(self, trainer: L.Trainer, module: Training) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         self.console.print(module.describe(module.history[-1]), highlight=False, soft_wrap=True)
 
-    def teardown(self, trainer: L.Trainer, module: Training, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
         self.bar.stop()
 
-    def on_exception(self, trainer: L.Trainer, module: Training, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
         self.bar.stop()
         if isinstance(exception, KeyboardInterrupt) and (self.folder / LAST).exists():
             self.console.print(f"Stopped. {self.folder / LAST} is kept: go on with --resume.")

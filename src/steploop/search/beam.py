@@ -70,11 +70,11 @@ class Beam(Search):
         super().__init__(model, start, end, max_steps, copies=size, first=first, **options)
         self.n_best, self.groups, self.diversity = n_best, groups, float(diversity)
         self.penalty: LengthPenalty = as_penalty(length_penalty)
-        self.coverage = coverage_options(coverage)
+        self.coverage: Any = coverage_options(coverage)  # (a weight, the name of what is looked at), or None
         self.most_ends = _ends_to_stop(stop, size)
         self.exact = stop == "exact" and self._bounded()
-        self.ends = None if self.most_ends is None else State(init=0, dtype=torch.int64)
-        self.covered = None if self.coverage is None else State(...)
+        self.ends: Any = None if self.most_ends is None else State(init=0, dtype=torch.int64)
+        self.covered: Any = None if self.coverage is None else State(...)
         looks = self._bounded() and (self.normalised or len(self.scorers) > 0)
         self.falling = State(init=True, dtype=torch.bool) if looks else None  # (B,) whether scores have only fallen
 

@@ -18,11 +18,14 @@ from typing import Any
 import torch
 
 from ...compiler.ir.graph import LoopProgram
+from ...errors import BuildError
 from .. import contract
 from . import products
-from .build import TRIAL, BuildError, begin, compiler, folder, problem, what_to_install, wide_vectors
+from .build import TRIAL, begin, compiler, problem, what_to_install, wide_vectors
+from .cache import folder
 from .comparing import comparison
 from .emit_expressions import CTYPES
+from .language import Program
 from .lower import lower
 from .runner import Runner
 from .stepper import Stepper
@@ -81,11 +84,11 @@ class Cpu(contract.Backend):
             for dtype in dtypes & CTYPES.keys():
                 products.under_way(dtype)
 
-    def stepper(self, runner: contract.Runner, *arguments: Any) -> Stepper:
+    def stepper(self, runner: Any, *arguments: Any) -> Stepper:
         return Stepper(runner, *arguments)
 
 
-def _lowered(loop: LoopProgram) -> tuple:
+def _lowered(loop: LoopProgram) -> tuple[Program | None, contract.Reasons]:
     """Lowered once: asking for reasons and compiling share the work."""
     found = getattr(loop, "_native", None)
     if found is None:

@@ -25,7 +25,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 BUILDING = ".build-"  # how the names of folders begin in which a build is under way
 LOCK = ".lock"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import sympy
 import torch
@@ -217,7 +218,7 @@ class ExpressionPrinter:
             self.line(f"{kind}_strided({pointer}, {size_text(stride)}, {value}, m);")
 
 
-def number(value: object, ctype: str) -> str:
+def number(value: Any, ctype: str) -> str:
     if isinstance(value, sympy.Basic):
         return size_text(value)
     if isinstance(value, float):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from .emit_expressions import CTYPES, ExpressionPrinter, number, size_text
 from .language import (
     Load,
+    Nested,
     Reduce,
     Routine,
     Scan,
@@ -87,14 +89,14 @@ class NestPrinter(ExpressionPrinter):
             self._finish(statement, sums[id(statement)])
         self._close(opened)
 
-    def _body(self, statement: Statement, sums: dict[int, str]) -> None:
+    def _body(self, statement: Nested, sums: dict[int, str]) -> None:
+        assert isinstance(statement, (Store, Reduce))
         value = self.value(statement.value)
         if isinstance(statement, Store):
             if id(statement) not in self.nest.silent:
                 self.save(statement.target, value)
             self.values[id(statement.target)] = value
             return
-        assert isinstance(statement, Reduce)
         total = sums[id(statement)]
         if statement.kind.startswith("arg"):
             self._better(statement, total, value)
@@ -151,16 +153,17 @@ class NestPrinter(ExpressionPrinter):
 
     def _across(self) -> None:
         """Vectors along the last axis that stays; the reduced axes are loops inside."""
+        statements: Any = self.nest.statements  # reductions
         opened = self._open(range(self.kept - 1))
         self._begin_span()
-        sums = {id(s): self._start(s) for s in self.nest.statements}
+        sums = {id(s): self._start(s) for s in statements}
         inner = self._open(range(self.kept, self.rank))
-        for statement in self.nest.statements:
+        for statement in statements:
             total = sums[id(statement)]
             value = self.value(statement.value)
             self.line(f"{total} = {_COMBINE[statement.kind].format(total, value)};")
         self._close(inner)
-        for statement in self.nest.statements:
+        for statement in statements:
             self.save(statement.target, sums[id(statement)])
         self._end_span()
         self._close(opened)

@@ -6,7 +6,7 @@ Sharing equal objects is what makes common subexpressions of a fused nest be com
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -57,6 +57,12 @@ class Expressions:
         if isinstance(expr, Const) and isinstance(expr.value, (bool, int, float)):
             return self.const(expr.value, expr.shape, dtype)
         return self.op("cast", [expr], dtype)
+
+    @overload
+    def view(self, expr: Load, change: View, memo: dict[int, Expr] | None = None) -> Load: ...
+
+    @overload
+    def view(self, expr: Expr, change: View, memo: dict[int, Expr] | None = None) -> Expr: ...
 
     def view(self, expr: Expr, change: View, memo: dict[int, Expr] | None = None) -> Expr:
         """`change` applied to every load of an expression."""

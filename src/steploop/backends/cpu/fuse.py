@@ -9,7 +9,9 @@ Products of sequences with weights wait for no state: they are made early, for s
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard, overload
 
 from . import geometry
 from .expressions import Expressions
@@ -19,6 +21,7 @@ from .language import (
     Expr,
     Iota,
     Load,
+    Nested,
     Product,
     Program,
     Reduce,
@@ -42,7 +45,7 @@ class Nest:
     """
 
     shape: tuple[Dim, ...]
-    statements: list[Statement]
+    statements: list[Nested]
     reduced: int = 0
     across: bool = False
     serial: bool = False
@@ -80,7 +83,7 @@ def fuse(program: Program) -> Plan:
     return Plan(program, early, phases, shared, local, _in_place(program, phases))
 
 
-def _is_early(statement: Statement) -> bool:
+def _is_early(statement: Statement) -> TypeGuard[Product]:
     if not isinstance(statement, Product):
         return False
     left = statement.left
@@ -92,7 +95,9 @@ def _in_place(program: Program, phases: list[Phase]) -> set[int]:
     order: list[tuple[int, Nest | None, Statement]] = []
     number = 0
     for phase in phases:
-        for group, statements in [(None, phase.products), *((nest, nest.statements) for nest in phase.nests)]:
+        groups: list[tuple[Nest | None, Sequence[Statement]]] = [(None, phase.products)]
+        groups += [(nest, nest.statements) for nest in phase.nests]
+        for group, statements in groups:
             number += 1
             order += [(number, group, statement) for statement in statements]
     return {
@@ -118,9 +123,9 @@ def _overwrites_nothing(order: list[tuple[int, Nest | None, Statement]], prev: B
     return True
 
 
-def _same_place(load: Load, store: Statement, nest: Nest) -> bool:
+def _same_place(load: Load, store: Statement, nest: Nest | None) -> bool:
     target = store.target
-    if load.at or nest.across or nest.serial or load.shape != target.shape:
+    if nest is None or load.at or nest.across or nest.serial or load.shape != target.shape:
         return False
     return load.strides == target.strides and same(load.offset, target.offset)
 
@@ -166,8 +171,16 @@ def _without_reduction(make: Expressions, statement: Statement) -> Statement:
     return Store(statement.target, value, line=statement.line)
 
 
+@overload
+def _pick(make: Expressions, expr: Load, axes: list[int]) -> Load: ...
+
+
+@overload
+def _pick(make: Expressions, expr: Expr, axes: list[int]) -> Expr: ...
+
+
 def _pick(make: Expressions, expr: Expr, axes: list[int]) -> Expr:
-    def change(shape: geometry.Shape, strides: geometry.Shape) -> tuple:
+    def change(shape: geometry.Shape, strides: geometry.Shape) -> tuple[geometry.Shape, geometry.Shape, Dim]:
         return tuple(shape[d] for d in axes), tuple(strides[d] for d in axes), 0
 
     return make.view(expr, change)
@@ -214,7 +227,7 @@ class _Placement:
     def _wrote(self, statement: Statement, level: int, nest: int) -> None:
         self.writers.setdefault(id(statement.target.buffer), []).append((statement, level, nest))
 
-    def _join(self, statement: Statement, level: int, first: int) -> int | None:
+    def _join(self, statement: Nested, level: int, first: int) -> int | None:
         """Puts the statement into a nest with its index space."""
         if isinstance(statement, (Scan, Scatter, Routine)):
             return None
@@ -241,7 +254,7 @@ def _schedule(statements: list[Statement]) -> list[Phase]:
     return phases
 
 
-def _nest(statement: Statement) -> Nest:
+def _nest(statement: Nested) -> Nest:
     if isinstance(statement, Routine):
         return Nest(statement.lead, [statement], serial=True)
     shape = statement.value.shape

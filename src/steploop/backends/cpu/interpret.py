@@ -6,7 +6,8 @@ compiled kernels, against torch on many graphs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -26,7 +27,7 @@ _REDUCE = {
     "all": lambda x: x.all(-1),
     "argmax": lambda x: x.argmax(-1), "argmin": lambda x: x.argmin(-1),
 }  # fmt: skip
-_ROUTINES = {**_LINALG, "largest_places": _largest_places}
+_ROUTINES: dict[str, Callable[..., Tensor]] = {**_LINALG, "largest_places": _largest_places}
 _SCAN = {"sum": torch.cumsum, "prod": torch.cumprod}
 
 
@@ -51,6 +52,7 @@ class Interpreter:
         """See `eager.Runner`; for schedules without `members` and batches along axis 0."""
         schedule = span.schedule
         states = [s.clone() for s in states]
+        back: Any = reset_to
         kept: list[list[Tensor]] = [[] for _ in self.program.kept]
         steps = range(span.start, span.stop)
         for p in reversed(steps) if down else steps:
@@ -60,7 +62,7 @@ class Interpreter:
             if schedule.resets is not None and reset_to is not None:
                 flags = schedule.resets[schedule.offsets[p] : schedule.offsets[p] + rows]
             if flags is not None and not down:
-                _reset(states, reset_to, flags)
+                _reset(states, back, flags)
             memory = self._memory(inputs, states, rows, at)
             one = Step(memory, rows, sizes)
             for statement in self.statements:
@@ -69,7 +71,7 @@ class Interpreter:
                 if after in memory:
                     state[:rows] = memory[after].view(rows, *state.shape[1:])
             if flags is not None and down:
-                _reset(states, reset_to, flags)
+                _reset(states, back, flags)
             for found, buffer in zip(kept, self.program.kept):
                 found.append(memory[buffer])
         return states, [self._join(k, b, down, sizes) for k, b in zip(kept, self.program.kept)]

@@ -98,7 +98,7 @@ Expr = Union[Const, Load, Iota, Op]  # noqa: UP007
 
 
 @dataclass(eq=False)
-class Statement:
+class _Statement:
     """`target` is where the result goes: a load's geometry, used for writing."""
 
     target: Load
@@ -106,12 +106,12 @@ class Statement:
 
 
 @dataclass(eq=False)
-class Store(Statement):
+class Store(_Statement):
     value: Expr
 
 
 @dataclass(eq=False)
-class Reduce(Statement):
+class Reduce(_Statement):
     """Reduces the last `axes` axes of `value`; `target.shape` has those before them."""
 
     kind: str
@@ -120,7 +120,7 @@ class Reduce(Statement):
 
 
 @dataclass(eq=False)
-class Product(Statement):
+class Product(_Statement):
     """(M, K) @ (K, N): `left` has such a matrix per row of the batch, `right` is one "once" input for all."""
 
     left: Load
@@ -128,7 +128,7 @@ class Product(Statement):
 
 
 @dataclass(eq=False)
-class Scan(Statement):
+class Scan(_Statement):
     """Runs along the last axis; kind "sum" or "prod"."""
 
     kind: str
@@ -136,7 +136,7 @@ class Scan(Statement):
 
 
 @dataclass(eq=False)
-class Scatter(Statement):
+class Scatter(_Statement):
     """target has an `at` whose index expressions have the shape of `value`; later writes win."""
 
     value: Expr
@@ -144,7 +144,7 @@ class Scatter(Statement):
 
 
 @dataclass(eq=False)
-class Routine(Statement):
+class Routine(_Statement):
     """A routine of kernels/linalg.h or largest.h on small matrices, one after the other.
 
     operands: (*lead, rows, columns) each, `lead` being all axes of the target but its last, which holds the results of
@@ -159,6 +159,10 @@ class Routine(Statement):
     @property
     def lead(self) -> tuple[Dim, ...]:
         return self.target.shape[:-1]
+
+
+Nested = Union[Store, Reduce, Scan, Scatter, Routine]  # noqa: UP007  (what loop nests do)
+Statement = Union[Nested, Product]  # noqa: UP007
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -36,28 +37,22 @@ from .language import (
     product,
     same,
     whole,
-)
+)  # fmt: skip
 from .reserved import reserved
 
 DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
+    torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 
 Lowered = Any  # Expr or a tuple of them
 TABLE: dict[str, Callable[[Lowering, fx.Node], Lowered]] = {}
+_Rule = TypeVar("_Rule", bound="Callable[[Lowering, fx.Node], Lowered]")
 
 
-def lowers(*names: str) -> Callable[[Callable], Callable]:
+def lowers(*names: str) -> Callable[[_Rule], _Rule]:
     """Registers the lowering of ATen packets."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: _Rule) -> _Rule:
         for name in names:
             TABLE[name] = function
         return function
@@ -79,7 +74,7 @@ class Lowering:
         self.values: dict[fx.Node, Lowered] = {}
         self.reasons: list[tuple[str, str]] = []
         self.pieces: dict[int, list[Load]] = {}  # load of a concatenation -> where its parts were written
-        self.routines: dict[tuple, Load] = {}  # what a routine works on -> where its results are
+        self.routines: dict[tuple[Any, ...], Load] = {}  # what a routine works on -> where its results are
         self._symbols: set[sympy.Symbol] = set()
         self._taken: set[str] = set()
         self._line = ""
@@ -267,7 +262,7 @@ class Lowering:
         self.program.inputs = [None] * len(self.loop.inputs)  # type: ignore[list-item]
         self.program.prevs = [None] * len(self.loop.prevs)  # type: ignore[list-item]
         for node, (index, place) in placed.items():
-            self._guarded(node, lambda n=node, i=index, p=place: self._input(n, i, p))
+            self._guarded(node, partial(self._input, node, index, place))
 
     def _input(self, node: fx.Node, index: int, place: str) -> None:
         self.check_dtype(node.meta["val"])
@@ -318,7 +313,7 @@ class Lowering:
         given, wanted = value, node.meta["val"]
         pairs = zip(given, wanted) if isinstance(given, (tuple, list)) else [(given, wanted)]
         for found, like in pairs:
-            if isinstance(found, Expr) and isinstance(like, Tensor):
+            if isinstance(found, (Const, Load, Iota, Op)) and isinstance(like, Tensor):
                 if found.dtype != like.dtype or not same_shape(found.shape, self.sizes(like.shape)):
                     raise Unsupported(f"no native form of {node.target}".replace(".default", ""))
 
@@ -362,9 +357,9 @@ class Lowering:
 
     def _results(self) -> None:
         for index, (prev, node) in enumerate(zip(self.loop.prevs, self.loop.nexts)):
-            self._guarded(node, lambda i=index, p=prev, n=node: self._next(i, p, n))
+            self._guarded(node, partial(self._next, index, prev, node))
         for index, node in enumerate(self.loop.kept):
-            self._guarded(node, lambda i=index, n=node: self._keep(i, n))
+            self._guarded(node, partial(self._keep, index, node))
 
     def _next(self, index: int, prev: fx.Node, node: fx.Node) -> None:
         before = self.program.prevs[index]

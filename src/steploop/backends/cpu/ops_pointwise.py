@@ -32,9 +32,12 @@ _UNARY = (
 
 
 class Point:
-    """Builds the value of one pointwise node: arguments broadcast to its shape, operations as methods."""
+    """Builds the value of one pointwise node: arguments broadcast to its shape, operations as methods.
 
-    def __init__(self, low: Lowering, node: fx.Node, shape: Any = None, dtype: torch.dtype | None = None):
+    node: None where shape and dtype are given.
+    """
+
+    def __init__(self, low: Lowering, node: Any, shape: Any = None, dtype: torch.dtype | None = None):
         self.low, self.node = low, node
         self.shape = low.shape(node) if shape is None else shape
         self.dtype = node.meta["val"].dtype if dtype is None else dtype

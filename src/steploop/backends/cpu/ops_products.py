@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import fx
 
@@ -13,7 +13,7 @@ from .lowering import Lowering, lowers
 from .ops_pointwise import Point, node_arg
 
 
-def is_weight(expr: Any) -> bool:
+def is_weight(expr: Any) -> TypeGuard[Load]:
     """Whether a matrix stands still: a view of an input that is the same for all rows and steps."""
     return isinstance(expr, Load) and expr.buffer.place == "once" and not expr.buffer.rows and not expr.at
 
@@ -22,7 +22,7 @@ def varies(expr: Any) -> bool:
     return not is_weight(expr)
 
 
-def matmul(low: Lowering, left: Expr, right: Expr) -> Load:
+def matmul(low: Lowering, left: Expr, right: Expr) -> Expr:
     """(M, K) @ (K, N) of one row."""
     if is_weight(right) and varies(left):
         return weighted(low, left, right)
@@ -33,7 +33,8 @@ def matmul(low: Lowering, left: Expr, right: Expr) -> Load:
     return contract(low, left, right)
 
 
-def weighted(low: Lowering, left: Expr, right: Load) -> Load:
+def weighted(low: Lowering, left: Expr, right: Any) -> Load:
+    """right: a load, of a weight."""
     rows, inner = left.shape
     left = low.realise(left)
     if not isinstance(left, Load) or not (same(left.strides[1], 1) or same(inner, 1)):

@@ -93,8 +93,8 @@ class Runner(contract.Runner):
         self._building = begin(prelude() + "\n" + self._canonical)
         return self
 
-    @property
-    def building(self) -> bool:
+    @property  # (an attribute that has to be worked out)
+    def building(self) -> bool:  # type: ignore[override]
         return self._building is not None and not self._building.done()
 
     def settle(self) -> None:
@@ -109,7 +109,7 @@ class Runner(contract.Runner):
         self._building = None
 
     @property
-    def product(self) -> products.LongProduct | None:
+    def product(self) -> products.LongProduct | None:  # type: ignore[override]
         self.settle()
         return self._product
 
@@ -131,8 +131,8 @@ class Runner(contract.Runner):
             if self._eager is None:
                 self._eager = eager.Runner(self.loop)
             packed = [v.cut(span) if isinstance(v, Unpacked) else v for v in inputs]
-            after, kept = self._eager(packed, states, reset_to, span, down, sizes)
-            return after, [m.put(span, k) if isinstance(m, Unpacked) else k for k, m in zip(kept, into or kept)]
+            last, made = self._eager(packed, states, reset_to, span, down, sizes)
+            return last, [m.put(span, k) if isinstance(m, Unpacked) else k for k, m in zip(made, into or made)]
         batched = self.loop.batch is not None
         batch = schedule.batch if batched else 1
         full = schedule.full or not batched
@@ -140,7 +140,7 @@ class Runner(contract.Runner):
         given, places = self._laid_out(inputs, span)
         before = [in_memory(s) for s in states]
         resets = schedule.resets if reset_to is not None else None
-        back = before if resets is None else [in_memory(r) for r in reset_to]
+        back = before if resets is None or reset_to is None else [in_memory(r) for r in reset_to]
         after = [torch.empty_like(s) if full and total else s.clone() for s in before]
         into = into or [None] * len(self._kept_rows)
         kept = [
@@ -151,7 +151,8 @@ class Runner(contract.Runner):
         if batch and total:
             numbers = self._numbers(span, batch, full, down, sizes)
             memory = [k.values if isinstance(k, Unpacked) else k for k in kept]
-            source = [schedule.source.data_ptr() if isinstance(k, Unpacked) else None for k in kept]
+            caller: Any = schedule.source
+            source = [caller.data_ptr() if isinstance(k, Unpacked) else None for k in kept]
             places += [place for place, rows in zip(source, self._kept_in_rows) if rows]
             self._call([*given, *before, *back, *after, *memory, *tables, resets], places, numbers, sizes)
         return after, [k if isinstance(k, Unpacked) else self._shaped(k, r) for k, r in zip(kept, self._kept_rows)]
@@ -168,7 +169,8 @@ class Runner(contract.Runner):
             place = None
             if isinstance(value, Unpacked):
                 if rows and arrange is in_memory and value.values.is_contiguous() and not value.values.is_neg():
-                    value, place = value.values, span.schedule.source.data_ptr()
+                    source: Any = span.schedule.source
+                    value, place = value.values, source.data_ptr()
                 else:
                     value = value.cut(span)
             given.append(value if place else arrange(value))
@@ -247,16 +249,18 @@ def in_memory(value: Tensor) -> Tensor:
     return value.contiguous().resolve_neg()
 
 
-def no_memory(value: Tensor) -> None:
-    """For an address that is null: right for a tensor without numbers, and no others."""
+def no_memory(value: Tensor) -> int:
+    """0, for an address that is null: right for a tensor without numbers, and no others."""
     if value.numel():
         raise InputError(without_memory(value))
+    return 0
 
 
 def _arrangement(rows: Rows | None, buffer: Buffer) -> Callable[[Tensor], Tensor]:
     """Lays out an input as the kernel wants it: rows first, each row's numbers together."""
-    if buffer.order is not None:
-        return lambda value: in_memory(value.permute(buffer.order))
+    order = buffer.order
+    if order is not None:
+        return lambda value: in_memory(value.permute(order))
     if rows is None or (rows.dim == 0 and rows.outer == 1):
         return in_memory
 
@@ -269,7 +273,7 @@ def _arrangement(rows: Rows | None, buffer: Buffer) -> Callable[[Tensor], Tensor
     return move
 
 
-def _tables(schedule: object) -> tuple[Tensor, Tensor]:
+def _tables(schedule: Any) -> tuple[Tensor, Tensor]:
     """The rows and first packed row of every step, as arrays; kept with the schedule."""
     found = getattr(schedule, "_native_tables", None)
     if found is None:

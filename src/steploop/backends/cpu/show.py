@@ -11,6 +11,7 @@ from .language import (
     Expr,
     Iota,
     Load,
+    Nested,
     Op,
     Product,
     Reduce,
@@ -78,7 +79,7 @@ def _nest(nest: Nest) -> list[str]:
     return [head, *(f"    {_statement(s, nest)}" for s in nest.statements)]
 
 
-def _statement(s: Statement, nest: Nest) -> str:
+def _statement(s: Nested, nest: Nest) -> str:
     if isinstance(s, Routine):
         operands = ", ".join(map(_place, s.operands))
         return f"{_place(s.target)} = {s.name}<{', '.join(map(str, s.options))}>({operands}){_at(s)}"

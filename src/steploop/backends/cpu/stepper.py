@@ -16,7 +16,9 @@ from .emit_call import NUMBERS, TAIL
 from .runner import Runner, first_of_tail, in_memory, no_memory
 
 try:
-    from torch._C._dynamo.guards import _empty_strided_cpu as empty_strided  # a third of a microsecond less
+    from torch._C._dynamo.guards import (  # type: ignore[attr-defined]
+        _empty_strided_cpu as empty_strided,  # a third of a microsecond less
+    )
 except ImportError:
     empty_strided = None
 
@@ -63,7 +65,8 @@ class Stepper:
         for table in self._tables:
             table.pointers[at : at + len(last)] = last
         self.set_constants(constants)
-        self._states, self._own = states, [[], []]
+        self._states = states
+        self._own: list[list[Tensor]] = [[], []]
         self.run = self._written(runner, xs, states, outputs, kept)
 
     def fork(self) -> Stepper:
@@ -78,7 +81,7 @@ class Stepper:
         for i, value in enumerate(self.held):
             if value is not None:
                 for table in self._tables:
-                    table.pointers[i] = value.data_ptr() or no_memory(value) or 0
+                    table.pointers[i] = value.data_ptr() or no_memory(value)
 
     def arranged(self, constants: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The values that do not change, as they lie in memory for the kernel."""
@@ -103,7 +106,7 @@ class Stepper:
         known: dict[str, Any] = {
             "kernel": runner._kernel, "entry": threads.entry, "own": self._own, "take": self._take,
             "tables": self._tables, "torch": torch, "numbers": ctypes.addressof(self._numbers),
-            "none": lambda tensor: no_memory(tensor) or 0, "put_back": comparing.putting_back(),
+            "none": no_memory, "put_back": comparing.putting_back(),
         }  # fmt: skip
         first, count = self._first, self._count
         resets = first_of_tail(runner.program) + TAIL.index("resets")
@@ -161,7 +164,7 @@ class _Table:
     def between(self, pointer: int, count: int, place: int, old: Tensor, new: Tensor) -> None:
         """A state goes from one memory to another. pointer: that of its old value; `count` further on stands the place
         for what it is reset to, which must hold something where nothing is reset, then that of its new value."""
-        before = old.data_ptr() or no_memory(old) or 0
+        before = old.data_ptr() or no_memory(old)
         self.pointers[pointer] = self.pointers[pointer + count] = before
         self.pointers[pointer + 2 * count] = after = new.data_ptr()
         at = 3 * (self._outputs + place)

@@ -145,8 +145,8 @@ class StepGraph:
     captured: list[fx.Node]
     outputs: list[fx.Node]
     nexts: list[fx.Node]
-    ct_outputs: list[fx.Node | None] = field(default_factory=list)
-    ct_nexts: list[fx.Node | None] = field(default_factory=list)
+    ct_outputs: list[fx.Node] = field(default_factory=list)
+    ct_nexts: list[fx.Node] = field(default_factory=list)
     grad_xs: list[fx.Node | None] = field(default_factory=list)
     grad_constants: list[fx.Node | None] = field(default_factory=list)
     grad_prevs: list[fx.Node | None] = field(default_factory=list)

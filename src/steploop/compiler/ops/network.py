@@ -44,7 +44,7 @@ def _backward_in_three(count: int, mask_at: int, verb: str) -> Rule:
     return rule
 
 
-def _batch_norm_backward(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]:
+def _batch_norm_backward(node: fx.Node, batch: sympy.Symbol) -> Axis | tuple[Axis, ...]:
     if node.args[7]:
         raise Mixed("normalises over the rows of the batch")
     return _backward_in_three(2, 9, "normalises")(node, batch)
@@ -53,7 +53,7 @@ def _batch_norm_backward(node: fx.Node, batch: sympy.Symbol) -> tuple[Axis, ...]
 def _unreduced(reduction_at: int) -> Rule:
     """Losses: element by element with reduction="none", across the batch otherwise."""
 
-    def rule(node: fx.Node, batch: sympy.Symbol) -> Axis:
+    def rule(node: fx.Node, batch: sympy.Symbol) -> Axis | tuple[Axis, ...]:
         default = node.kwargs.get("reduction", 1)
         if (node.args[reduction_at] if reduction_at < len(node.args) else default) != 0:
             raise Mixed("reduces over the rows of the batch")

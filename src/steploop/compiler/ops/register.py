@@ -40,8 +40,8 @@ def register(
         )
     _check_groups(name, max(len(o._schema.arguments) for o in overloads), linear)
     groups = tuple(tuple(group) for group in linear)
-    facts = {"rows": _ROWS[rows], "pointwise": rows == "pointwise", "linear": groups, "written_as": written_as}
-    put(name, Operation(name, **facts))
+    alone = rows == "pointwise"
+    put(name, Operation(name, rows=_ROWS[rows], pointwise=alone, linear=groups, written_as=written_as))
 
 
 def _packet_of(operation: Any) -> Any:

@@ -42,7 +42,7 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 def aligned(nodes: list[fx.Node], rank: int) -> Rows:
     """The common batch axis of values that are broadcast against each other."""
-    found = None
+    found: Any = None
     for n in nodes:
         rows = n.meta["rows"]
         if rows is None:
@@ -117,7 +117,7 @@ def along(dim_at: int = 1, name: str = "dim", results: int = 1, default: int | N
         operands = [n for n in tensor_inputs(node) if n.meta["rows"] is not None]
         rank = len(shape_of(operands[0]))
         rows = aligned(operands, rank)
-        dims = node.args[dim_at] if dim_at < len(node.args) else node.kwargs.get(name, default)
+        dims: Any = node.args[dim_at] if dim_at < len(node.args) else node.kwargs.get(name, default)
         if dims is None or (name == "dims" and not dims):  # roll takes all axes as one then
             raise Mixed("works along all axes")
         for dim in dims if isinstance(dims, (list, tuple)) else [dims]:

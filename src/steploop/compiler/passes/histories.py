@@ -306,7 +306,9 @@ def _transposed(node: fx.Node) -> list[Any]:
     return [a, c, b]
 
 
-def _product_call(before: fx.Node, kind: Callable, like: fx.Node, shape: Sequence[Any], *args: Any) -> fx.Node:
+def _product_call(
+    before: fx.Node, kind: Callable[..., Any], like: fx.Node, shape: Sequence[Any], *args: Any
+) -> fx.Node:
     with before.graph.inserting_before(before):
         node = before.graph.call_function(kind, args)
     value = like.meta["val"]
@@ -314,7 +316,7 @@ def _product_call(before: fx.Node, kind: Callable, like: fx.Node, shape: Sequenc
     return node
 
 
-def _fake(like: Tensor, shape: Sequence[Any]) -> Tensor:
+def _fake(like: Any, shape: Sequence[Any]) -> Tensor:
     """A fake tensor of another shape."""
     mode = like.fake_mode
     sizes = [s if isinstance(s, int) else mode.shape_env.create_symintnode(s, hint=None) for s in shape]
@@ -357,8 +359,10 @@ def _rewrite(step: StepGraph, found: _Found) -> MemoryCall:
     return made
 
 
-def _rewrite_backward(step: StepGraph, found: _Found, made: MemoryCall, parts: dict, layout: Callable) -> None:
-    old = found.backward
+def _rewrite_backward(
+    step: StepGraph, found: _Found, made: MemoryCall, parts: dict[int, fx.Node], layout: Callable[..., Any]
+) -> None:
+    old: Any = found.backward
     total = None
     for term in found.terms:
         part = term.build(old, parts[1], parts[2], *layout(term))

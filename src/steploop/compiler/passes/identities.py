@@ -25,7 +25,8 @@ def remove_identities(step: StepGraph) -> None:
 
 
 def _same_as(node: fx.Node) -> fx.Node | None:
-    node.target = _PLAIN_FORMS.get(node.target, node.target)
+    plain: Any = _PLAIN_FORMS.get(node.target, node.target)
+    node.target = plain
     target, args = node.target, node.args
     if target is aten.copy.default:
         return _copied(node)
@@ -40,7 +41,8 @@ def _same_as(node: fx.Node) -> fx.Node | None:
             return source
         if target is not aten.expand.default:
             if -1 in args[1]:  # no rows at all leave it open what -1 stands for
-                args = node.args = (source, [s if isinstance(s, int) else Size(s) for s in shape_of(node)])
+                shape: list[Any] = [s if isinstance(s, int) else Size(s) for s in shape_of(node)]
+                args = node.args = (source, shape)
             node.target = aten.view.default if target is not aten.reshape.default else target
             if source.target is aten.view.default and target is not aten.reshape.default:
                 node.args = (source.args[0], args[1])
@@ -53,7 +55,7 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     if target is aten.slice.Tensor and shape_of(args[0]) == shape_of(node):
         return args[0] if argument(node, 4, "step", 1) == 1 else None
     if target is aten.slice_scatter.default:
-        _end_where_the_axis_ends(node)
+        _within_the_axis(node)
         if shape_of(args[0]) == shape_of(args[1]):
             return args[1]
     if target is aten.slice_backward.default and shape_of(args[0]) == shape_of(node):
@@ -65,13 +67,22 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _end_where_the_axis_ends(node: fx.Node) -> None:
-    """`x[2:]` has the largest number there is for its end, with which torch's vmap can't compute."""
-    dim, end = argument(node, 2, "dim", 0), argument(node, 4, "end", None)
-    if end is not None and isinstance(end, int) and end >= _END:
-        start, step = argument(node, 3, "start", None), argument(node, 5, "step", 1)
-        size = sizes_of(node.meta["val"].shape)[dim]
-        node.args, node.kwargs = (*node.args[:2], dim, 0 if start is None else start, size, step), {}
+def _within_the_axis(node: fx.Node) -> None:
+    """Where to write as places of the axis: `x[2:]` has the largest number there is for its end, `x[-2:]` a start that
+    counts from the end, and torch's vmap computes with them as they are."""
+    dim, step = argument(node, 2, "dim", 0), argument(node, 5, "step", 1)
+    start, end = argument(node, 3, "start", None), argument(node, 4, "end", None)
+    size = sizes_of(node.meta["val"].shape)[dim]
+    if isinstance(size, int):
+        start, end, _ = slice(start, end).indices(size) if _numbers(start, end) else (start, end, 1)
+    elif isinstance(end, int) and end >= _END:
+        end = size
+    start, end = 0 if start is None else start, size if end is None else end
+    node.args, node.kwargs = (*node.args[:2], dim, start, end, step), {}
+
+
+def _numbers(*values: Any) -> bool:
+    return all(value is None or isinstance(value, int) for value in values)
 
 
 _PLAIN_FORMS = {

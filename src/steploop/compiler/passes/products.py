@@ -20,8 +20,8 @@ def expose_products(step: StepGraph) -> None:
         if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1 or len(node.args) > 3:
             continue
         bias, a, b = node.args
-        product = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
-        product = call(node, product, a, b)
+        kind = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
+        product = call(node, kind, a, b)
         replace(step, node, call(node, aten.add.Tensor, product, bias))
     for node in calls(step, aten.linear.default):
         if len(shape_of(node.args[0])) == 2:
@@ -48,9 +48,10 @@ def _split_sum(step: StepGraph, node: fx.Node, in_loop: set[fx.Node]) -> bool:
     parts = _columns(left)
     if parts is None or all(p in in_loop for p in parts):
         return False
-    total, start = None, 0
-    for _, run in groupby(parts, key=in_loop.__contains__):
-        run = list(run)
+    total: Any = None
+    start = 0
+    for _, group in groupby(parts, key=in_loop.__contains__):
+        run = list(group)
         width = sum(shape_of(p)[1] for p in run)
         joined = run[0] if len(run) == 1 else call(node, aten.cat.default, run, 1)
         weight = call(node, aten.slice.Tensor, right, 0, start, start + width)
@@ -184,7 +185,7 @@ def _continues(node: fx.Node, in_loop: set[fx.Node]) -> bool:
 
 
 def _terms(node: fx.Node, in_loop: set[fx.Node]) -> list[fx.Node]:
-    terms = []
+    terms: list[fx.Node] = []
     for part in node.args:
         inner = _plain_sum(part) and len(part.users) == 1 and part.args[0] is not part.args[1]
         terms.extend(_terms(part, in_loop) if inner else [part])

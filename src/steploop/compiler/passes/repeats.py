@@ -114,7 +114,10 @@ def _of_one(
         fits = fits and _divides(found, 1)
         return Size(found)
 
-    changed = fx.node.map_aggregate(arguments, lambda a: lone[a][0] if a in lone else size(a))
+    def of_one(argument: Any) -> Any:
+        return lone[argument][0] if argument in lone else size(argument)
+
+    changed = fx.node.map_aggregate(arguments, of_one)
     return changed if fits else (None, None)
 
 

@@ -100,15 +100,18 @@ class AttentionStep(Step):
 
     def tf_variables(self, scope: str) -> Iterator[Variable]:
         for head in range(self.num_heads):
-            part = self._columns(head)
-            yield Variable(joined(scope, f"AttnW_{head}"), self.attention_kernel, lambda t, p=part: t[None, None, :, p])
-            yield Variable(joined(scope, f"AttnV_{head}"), self.attention_v, lambda t, h=head: t[h])
-            name = joined(scope, f"Attention_{head}")
-            yield Variable(joined(name, "kernel"), self.query.kernel, lambda t, p=part: t[:, p])
-            yield Variable(joined(name, "bias"), self.query.bias, lambda t, p=part: t[p])
+            yield from self._variables_of_head(head, scope)
         yield from self.input_projection.tf_variables(scope)
         yield from self.output_projection.tf_variables(joined(scope, "AttnOutputProjection"))
         yield from variables_of(self.cell, scope)
+
+    def _variables_of_head(self, head: int, scope: str) -> Iterator[Variable]:
+        part = self._columns(head)
+        yield Variable(joined(scope, f"AttnW_{head}"), self.attention_kernel, lambda t: t[None, None, :, part])
+        yield Variable(joined(scope, f"AttnV_{head}"), self.attention_v, lambda t: t[head])
+        name = joined(scope, f"Attention_{head}")
+        yield Variable(joined(name, "kernel"), self.query.kernel, lambda t: t[:, part])
+        yield Variable(joined(name, "bias"), self.query.bias, lambda t: t[part])
 
 
 class _Attends(Decoder):
@@ -159,7 +162,7 @@ class _Attends(Decoder):
     def cell(self) -> Step:
         return self.attention_step.cell
 
-    def start(self, inputs: Tensor, initial_state: Any, states: Any, lengths: Any) -> tuple[list, dict]:
+    def start(self, inputs: Tensor, initial_state: Any, states: Any, lengths: Any) -> tuple[list[Any], dict[str, Any]]:
         """The States' values before the first step, and the constants of the loop."""
         if not len(inputs):
             raise InputError(
@@ -211,6 +214,8 @@ class AttentionDecoder(_Attends):
     Raises InputError for no inputs, fewer heads than one, an attention_size that is not given, attention_states
     of another; and as RNNDecoder.
     """
+
+    one_step: AttentionStep
 
     def __init__(
         self,
@@ -301,7 +306,8 @@ class EmbeddingAttentionDecoder(LabelDecoder, _Attends):
 
     @property
     def attention_step(self) -> AttentionStep:
-        return self.one_step.cell
+        step: Any = self.one_step.cell
+        return step
 
     def forward(
         self,

@@ -148,7 +148,7 @@ class Decoder(Model):
         return [f"cell.{name}" for name in names]
 
     def _numbers(self, inputs: Tensor) -> tuple[tuple[Tensor, ...], int | None]:
-        return (numbers_of_next_steps(*inputs.shape[:2], inputs.device),), None
+        return (numbers_of_next_steps(inputs.shape[0], inputs.shape[1], inputs.device),), None
 
     @property
     def cell(self) -> Step:
@@ -224,7 +224,8 @@ class LabelDecoder(Decoder):
     @property
     def output_projection(self) -> Projection | None:
         """(W, B), or None. It is the caller's: no parameter of this module."""
-        return self._feeding[0].projection
+        feeding: Any = self._feeding[0]
+        return feeding.projection
 
     def fed_when(self, feed: bool | Tensor | None, update: bool | None) -> FeedPrevious | None:
         """The Step that feeds labels back, or None; arguments of a call, None where it leaves them to the module."""

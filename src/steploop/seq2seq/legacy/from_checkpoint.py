@@ -186,7 +186,7 @@ def _rnn_decoder(scope: _Scope, options: dict[str, Any]) -> Model:
 def _basic(scope: _Scope, options: dict[str, Any]) -> Model:
     options = _no_placeholder(options)
     encoder, decoder = scope("rnn"), scope("rnn_decoder")
-    sizes = {"input_size": _input_size(decoder), "encoder_input_size": _input_size(encoder)}
+    sizes: dict[str, Any] = {"input_size": _input_size(decoder), "encoder_input_size": _input_size(encoder)}
     return BasicRNNSeq2Seq(cell_of(decoder), **sizes, **options)
 
 
@@ -198,7 +198,8 @@ def _tied(scope: _Scope, options: dict[str, Any]) -> Model:
 
 def _embedding_rnn_decoder(scope: _Scope, options: dict[str, Any]) -> Model:
     options = _no_placeholder(options)
-    return EmbeddingRNNDecoder(cell_of(scope("rnn_decoder")), *scope.shape("embedding", 2), **options)
+    labels, size = scope.shape("embedding", 2)
+    return EmbeddingRNNDecoder(cell_of(scope("rnn_decoder")), labels, size, **options)
 
 
 def _embedding_rnn(scope: _Scope, options: dict[str, Any]) -> Model:
@@ -218,7 +219,7 @@ def _embedding_tied(scope: _Scope, options: dict[str, Any]) -> Model:
     return EmbeddingTiedRNNSeq2Seq(cell, labels, size, **options)
 
 
-def _attention_sizes(scope: _Scope) -> dict[str, int]:
+def _attention_sizes(scope: _Scope) -> dict[str, Any]:
     heads = sum(re.fullmatch(r"AttnV_\d+", name) is not None for name in scope.first())
     size = scope.shape("AttnV_0", 1)[0]
     output = scope.shape("AttnOutputProjection/kernel", 2)[1]
@@ -232,8 +233,9 @@ def _attention_decoder(scope: _Scope, options: dict[str, Any]) -> Model:
 
 
 def _embedding_attention_decoder(scope: _Scope, options: dict[str, Any]) -> Model:
-    inside, embedding, options = scope("attention_decoder"), scope.shape("embedding", 2), _no_placeholder(options)
-    return EmbeddingAttentionDecoder(cell_of(inside), *embedding, **_attention_sizes(inside), **options)
+    inside, options = scope("attention_decoder"), _no_placeholder(options)
+    labels, size = scope.shape("embedding", 2)
+    return EmbeddingAttentionDecoder(cell_of(inside), labels, size, **_attention_sizes(inside), **options)
 
 
 def _embedding_attention(scope: _Scope, options: dict[str, Any]) -> Model:
