@@ -10,6 +10,7 @@ from pathlib import Path
 import devices
 import pytest
 import torch
+from pairs import left_out
 from spans import cut_time
 from toy_backend import Toy
 
@@ -35,6 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--long"):
         return
+    fewer = left_out(items)
+    config.hook.pytest_deselected(items=[item for item in items if item in fewer])
+    items[:] = [item for item in items if item not in fewer]
     skip = pytest.mark.skip(reason="long: only with --long")
     for item in items:
         if "long" in item.keywords:
@@ -73,8 +77,13 @@ def _same_random_numbers() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_captures_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of other tests that are not collected yet serve no step of this one: tests count captures."""
+def _no_captures_of_other_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of other tests that are not collected yet serve no step of this one: tests count captures.
+
+    Where a test is marked `shared_captures` equal steps of several tests serve each other, as they do for users.
+    """
+    if request.node.get_closest_marker("shared_captures"):
+        return
     monkeypatch.setattr(capture_store, "_BY_CLASS", weakref.WeakKeyDictionary())
 
 

@@ -16,6 +16,8 @@ from torch import nn
 import steploop as sl
 from steploop.nn.attention.monotonic import expected_stop
 
+pytestmark = [pytest.mark.pairs, pytest.mark.shared_captures]
+
 T, B, INPUT, HIDDEN = 5, 4, 3, 6
 SIZES = (4, 1, 7)
 MEMORIES = ("all", "lengths", "mask", "both")

@@ -16,6 +16,8 @@ from plain_loop import plain_loop
 
 import steploop as sl
 
+pytestmark = pytest.mark.pairs
+
 IDS = [case.name for case in CASES]
 
 

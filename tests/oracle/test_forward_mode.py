@@ -17,6 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import steploop as sl
 
+pytestmark = pytest.mark.pairs
+
 T, B, I, H = 4, 2, 3, 3
 GLOBAL = torch.ones(H)
 

@@ -12,6 +12,8 @@ from torch import nn
 import steploop as sl
 from steploop.compiler import pipeline, replay
 
+pytestmark = pytest.mark.pairs
+
 HEADS, D, INPUT = 2, 24, 5  # a state of 2 * 24 * 24 numbers: wide
 
 

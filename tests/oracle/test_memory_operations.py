@@ -21,6 +21,8 @@ from agree import agree, situations
 from compiled_backends import COMPILED, may_decline
 from memory_cases import CASES, FIRST, Case
 
+pytestmark = [pytest.mark.pairs, pytest.mark.shared_captures]
+
 STEPS, BATCH = 7, 3
 LENGTHS = torch.tensor([7, 4, 0])
 HOLES = torch.tensor(

@@ -17,6 +17,8 @@ from steploop.compiler.ir.graph import op_name
 from steploop.compiler.schedule import make_schedule
 from steploop.compiler.span import Span, Unpacked
 
+pytestmark = pytest.mark.pairs
+
 
 @pytest.fixture(autouse=True, params=["tiles", "team"])
 def sharing(request, monkeypatch):

@@ -9,6 +9,8 @@ import steploop as sl
 from steploop.backends import cpu, eager
 from steploop.compiler.schedule import make_schedule
 
+pytestmark = pytest.mark.pairs
+
 T, B, H, N = 4, 3, 4, 6
 TABLE = torch.randn(N, H, generator=torch.Generator().manual_seed(0))
 

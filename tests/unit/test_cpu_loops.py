@@ -17,6 +17,8 @@ from steploop.backends.cpu import runner as native
 from steploop.compiler.schedule import make_schedule
 from steploop.compiler.span import Span
 
+pytestmark = pytest.mark.pairs
+
 T, B, H = 6, 9, 21
 
 
