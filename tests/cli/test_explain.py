@@ -102,6 +102,7 @@ def test_as_json_and_as_a_page(steploop, file, tmp_path):
         ("{file}:Leaky", ("--input", "2,2,2"), "missing 2 required positional arguments"),
         ("{file}:Leaky", ("--init", "8, x", "--input", "2,2,2"), "--init takes Python literals"),
         ("{file}:Leaky", ("--init", "8, 16", "--input", "T,B,I"), "--input takes a shape such as"),
+        ("{file}:Leaky", ("--init", "8, 16", "--input", "99999999999,99999999,3"), "does not fit into memory"),
         ("{file}no.py:Leaky", ("--input", "2,2,2"), "No such file"),
         ("Leaky", ("--input", "2,2,2"), "Expected FILE.py:Class, got 'Leaky'"),
     ],

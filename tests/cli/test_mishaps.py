@@ -78,6 +78,7 @@ def test_a_full_disk(steploop, text, tmp_path, monkeypatch):
     "program, arguments, parts",
     [
         ("def (", (), ("steps.py:1", "invalid syntax")),
+        ("x = 1\0", (), ("steps.py", "null bytes")),
         ("1 / 0", (), ("steps.py:1", "ZeroDivisionError")),
         ("import sys; sys.exit(5)", (), ("SystemExit: 5",)),
         (CELL, (), ("steps.py:14", "KeyError: 'mine'")),

@@ -225,7 +225,8 @@ def test_a_run_that_was_killed_at_its_very_end_leaves_the_rest_when_it_is_resume
     "content, told",
     [
         ("", "is empty: there is nothing to learn from"),
-        ("too short", "The text is too short: 8 characters cannot be cut into 4 streams of 8 steps"),
+        ("too short", "The text is too short: 9 characters (8 to train on, the rest for validation) cannot be cut"),
+        ("x", "The text is too short: 1 character (0 to train on, the rest for validation) cannot be cut into 4"),
     ],
 )
 def test_texts_that_cannot_be_learned_from(steploop, copy, tmp_path, content, told):

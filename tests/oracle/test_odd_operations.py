@@ -53,6 +53,9 @@ OF_MATRICES = {
     "bucketize": lambda x: x + torch.bucketize(x.sum(), x[0].sort()[0]),
     "median": lambda x: x.sum().median(0, keepdim=True)[0] * x,
     "max_pool3d": lambda x: torch.nn.functional.adaptive_max_pool3d(x.view(1, 1, 4, 2, 2), (2, 1, 2)).flatten(),
+    "tensorinv": lambda x: torch.linalg.tensorinv((x + 5 * torch.eye(4)).view(2, 2, 4), ind=2).flatten(),
+    "tensorsolve": lambda x: torch.linalg.tensorsolve((x + 5 * torch.eye(4)).view(2, 2, 4), x[:2, :2]),
+    "tensorsolve, turned": lambda x: torch.linalg.tensorsolve((x + 5 * torch.eye(4)).view(2, 4, 2), x[:2, :2], dims=(1,)),
     "max_pool1d": lambda x: torch.nn.functional.adaptive_max_pool1d(x, 3),
 }
 

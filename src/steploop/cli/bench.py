@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MismatchError
-from .options import AsJson, Backend, UsedBackend
+from .options import AsJson, Backend, UsedBackend, finite
 from .user_file import Call, Constant, Init, Input, Target, call_of, users_errors
 from .verify import DIFFERS
 
@@ -26,7 +26,7 @@ def bench(
     input: Input = None,
     constant: Constant = None,
     backend: UsedBackend = Backend.auto,
-    seconds: Annotated[float, typer.Option(min=0, help="About how long to measure.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0, callback=finite, help="About how long to measure.")] = 5.0,
     json: AsJson = False,
 ) -> None:
     """Time a step's compiled loop against its plain Python loop, side by side, after both were found to agree.

@@ -86,7 +86,8 @@ def train_charlm(
         processes=processes.asked(devices),
     )
     console = Console(quiet=not processes.leads())
-    console.print(f"{shape}; {len(text):,} characters; {_budget(settings)}.", highlight=False)
+    size = f"{len(text):,} character{'' if len(text) == 1 else 's'}"
+    console.print(f"{shape}; {size}; {_budget(settings)}.", highlight=False)
     module = fit(text, shape, settings, out, resume=resume, overwrite=overwrite, console=console)
     best = min(module.history, key=lambda entry: entry["val_nats"])
     console.print(

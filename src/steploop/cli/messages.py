@@ -17,7 +17,8 @@ def complain(message: str) -> int:
 
 def of_a_file(error: OSError) -> str:
     named = f": {error.filename}" if error.filename else ""
-    what = "free space there, then --resume" if error.errno == errno.ENOSPC else "another --out, or its permissions"
+    full = error.errno == errno.ENOSPC
+    what = "free space there; a training run goes on with --resume" if full else "another --out, or its permissions"
     return f"{error.strerror or str(error) or type(error).__name__}{named}\n  fix:      {what}"
 
 

@@ -67,7 +67,8 @@ def users_errors(file: str | Path) -> Iterator[None]:
     except SteploopError:
         raise
     except SyntaxError as error:
-        raise InputError(f"{error.filename}:{error.lineno}: {error.msg}\n  {(error.text or '').strip()}") from error
+        at = f"{error.filename or file}:{error.lineno}" if error.lineno else str(file)
+        raise InputError(f"{at}: {error.msg}\n  {(error.text or '').strip()}".rstrip()) from error
     except (Exception, SystemExit) as error:
         at = raised_at(error) or str(file)
         raise InputError(f"{at}: {type(error).__name__}: {error}") from error
@@ -137,11 +138,15 @@ def tensor(shape: str, option: str, like: str) -> Any:
         raise InputError(
             f'{option} takes a shape such as "{like}" (T,B,I for sequences), "20,4:int" or "20,4:bool"; got {shape!r}'
         )
-    if kind in ("", "float"):
-        return torch.randn(numbers, device="cpu")
-    if kind == "int":
-        return torch.zeros(numbers, dtype=torch.int64, device="cpu")
-    return torch.ones(numbers, dtype=torch.bool, device="cpu")
+    try:
+        if kind in ("", "float"):
+            return torch.randn(numbers, device="cpu")
+        if kind == "int":
+            return torch.zeros(numbers, dtype=torch.int64, device="cpu")
+        return torch.ones(numbers, dtype=torch.bool, device="cpu")
+    except (RuntimeError, TypeError, OverflowError):
+        fix = f"  fix:      smaller sizes, such as {like!r}"
+        raise InputError(f"{option}: {shape!r} does not fit into memory\n{fix}") from None
 
 
 def constant(text: str) -> tuple[str, Any]:

@@ -134,6 +134,21 @@ def _corrcoef(input: Tensor) -> Tensor:
     return (found / deviation.unsqueeze(1) / deviation.unsqueeze(0)).clip(-1, 1)
 
 
+def _tensorinv(A: Tensor, ind: int = 2) -> Tensor:
+    if not 0 < ind < A.dim() or math.prod(A.shape[:ind]) != math.prod(A.shape[ind:]):
+        return torch.linalg.tensorinv(A, ind)
+    square = A.reshape(math.prod(A.shape[:ind]), -1)
+    return looked_at("inv")(square).reshape(*A.shape[ind:], *A.shape[:ind])
+
+
+def _tensorsolve(A: Tensor, B: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
+    moved = A if dims is None else A.movedim(dims, list(range(A.dim() - len(dims), A.dim())))
+    shape = moved.shape[B.dim() :]
+    if B.numel() != math.prod(shape):
+        return torch.linalg.tensorsolve(A, B, dims)
+    return looked_at("solve")(moved.reshape(B.numel(), -1), B.flatten()).reshape(shape)
+
+
 # -- indexing ------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +320,7 @@ TRACED_AS: dict[Any, Callable[..., Any]] = {
     F.gaussian_nll_loss: _gaussian_nll_loss, torch.trace: _trace, Tensor.trace: _trace,
     torch.cov: _cov, Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef,
     torch.index_fill: _index_fill, Tensor.index_fill: _index_fill, Tensor.index_fill_: _index_fill_,
+    torch.linalg.tensorinv: _tensorinv, torch.linalg.tensorsolve: _tensorsolve,
     torch.linalg.lu_factor: looked_at("lu_factor", 2), torch.linalg.ldl_factor: looked_at("ldl_factor", 2),
     Tensor.__getitem__: _get_item, Tensor.__setitem__: _set_item, Tensor.index_put_: _index_put_,
     Tensor.index_put: _index_put, torch.index_put: _index_put, torch.index_put_: _index_put_,

@@ -86,18 +86,22 @@ class Streams:
     At each new pass the cut moves by a random offset (a function of seed and pass), so that windows and
     streams do not begin at the same characters again. `window(k)` depends on nothing else: a resumed run
     reads the windows that the interrupted one would have read.
+
+    whole: the characters of the text that this is a part of, for the message where it is too short.
     """
 
-    def __init__(self, numbers: Tensor, streams: int, steps: int, seed: int | None = None):
+    def __init__(self, numbers: Tensor, streams: int, steps: int, seed: int | None = None, whole: int | None = None):
         self.numbers, self.streams, self.steps, self.seed = numbers, streams, steps, seed
         # One stream and a window of characters are set aside for the offset, where there is one.
         usable = len(numbers) - 1 - (steps if seed is not None else 0)
         self.stream_length = usable // streams
         self.windows = math.ceil(self.stream_length / steps) if seed is None else self.stream_length // steps
         if self.windows < 1:
+            count = len(numbers) if whole is None else whole
+            parts = "" if whole is None else f" ({len(numbers)} to train on, the rest for validation)"
             raise DataError(
-                f"The text is too short: {len(numbers)} characters cannot be cut into {streams} streams of "
-                f"{steps} steps, which takes {streams * steps + steps + 1}.\n"
+                f"The text is too short: {count} character{'' if count == 1 else 's'}{parts} cannot be cut into "
+                f"{streams} streams of {steps} steps, which takes {streams * steps + steps + 1} to train on.\n"
                 "  fix:      a longer text, or fewer --streams and --steps"
             )
 

@@ -90,7 +90,7 @@ class CharTraining(Training):
         self.loop = sl.Loop(CharModel(len(vocabulary), shape), backend=settings.backend)
         train, validation = texts.split(text)
         self.train_streams = Streams(
-            vocabulary.encode(train), settings.streams, settings.steps, seed=settings.seed
+            vocabulary.encode(train), settings.streams, settings.steps, seed=settings.seed, whole=len(text)
         )
         numbers = vocabulary.encode(validation)
         streams = max(1, min(settings.streams, len(numbers) // VALIDATION_STREAM))

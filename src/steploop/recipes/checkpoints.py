@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def read_checkpoint(path: Path, recipe: str, format: str) -> dict[str, Any]:
     Raises DataError if there is no such file or it is not a checkpoint of this recipe.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a pickle that is refused, "file an issue with torch"
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"No such checkpoint: {path}\n  fix:      steploop train {recipe} makes one") from None
     except Exception as error:  # torch.load raises half a dozen types for a file that is none of its own
