@@ -55,7 +55,9 @@ OF_MATRICES = {
     "max_pool3d": lambda x: torch.nn.functional.adaptive_max_pool3d(x.view(1, 1, 4, 2, 2), (2, 1, 2)).flatten(),
     "tensorinv": lambda x: torch.linalg.tensorinv((x + 5 * torch.eye(4)).view(2, 2, 4), ind=2).flatten(),
     "tensorsolve": lambda x: torch.linalg.tensorsolve((x + 5 * torch.eye(4)).view(2, 2, 4), x[:2, :2]),
-    "tensorsolve, turned": lambda x: torch.linalg.tensorsolve((x + 5 * torch.eye(4)).view(2, 4, 2), x[:2, :2], dims=(1,)),
+    "tensorsolve, turned": lambda x: torch.linalg.tensorsolve(
+        (x + 5 * torch.eye(4)).view(2, 4, 2), x[:2, :2], dims=(1,)
+    ),
     "max_pool1d": lambda x: torch.nn.functional.adaptive_max_pool1d(x, 3),
 }
 
@@ -95,6 +97,7 @@ OF_ROWS = {
     "written at the end": lambda x: written(x, "multiplied", (slice(None), slice(2, None))),
     "index_fill": lambda x: x.index_fill(1, PLACES, 0.5), "len": lambda x: x + torch.zeros(len(x), 1),
     "the first row": lambda x: x + x[0:1].sum(0, keepdim=True).expand(len(x), 4),
+    "aminmax and sgn": lambda x: sum(torch.aminmax(x, dim=1, keepdim=True)) + x.sgn(),
     "an average over rows": lambda x: x - x.sum(0, keepdim=True) / x.shape[0],
 }  # fmt: skip
 ALWAYS_ALL_ROWS = {"an average over rows"}  # it computes with the number of rows

@@ -9,6 +9,7 @@
     gaussian_nll_loss      without its check: no variance is negative
     index_fill             by a comparison, where the value is a tensor: torch's vmap and its gradient look at it
     trace                  the sum of the diagonal, since its gradient is an index_fill
+    sgn                    as sign: the sum of its gradient and others fixes the number of rows
     cov, corrcoef          their formulas, without weights
     lerp, pow              with a tensor for a float that is an input of the graph: the gradient of the form with a
                            number would keep the number
@@ -107,6 +108,10 @@ def _at_places(x: Tensor, places: Tensor, scale: Any, zero_point: Any, quant_min
 
 
 # -- what torch makes of sizes and weights --------------------------------------------------------------------
+
+
+def _sgn(input: Tensor) -> Tensor:
+    return torch.sgn(input) if input.is_complex() else torch.sign(input)
 
 
 def _trace(input: Tensor) -> Tensor:
@@ -318,6 +323,7 @@ TRACED_AS: dict[Any, Callable[..., Any]] = {
     torch.gru_cell: _gru_cell, torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.fake_quantize_per_channel_affine: _fake_quantize_per_channel,
     F.gaussian_nll_loss: _gaussian_nll_loss, torch.trace: _trace, Tensor.trace: _trace,
+    torch.sgn: _sgn, Tensor.sgn: _sgn,
     torch.cov: _cov, Tensor.cov: _cov, torch.corrcoef: _corrcoef, Tensor.corrcoef: _corrcoef,
     torch.index_fill: _index_fill, Tensor.index_fill: _index_fill, Tensor.index_fill_: _index_fill_,
     torch.linalg.tensorinv: _tensorinv, torch.linalg.tensorsolve: _tensorsolve,
