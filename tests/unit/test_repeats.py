@@ -81,8 +81,8 @@ def ran(monkeypatch, step, x, memory):
 @pytest.mark.parametrize("kind", [Shared, Expanded])
 def test_keys_are_made_once_for_every_row(monkeypatch, kind):
     (found,) = ran(monkeypatch, kind(), torch.randn(4, 2, 5), torch.randn(2, 6, 5))
-    (loop,) = found.ran.values()
-    if found.runners[next(iter(found.ran))].__module__.endswith("cpu.runner"):
+    (loop,) = found.widened.values()
+    if found.runners[next(iter(found.widened))].__module__.endswith("cpu.runner"):
         assert not {"expand", "clone"} & set(map(op_name, found.once.nodes))  # the loop reads each row where it stands
     sizes = [n.meta["rows"].inner for n in found.once.nodes if op_name(n) == "mm" and n.meta["rows"] is not None]
     assert sizes == [6]  # frames of a row, not of three

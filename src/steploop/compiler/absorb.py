@@ -22,14 +22,14 @@ from .extract import extract
 from .ir.graph import Rows, expression, op_name
 from .ops.table import is_view, operation_of
 from .passes.repeats import repetition
-from .problem import Batched, Loop, Partition
+from .problem import BatchedPart, LoopPart, Partition
 
 WIDE = 16  # numbers of a row that are worth an operation inside: narrow ones are better off with all rows at once
 
 
 def absorb(
-    loop: Loop, result: Partition, earlier: set[fx.Node], products: bool, operations: bool
-) -> Loop | None:
+    loop: LoopPart, result: Partition, earlier: set[fx.Node], products: bool, operations: bool
+) -> LoopPart | None:
     """The wider loop, or None where it would be the same. The partition stays as it is.
 
     earlier: what loops before this one took.
@@ -55,15 +55,15 @@ def absorb(
     return None
 
 
-def _widened(loop: Loop, taken: set[fx.Node], shared: set[fx.Node], result: Partition) -> Loop:
+def _widened(loop: LoopPart, taken: set[fx.Node], shared: set[fx.Node], result: Partition) -> LoopPart:
     order = {n: i for i, n in enumerate(result.problem.graph.nodes)}
-    wider = Loop(sorted([*taken, *loop.nodes], key=order.__getitem__), loop.states)
+    wider = LoopPart(sorted([*taken, *loop.nodes], key=order.__getitem__), loop.states)
     wider.also_outside = shared
     extract(wider, result.problem, result)
     return wider
 
 
-def _readable(loop: Loop) -> bool:
+def _readable(loop: LoopPart) -> bool:
     """Whether every sequence that a loop reads has its rows in front, as a row of it is read where it stands."""
     program: Any = loop.program
     return all(i.kind == "once" or i.rows in (None, Rows(0)) for i in program.inputs)
@@ -73,13 +73,14 @@ class _Finder:
     """late: values that are not there when the loop begins."""
 
     def __init__(
-        self, loop: Loop, result: Partition, earlier: set[fx.Node], products: bool, operations: bool, late: set[fx.Node]
-    ):
+        self, loop: LoopPart, result: Partition, earlier: set[fx.Node], products: bool, operations: bool,
+        late: set[fx.Node],
+    ):  # fmt: skip
         self.products, self.operations, self.late = products, operations, late
         problem = result.problem
         at = result.segments.index(loop)
         self.before = {n for s in result.segments[:at] for n in s.nodes} | earlier
-        batched = [[n for n in s.nodes if isinstance(s, Batched) and n not in earlier] for s in result.segments]
+        batched = [[n for n in s.nodes if isinstance(s, BatchedPart) and n not in earlier] for s in result.segments]
         self.after = [n for nodes in batched[at + 1 :] for n in nodes]
         self.outside = [n for nodes in batched for n in nodes]
         self.calls = {n for s in result.segments for n in s.nodes}

@@ -23,7 +23,7 @@ from .history_products import PRODUCTS
 from .ir.graph import Rows, shape_at, symbols_of
 from .ops.table import is_factory, linear_in
 from .printing import Source, call_text, fuse_addmm, last_uses, print_argument, print_size
-from .problem import State
+from .problem import StateNodes
 from .rowwise import Rowwise
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ class Piece:
 
     def __init__(
         self, nodes: Sequence[fx.Node], results: Sequence[fx.Node], summed: set[fx.Node], batch: Any,
-        delayed: dict[fx.Node, State],
+        delayed: dict[fx.Node, StateNodes],
     ):  # fmt: skip
         self.nodes = list(nodes)
         self.results = list(results)
@@ -61,7 +61,7 @@ class Piece:
 
 
 class _Printer:
-    def __init__(self, piece: Piece, summed: set[fx.Node], batch: Any, delayed: dict[fx.Node, State]):
+    def __init__(self, piece: Piece, summed: set[fx.Node], batch: Any, delayed: dict[fx.Node, StateNodes]):
         self.piece, self.batch, self.delayed = piece, batch, delayed
         self.inside = set(piece.nodes)
         self.source = Source()

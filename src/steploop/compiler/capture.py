@@ -27,7 +27,7 @@ def hint(size: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ProgramFacts:
     """What a capture knows of its Program: not the Program itself, which would keep the user's step alive."""
 
     state_names: list[str]
@@ -37,8 +37,8 @@ class Facts:
     batched: bool
 
     @staticmethod
-    def of(program: Program) -> Facts:
-        return Facts(program.state_names, program.x_names, program.constant_names, program.constant_batched,
+    def of(program: Program) -> ProgramFacts:
+        return ProgramFacts(program.state_names, program.x_names, program.constant_names, program.constant_batched,
                      program.batched)  # fmt: skip
 
 
@@ -87,7 +87,7 @@ class Capture:
     earlier: the slots as they were numbered for what the step was known to read before its gradient was captured.
     """
 
-    program: Facts
+    program: ProgramFacts
     signature: Signature
     symbolic: bool
     forward: Trace
@@ -130,7 +130,7 @@ class Capture:
         return found
 
     def sizes(self, call: Call) -> dict[str, int]:
-        return sizes_of(self.forward, call)
+        return symbol_values(self.forward, call)
 
     def free_axes(self) -> set[tuple[str, int, int]]:
         """The axes, besides the batch, whose size is a symbol."""
@@ -152,7 +152,7 @@ def same_float(a: float, b: float) -> bool:
     return a.hex() == b.hex()
 
 
-def sizes_of(trace: Trace, call: Call) -> dict[str, Any]:
+def symbol_values(trace: Trace, call: Call) -> dict[str, Any]:
     """The values of the symbols of a trace in a call, by name."""
     found = {}
     for name, kind, index, dim in trace.symbols:

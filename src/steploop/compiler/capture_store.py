@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import UnsupportedError, message, warn
 from . import making, making_joint
 from .ambient import ambient
-from .capture import Capture, Facts, hint, is_batch, lock, same_float, sizes_of
+from .capture import Capture, ProgramFacts, hint, is_batch, lock, same_float, symbol_values
 from .dependencies import Dependencies
 from .few_rows import same_for_few
 from .free_numbers import NotFree
@@ -273,7 +273,7 @@ def _of_an_equal_step(
     """A capture of another step of the same class which holds for this one. known: those that this one has."""
     if looking() or all_step_by_step() or not isinstance(program.root, nn.Module):
         return None
-    facts = Facts.of(program)
+    facts = ProgramFacts.of(program)
     for capture in [r() for r in reversed(_BY_CLASS.get(type(program.root), []))]:
         if capture is None or capture.family != family or capture.program != facts or capture in known:
             continue
@@ -381,7 +381,7 @@ def _fits(
         return False
     if not _differences(capture.signature, signature) <= capture.free_axes():
         return False
-    sizes = {k: hint(v) for k, v in sizes_of(capture.forward, call).items()}
+    sizes = {k: hint(v) for k, v in symbol_values(capture.forward, call).items()}
     if any(size < 2 for name, size in sizes.items() if not is_batch(capture.forward, name)):
         return False
     if signature.batch in (0, 1) and capture.batch is None:

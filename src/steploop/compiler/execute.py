@@ -19,7 +19,7 @@ from .absorb import absorb
 from .batch import OncePiece, Piece
 from .ir.graph import Rows, op_name
 from .patience import long_part
-from .problem import Batched, Loop, Partition
+from .problem import BatchedPart, LoopPart, Partition
 from .schedule import Schedule
 from .sequence_runner import SequenceRunner
 from .span import Cuttable, Span
@@ -52,19 +52,19 @@ class Executable:
     partition: Partition
     choose: Callable[[Any, Callable[..., Any]], Any]
     down: bool = False
-    runners: dict[Loop, Any] = field(default_factory=dict)
+    runners: dict[LoopPart, Any] = field(default_factory=dict)
     clock: Any = None
     _settled: bool = False
 
     def __post_init__(self) -> None:
         problem = self.partition.problem
         self.problem = problem
-        self.ran: dict[Loop, Loop] = {}  # each loop with what it absorbed
+        self.widened: dict[LoopPart, LoopPart] = {}  # each loop with what it absorbed
         self.absorbed: set[fx.Node] = set()
         for segment in self.partition.loops:
             self._choose(segment)
         self.once = OncePiece([n for n in self.partition.once if n not in self.absorbed], problem.batch)
-        self.batched = {s: self._left(s) for s in self.partition.segments if isinstance(s, Batched)}
+        self.batched = {s: self._left(s) for s in self.partition.segments if isinstance(s, BatchedPart)}
         later = self._later_uses()
         self.pieces = {s: self._piece(nodes, later[s]) for s, nodes in self.batched.items() if nodes}
         self.in_place = self._read_in_place()
@@ -97,8 +97,8 @@ class Executable:
         products = any(op_name(n) in ("mm", "bmm", "addmm") for n in others)
         return not products and any(r.stops for r in self.runners.values())
 
-    def _choose(self, loop: Loop) -> None:
-        wider: Loop | None = None
+    def _choose(self, loop: LoopPart) -> None:
+        wider: LoopPart | None = None
 
         def widen(products: bool, operations: bool) -> Any:
             nonlocal wider
@@ -107,10 +107,10 @@ class Executable:
 
         runner = self.runners[loop] = self.choose(loop.program, widen)
         same = wider is None or getattr(runner, "loop", None) is not wider.program
-        self.ran[loop] = loop if same or wider is None else wider
-        self.absorbed |= {*self.ran[loop].nodes} - {*loop.nodes} - self.ran[loop].also_outside
+        self.widened[loop] = loop if same or wider is None else wider
+        self.absorbed |= {*self.widened[loop].nodes} - {*loop.nodes} - self.widened[loop].also_outside
 
-    def _left(self, segment: Batched) -> list[fx.Node]:
+    def _left(self, segment: BatchedPart) -> list[fx.Node]:
         return [n for n in segment.nodes if n not in self.absorbed]
 
     def _piece(self, nodes: list[fx.Node], results: list[fx.Node]) -> Any:
@@ -122,11 +122,11 @@ class Executable:
         """Sequences that only loops read which take rows from where the caller has them."""
         problem = self.problem
         found: set[fx.Node] = set()
-        for loop, ran in self.ran.items():
+        for loop, ran in self.widened.items():
             if self.runners[loop].reads_in_place:
                 found.update(n for n in ran.inputs if n.op == "placeholder" and n.meta["varies"])
         found -= {*problem.wanted, *problem.summed, *self.partition.delayed, *(s.next for s in problem.states)}
-        for loop, ran in self.ran.items():
+        for loop, ran in self.widened.items():
             if not self.runners[loop].reads_in_place:
                 found.difference_update(ran.inputs)
         return found.difference(*(p.reads for p in self.pieces.values()))
@@ -137,12 +137,12 @@ class Executable:
         found: set[fx.Node] = set()
         for loop, runner in self.runners.items():
             if runner.writes_into:
-                found.update(n for n in self.ran[loop].kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
+                found.update(n for n in self.widened[loop].kept if n.meta["varies"] and n.meta["rows"] == Rows(0))
         in_loops = {state.prev for loop in self.runners for state in loop.states}
         found -= {*problem.summed, *(s.next for s in self.partition.delayed.values())}
         # The last values of those are the state after a span.
         found -= {s.next for s in problem.finals if s.prev not in in_loops}
-        return found.difference(*(r.inputs for r in self.ran.values()), *(p.reads for p in self.pieces.values()))
+        return found.difference(*(r.inputs for r in self.widened.values()), *(p.reads for p in self.pieces.values()))
 
     def _later_uses(self) -> dict[Any, list[fx.Node]]:
         """For each segment: its values that something after it reads."""
@@ -152,8 +152,8 @@ class Executable:
         found = {}
         reads: set[fx.Node] = set(results)
         for segment in reversed(self.partition.segments):
-            if isinstance(segment, Loop):
-                reads.update(self.ran[segment].inputs)
+            if isinstance(segment, LoopPart):
+                reads.update(self.widened[segment].inputs)
             else:
                 inside = set(self.batched[segment])
                 found[segment] = [n for n in self.batched[segment] if n in reads]
@@ -166,7 +166,7 @@ class Executable:
     def _bytes_per_row(self) -> int:
         total = 0
         nodes = {n for left in self.batched.values() for n in left}
-        nodes |= {n for loop in self.ran.values() for n in loop.kept}
+        nodes |= {n for loop in self.widened.values() for n in loop.kept}
         for node in nodes - set(self.problem.wanted):
             value = node.meta.get("val")
             if isinstance(value, Tensor) and node.meta["rows"] is not None:

@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import DataError, InputError, UnsupportedError, describe, message
-from .capture import Facts, sizes_of
+from .capture import ProgramFacts, symbol_values
 from .choices import choice
 from .conditions import condition, conditions_of
 from .graph_data import Damaged, NotPlain, Reader, graph_to_data, one_line, size_from_data, size_to_data
@@ -65,8 +65,9 @@ class Options:
 
 
 def to_text(
-    trace: Trace, facts: Facts, layout: Layout, options: Options, hints: dict[str, int], tensors: Sequence[Tensor]
-) -> str:
+    trace: Trace, facts: ProgramFacts, layout: Layout, options: Options, hints: dict[str, int],
+    tensors: Sequence[Tensor],
+) -> str:  # fmt: skip
     """hints: a size for each symbol.  tensors: those of a call.
 
     Raises UnsupportedError where something in the step has no form as text.
@@ -101,7 +102,7 @@ def _given(layout: Layout, tensors: Sequence[Any]) -> list[Any]:
 
 
 def _loop_to_data(
-    trace: Trace, facts: Facts, layout: Layout, options: Options, hints: dict[str, int],
+    trace: Trace, facts: ProgramFacts, layout: Layout, options: Options, hints: dict[str, int],
     devices: dict[fx.Node, torch.device],
 ) -> dict[str, Any]:  # fmt: skip
     loops: list[Any] = []
@@ -231,7 +232,7 @@ def _read(data: dict[str, Any], lower: Callable[..., Any], text: str | None) -> 
         raise Damaged("a condition that is none")
     conditions = [*given, *conditions_of(reader.env, set(symbols))]
     trace = Trace(reader.graph, [], condition(conditions), None, keep_alive=inner, conditions=conditions)
-    facts, layout = Facts(**data["facts"]), Layout(**data["layout"])
+    facts, layout = ProgramFacts(**data["facts"]), Layout(**data["layout"])
     options = Options(**data["options"])
     options = replace(options, ones=[sorted(str(reader.symbols[n]) for n in ones) for ones in options.ones])
     found = Exported(
@@ -250,7 +251,7 @@ class Exported(Invocation):
     """
 
     def __init__(
-        self, trace: Trace, facts: Facts, layout: Layout, options: Options, lower: Callable[..., Any],
+        self, trace: Trace, facts: ProgramFacts, layout: Layout, options: Options, lower: Callable[..., Any],
         text: str | None, hints: dict[str, int],
     ):  # fmt: skip
         from .passes.manager import mixing_reasons
@@ -331,7 +332,7 @@ class Exported(Invocation):
                     )
                 )
         call = Call(parts["xs"], parts["constants"], parts["initial"], 0, batch)
-        sizes = sizes_of(self.trace, call)
+        sizes = symbol_values(self.trace, call)
         rows = str(self.trace.graph.batch)
         for i, ((name, shape, like), tensor) in enumerate(zip(self._inputs, _given(self.layout, tensors), strict=True)):
             found = tensor.shape[1:] if i < self.layout.xs else tensor.shape

@@ -6,10 +6,10 @@ from torch import Tensor, fx
 
 from .ir.graph import LoopInput, LoopProgram
 from .ops.table import is_factory
-from .problem import Loop, Partition, Problem, State
+from .problem import LoopPart, Partition, Problem, StateNodes
 
 
-def extract(loop: Loop, problem: Problem, result: Partition) -> None:
+def extract(loop: LoopPart, problem: Problem, result: Partition) -> None:
     """Copies a component into a graph of its own, with what it reads as inputs."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -43,7 +43,7 @@ def extract(loop: Loop, problem: Problem, result: Partition) -> None:
     )  # fmt: skip
 
 
-def _with_constants(nodes: list[fx.Node], own: set[fx.Node], states: list[State]) -> list[fx.Node]:
+def _with_constants(nodes: list[fx.Node], own: set[fx.Node], states: list[StateNodes]) -> list[fx.Node]:
     """The calls of a loop, and before them the constants made of sizes that they read."""
     extra: dict[fx.Node, None] = {}
     for node in [*nodes, *(s.next for s in states)]:
@@ -71,7 +71,7 @@ def _input(graph: fx.Graph, source: fx.Node, inputs: list[LoopInput]) -> fx.Node
     return node
 
 
-def _kept(loop: Loop, own: set[fx.Node], problem: Problem, result: Partition) -> list[fx.Node]:
+def _kept(loop: LoopPart, own: set[fx.Node], problem: Problem, result: Partition) -> list[fx.Node]:
     """Values of a loop that are read outside it."""
     wanted = {*problem.wanted, *problem.summed, *(s.next for s in result.delayed.values())}
     foreign = {s.next for s in problem.finals if s.prev not in own}

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from ..errors import UnsupportedError
 from . import forward_mode
-from .capture import Facts, sizes_of
+from .capture import ProgramFacts, symbol_values
 from .ir.graph import StepGraph, expression
 from .layout import Layout, split_needs
 from .lower import BackwardPlan, ForwardPlan, Needs, Saving
@@ -76,7 +76,7 @@ class Invocation:
     """
 
     trace: Trace
-    program: Facts
+    program: ProgramFacts
     layout: Layout
     reverse: bool
     on_masked: str
@@ -176,7 +176,7 @@ class Invocation:
         return given
 
     def _sizes(self, parts: dict[str, Any], batch: int) -> dict[str, int]:
-        return sizes_of(self.trace, Call(parts["xs"], parts["constants"], parts["initial"], 0, batch))
+        return symbol_values(self.trace, Call(parts["xs"], parts["constants"], parts["initial"], 0, batch))
 
     def _outward(self, value: Tensor, node: fx.Node, schedule: Schedule, stacked: bool) -> Tensor:
         if stacked:

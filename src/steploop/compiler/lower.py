@@ -23,7 +23,7 @@ from .memory_operator import is_whole, own_prevs
 from .ops.table import is_random, operation_of
 from .partition import loop_nodes, partition
 from .passes.manager import find_mixing, hoist, mixing_reasons
-from .problem import Partition, Problem, State, problem_of
+from .problem import Partition, Problem, StateNodes, problem_of
 from .show_loops import show_loops
 from .stages import note, stage
 
@@ -275,7 +275,7 @@ def lower_backward(
     def problem() -> Problem:
         mixing = find_mixing(own)
         grad_prevs: list[Any] = own.grad_prevs
-        pairs = {i: State(own.ct_nexts[i], grad_prevs[i], names[i]) for i in states}
+        pairs = {i: StateNodes(own.ct_nexts[i], grad_prevs[i], names[i]) for i in states}
         wanted: list[Any] = [own.grad_xs[i] for i in xs] + [grad_prevs[i] for i in reset_states]
         summed: list[Any] = [own.grad_constants[i] for i in constants] + [own.grad_captured[i] for i in captured]
         finals = [pairs[i] for i in states if needs.initial[i]]

@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import MismatchError
-from .capture import Capture, Facts, hint, sizes_of
+from .capture import Capture, ProgramFacts, hint, symbol_values
 from .dependencies import Dependencies
 from .few_rows import does_the_same, essence
 from .free_numbers import FreeNumber, NotFree
@@ -81,7 +81,7 @@ class _Maker:
             if not does_the_same(trace, signature, signature.batch, inline, program, self.free):
                 trace, recorder = self._watched(self._fixed_trace)
                 symbolic = False
-        sizes = {k: hint(v) for k, v in sizes_of(trace, self.call).items()}
+        sizes = {k: hint(v) for k, v in symbol_values(trace, self.call).items()}
         floats = {number.path: number.value for number in self.free}
         if symbolic and signature.batch not in (0, 1) and not trace.holds_for(sizes, floats):
             # torch takes another way for few rows (a convolution does): a capture for B as small as this one.
@@ -92,8 +92,9 @@ class _Maker:
         simplify(trace.graph)
         dependencies = read_by(program, recorder, known)
         return Capture(
-            program=Facts.of(program), signature=signature, symbolic=symbolic, forward=trace, reads=dependencies.reads,
-            key=dependencies.key, floats=settled_floats(dependencies, self.free), facts=dependencies.facts,
+            program=ProgramFacts.of(program), signature=signature, symbolic=symbolic, forward=trace,
+            reads=dependencies.reads, key=dependencies.key, floats=settled_floats(dependencies, self.free),
+            facts=dependencies.facts,
             slots=settle(trace, dependencies), pinned=dependencies.pinned,
             batch=None if symbolic or signature.batch is None else signature.batch, inline=frozenset(inline),
             by_tracing=frozenset(self.by_tracing),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .capture import Capture, hint, lock, sizes_of
+from .capture import Capture, hint, lock, symbol_values
 from .dependencies import Dependencies
 from .free_numbers import FreeNumber, NotFree
 from .making import changes_nothing, checked, read_by, settle, settled_floats, snapshot
@@ -48,7 +48,7 @@ def _check_holds(capture: Capture, joint: Trace, call: Call, dependencies: Depen
     if hint(call.batch) in (0, 1):  # torch takes these for cases of their own, and most steps don't
         holds = not joint.fixes
     else:
-        sizes = {k: hint(v) for k, v in sizes_of(joint, call).items()}
+        sizes = {k: hint(v) for k, v in symbol_values(joint, call).items()}
         holds = joint.holds_for(sizes, dependencies.float_values())
     if not holds:
         raise FixedBatch("the gradient computes with the number of rows")

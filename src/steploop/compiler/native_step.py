@@ -18,7 +18,7 @@ from .ir.graph import LoopProgram, Rows
 from .lower import lower_forward
 from .ops.table import is_view
 from .passes.manager import mixing_reasons
-from .problem import Loop
+from .problem import LoopPart
 from .program import Call
 from .words import Table
 
@@ -35,14 +35,14 @@ def native(step: StreamStep, call: Call, backend: Backend) -> NativeStep | None:
     found = streams[backend.name]
     if found is None or found[2].left_to_torch(step.sizes):
         return None
-    return NativeStep(step, *cast("tuple[Any, Loop, Any]", found), call, backend)
+    return NativeStep(step, *cast("tuple[Any, LoopPart, Any]", found), call, backend)
 
 
 class _Refused(Exception):
     """A loop that the backend does not take."""
 
 
-def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | None:
+def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, LoopPart, Any] | None:
     """The lowered step, its one loop and what runs that; None where the backend does not take it."""
     graph = capture.forward.graph
     if graph.batch is None or mixing_reasons(graph):
@@ -72,18 +72,18 @@ def _native_plan(capture: Capture, backend: Backend) -> tuple[Any, Loop, Any] | 
     return plan, loops[0], plan.executable.runners[loops[0]]
 
 
-def _with_views(executable: Any, loop: Loop) -> Loop:
+def _with_views(executable: Any, loop: LoopPart) -> LoopPart:
     """The loop together with the views of weights and constants that it reads: what it reads of them is then the user's
     own memory, and no copy that would be old when that changes."""
     views = [n for n in executable.once.nodes if is_view(n)]
     if not views:
         return loop
-    wider = Loop([*views, *loop.nodes], loop.states)
+    wider = LoopPart([*views, *loop.nodes], loop.states)
     extract(wider, executable.partition.problem, executable.partition)
     return wider
 
 
-def _plain(plan: Any, loop: Loop) -> bool:
+def _plain(plan: Any, loop: LoopPart) -> bool:
     """Whether every output and every state comes out of the loop with its rows in front."""
     kept = set(loop.kept)
     outputs = all(n in kept and n.meta["rows"] == Rows(0) for n in plan.step.outputs)
@@ -98,7 +98,7 @@ class NativeStep:
     change is counted by torch (one through `.data` or through numpy is not), so the sources are compared byte by byte.
     """
 
-    def __init__(self, step: StreamStep, plan: Any, loop: Loop, runner: Any, call: Call, backend: Backend):
+    def __init__(self, step: StreamStep, plan: Any, loop: LoopPart, runner: Any, call: Call, backend: Backend):
         self.step, self.plan, self.loop = step, plan, loop
         self.constants = dict(zip(plan.step.constants, call.constants))
         xs = [loop.inputs.index(x) if x in loop.inputs else -1 for x in plan.step.xs]

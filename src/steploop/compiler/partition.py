@@ -17,7 +17,7 @@ from torch import fx
 
 from .extract import extract
 from .memory_operator import is_memory
-from .problem import Batched, Loop, Partition, Problem, State
+from .problem import BatchedPart, LoopPart, Partition, Problem, StateNodes
 
 aten = torch.ops.aten
 
@@ -137,10 +137,10 @@ def partition(problem: Problem) -> Partition:
 
 def _delay_outside_reads(
     problem: Problem, loops: list[list[fx.Node]], needed: set[fx.Node]
-) -> dict[fx.Node, State]:
+) -> dict[fx.Node, StateNodes]:
     """A prev that is read outside its own loop becomes a node of its own: the sequence of nexts, shifted."""
     home = {n: i for i, c in enumerate(loops) for n in c}
-    delayed: dict[fx.Node, State] = {}
+    delayed: dict[fx.Node, StateNodes] = {}
     for state in problem.states:
         prev = state.prev
         if prev not in needed:
@@ -167,8 +167,8 @@ def _delay_outside_reads(
 
 def _order(
     problem: Problem, loops: list[list[fx.Node]], inside: dict[fx.Node, int], needed: set[fx.Node],
-    delayed: dict[fx.Node, State],
-) -> list[Batched | Loop]:  # fmt: skip
+    delayed: dict[fx.Node, StateNodes],
+) -> list[BatchedPart | LoopPart]:  # fmt: skip
     """Batched calls as early as they are needed, loops as soon as they can run."""
     by_prev = {s.prev: s for s in problem.states}
     outside = [
@@ -189,7 +189,7 @@ def _order(
         needs[unit] = {s for s in sources if isinstance(s, int) or s in members} - {unit}
     useful = _ancestors_of_loops(needs, len(loops))
     done: set[Any] = set()
-    segments: list[Batched | Loop] = []
+    segments: list[BatchedPart | LoopPart] = []
     waiting_loops = list(range(len(loops)))[::-1]
     pending = [n for n in outside if n in useful]
     while waiting_loops:
@@ -202,13 +202,13 @@ def _order(
                 progress = True
             pending = [n for n in pending if n not in done]
         if ready:
-            segments.append(Batched(ready))
+            segments.append(BatchedPart(ready))
         chosen = next(i for i in waiting_loops if needs[i] <= done)
         waiting_loops.remove(chosen)
         done.add(chosen)
         component = loops[chosen]
         states = [by_prev[n] for n in component if n in by_prev]
-        segments.append(Loop([n for n in component if n.op == "call_function"], states))
+        segments.append(LoopPart([n for n in component if n.op == "call_function"], states))
     rest = [n for n in outside if n not in done]
     ordered: list[fx.Node] = []
     while rest:
@@ -219,7 +219,7 @@ def _order(
         done.update(ready)
         rest = [n for n in rest if n not in done]
     if ordered:
-        segments.append(Batched(ordered))
+        segments.append(BatchedPart(ordered))
     return segments
 
 

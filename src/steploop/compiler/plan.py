@@ -18,7 +18,7 @@ from .ir.graph import LoopProgram, Rows, expression, line_of, op_name
 from .memory_operator import is_memory, operation_name
 from .ops.table import is_view
 from .patterns import is_linear_recurrence
-from .problem import Batched, Loop, Partition, State
+from .problem import BatchedPart, LoopPart, Partition, StateNodes
 from .sources import Source, Sources, caller_of
 
 
@@ -158,7 +158,7 @@ class _Described:
         self.mixing = executable.problem.stepwise
         self.sources = Sources()
         self.names = piece_names(self.partition)
-        self.absorbed = {n: self.names[loop] for loop, ran in executable.ran.items() for n in ran.nodes}
+        self.absorbed = {n: self.names[loop] for loop, ran in executable.widened.items() for n in ran.nodes}
 
     def plan(self, title: str, notes: list[str]) -> Plan:
         partition = self.partition
@@ -167,7 +167,7 @@ class _Described:
         loops: list[PlannedLoop] = []
         after: list[Op] = []
         for segment in partition.segments:
-            if isinstance(segment, Loop):
+            if isinstance(segment, LoopPart):
                 loops.append(self._planned(segment, len(loops) + 1))
                 continue
             why = f"batched; uses loop {len(loops)}" if loops else "batched"
@@ -192,7 +192,7 @@ class _Described:
             caller_of(line), self.sources.places(line),
         )  # fmt: skip
 
-    def _planned(self, loop: Loop, number: int) -> PlannedLoop:
+    def _planned(self, loop: LoopPart, number: int) -> PlannedLoop:
         name, ops = self.names[loop], []
         for node in loop.nodes:
             if not _shown(node):
@@ -218,13 +218,13 @@ ONCE = "once"
 _Neighbours = Callable[[fx.Node], list[fx.Node]]
 
 
-def piece_names(partition: Partition) -> dict[Batched | Loop, str]:
+def piece_names(partition: Partition) -> dict[BatchedPart | LoopPart, str]:
     """What each part of a partition is called: "before loop 1", "loop 1", "after the loops"."""
-    names: dict[Batched | Loop, str] = {}
+    names: dict[BatchedPart | LoopPart, str] = {}
     numbers = {loop: k for k, loop in enumerate(partition.loops, 1)}
     following = len(numbers) + 1
     for segment in reversed(partition.segments):
-        if isinstance(segment, Loop):
+        if isinstance(segment, LoopPart):
             following = numbers[segment]
             names[segment] = f"loop {following}"
         else:
@@ -290,7 +290,7 @@ def _awaited(partition: Partition) -> set[fx.Node]:
     return found
 
 
-def recurrence(node: fx.Node, loop: Loop) -> tuple[str, str]:
+def recurrence(node: fx.Node, loop: LoopPart) -> tuple[str, str]:
     """Why a call is in its loop: the shortest way from a state through it to a state, whole and in one hop.
 
     ("h.next <- tanh line 14 <- mm line 12 <- h.prev", "h -> line 14 -> h")
@@ -310,7 +310,7 @@ def recurrence(node: fx.Node, loop: Loop) -> tuple[str, str]:
     return " <- ".join(s for s in steps if s), " -> ".join(hops)
 
 
-def _path(start: fx.Node, goals: dict[fx.Node, State], neighbours: _Neighbours) -> list[fx.Node] | None:
+def _path(start: fx.Node, goals: dict[fx.Node, StateNodes], neighbours: _Neighbours) -> list[fx.Node] | None:
     """The shortest path from a node to one of the goals, both included."""
     came: dict[fx.Node, fx.Node | None] = {start: None}
     queue = deque([start])

@@ -12,7 +12,7 @@ from .ir.graph import LoopProgram, StepGraph
 
 
 @dataclass(eq=False)
-class State:
+class StateNodes:
     """A state of a (forward or backward) step: its value before the step, and the node that is its value after."""
 
     prev: fx.Node
@@ -32,10 +32,10 @@ class Problem:
 
     graph: fx.Graph
     batch: Any
-    states: list[State]
+    states: list[StateNodes]
     wanted: list[fx.Node]
     summed: list[fx.Node]
-    finals: list[State] = field(default_factory=list)
+    finals: list[StateNodes] = field(default_factory=list)
     stepwise: dict[fx.Node, str] = field(default_factory=dict)
     one_loop: bool = False
     ends: fx.Node | None = None
@@ -46,7 +46,7 @@ def problem_of(
 ) -> Problem:
     """A forward step as a problem: its outputs and states are wanted. names: of its states."""
     named = names or [""] * len(step.prevs)
-    states = [State(p, n, name) for p, n, name in zip(step.prevs, step.nexts, named)]
+    states = [StateNodes(p, n, name) for p, n, name in zip(step.prevs, step.nexts, named)]
     return Problem(step.graph, step.batch, states, list(step.outputs), [], list(states), stepwise or {}, one_loop)
 
 
@@ -54,25 +54,25 @@ def joint_problem_of(step: StepGraph) -> Problem:
     """A forward step and its gradient as one problem, to see what loops in either."""
     found = problem_of(step)
     pairs = zip(step.ct_nexts, step.grad_prevs)
-    found.states += [State(c, g, "") for c, g in pairs if c is not None and g is not None]
+    found.states += [StateNodes(c, g, "") for c, g in pairs if c is not None and g is not None]
     found.finals = found.states
     found.wanted += step.results("grad_xs", "grad_constants", "grad_captured")
     return found
 
 
 @dataclass(eq=False)
-class Batched:
+class BatchedPart:
     """Calls that run once for all steps, delayed states (placeholders) among them."""
 
     nodes: list[fx.Node]
 
 
 @dataclass(eq=False)
-class Loop:
+class LoopPart:
     """One component. nodes: its calls.  also_outside: those of them, views, that stand outside as well."""
 
     nodes: list[fx.Node]
-    states: list[State]
+    states: list[StateNodes]
     program: LoopProgram | None = None
     inputs: list[fx.Node] = field(default_factory=list)
     kept: list[fx.Node] = field(default_factory=list)
@@ -81,16 +81,16 @@ class Loop:
 
 @dataclass(eq=False)
 class Partition:
-    """`once`: calls that do not vary, run before everything. `segments`: Batched and Loop, in order.
+    """`once`: calls that do not vary, run before everything. `segments`: BatchedPart and LoopPart, in order.
 
     delayed: for every state whose prev is read outside its loop, the node that stands for it there.
     """
 
     problem: Problem
     once: list[fx.Node]
-    segments: list[Batched | Loop]
-    delayed: dict[fx.Node, State]
+    segments: list[BatchedPart | LoopPart]
+    delayed: dict[fx.Node, StateNodes]
 
     @property
-    def loops(self) -> list[Loop]:
-        return [s for s in self.segments if isinstance(s, Loop)]
+    def loops(self) -> list[LoopPart]:
+        return [s for s in self.segments if isinstance(s, LoopPart)]

@@ -118,7 +118,7 @@ class Recorder:
         if self._depth:
             sys.setprofile(self._note)
 
-    def ran(self, function: Any) -> None:
+    def runs(self, function: Any) -> None:
         """Notes a function of torch's that is about to run with the recorder paused."""
         code = getattr(function, "__code__", None)
         if code is not None and code not in self.codes:

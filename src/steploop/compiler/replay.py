@@ -23,7 +23,7 @@ from .lower import SPREAD, Saving, as_input, copied, improved, row_bytes
 from .memory_operator import is_memory
 from .ops.table import operation_of
 from .passes.manager import mixing_reasons
-from .problem import Problem, State
+from .problem import Problem, StateNodes
 from .show_loops import show_loops
 from .span import Span
 from .stages import note
@@ -145,7 +145,7 @@ def lower_replay(step: StepGraph, saving: Saving, names: Sequence[str], choose: 
     nexts = {i: saving.again.index(step.nexts[i]) for i in saving.edges}  # each is one of the outputs
 
     def problem() -> Problem:
-        states = [State(own.prevs[i], own.outputs[at], names[i]) for i, at in nexts.items()]
+        states = [StateNodes(own.prevs[i], own.outputs[at], names[i]) for i, at in nexts.items()]
         return Problem(own.graph, own.batch, states, list(own.outputs), [], [], mixing_reasons(own))
 
     executable = Executable(improved(own, problem, "again"), choose)

@@ -9,16 +9,16 @@ from torch import fx
 from ..backends.contract import Runner
 from .ir.graph import StepGraph
 from .ir.show import Names
-from .problem import Loop, Partition
+from .problem import LoopPart, Partition
 
 
-def show_loops(step: StepGraph, partition: Partition, runners: Mapping[Loop, Runner]) -> str:
+def show_loops(step: StepGraph, partition: Partition, runners: Mapping[LoopPart, Runner]) -> str:
     """Segment by segment. A loop is followed by the text of what runs it, where the backend has one."""
     names = Names(step)
     lines = [f"once: {_list(partition.once, names)}"] if partition.once else []
     number = 0
     for segment in partition.segments:
-        if not isinstance(segment, Loop):
+        if not isinstance(segment, LoopPart):
             lines.append(f"all steps at once: {_list(segment.nodes, names)}")
             continue
         number += 1

@@ -72,7 +72,7 @@ class Lines(TorchFunctionMode):
 
     def _note(self, function: Any, args: tuple[Any, ...]) -> None:
         """What of a call the captured graph will not show."""
-        self._recorder.ran(function)
+        self._recorder.runs(function)
         if getattr(function, "__self__", None) is Tensor.requires_grad and isinstance(args[0], FunctionalTensor):
             frame = sys._getframe(2)
             if is_user_file(frame.f_code.co_filename):

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from . import blocks
 from .ir.graph import Rows, expression, size_at
-from .problem import Batched, Loop
+from .problem import BatchedPart, LoopPart
 from .rowwise import Rowwise
 from .schedule import Schedule
 from .span import Cuttable, Span, Unpacked
@@ -106,7 +106,7 @@ class SpanRunner:
             held[e] = order, values
         return values
 
-    def _timed(self, part: Batched | Loop | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    def _timed(self, part: BatchedPart | LoopPart | None, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function that runs a part of the partition (None: what is the same at every step)."""
         clock = self.e.clock
         return function(*arguments) if clock is None else clock.time(part, function, *arguments)
@@ -161,10 +161,10 @@ class SpanRunner:
         rows = rows.at(self.sizes)
         return rows.narrow(whole, span.first, span.total)
 
-    def _memory(self, loop: Loop, span: Span) -> list[Tensor | Unpacked | None]:
+    def _memory(self, loop: LoopPart, span: Span) -> list[Tensor | Unpacked | None]:
         """Places for the kept values of a loop that are wanted, where a span of them is one piece of memory."""
         found = []
-        for node in self.e.ran[loop].kept:
+        for node in self.e.widened[loop].kept:
             rows = node.meta["rows"]
             fits = node in self.places and node.meta["varies"] and rows is not None and (rows.dim, rows.outer) == (0, 1)
             place = self._place(node, span) if fits else self.own.get(node)
@@ -184,7 +184,7 @@ class SpanRunner:
             values[node] = sequence if as_it_is else self._cut(sequence, node, span)
         self.after: dict[fx.Node, Tensor] = {}
         for segment in self.e.partition.segments:
-            if isinstance(segment, Loop):
+            if isinstance(segment, LoopPart):
                 self._timed(segment, self._loop, segment, span, values)
             elif segment in self.e.pieces:
                 piece = self.e.pieces[segment]
@@ -201,12 +201,12 @@ class SpanRunner:
         rows = rows.at(self.sizes)
         return rows.narrow(sequence, span.first, span.total)
 
-    def _loop(self, loop: Loop, span: Span, values: dict[fx.Node, Tensor]) -> None:
+    def _loop(self, loop: LoopPart, span: Span, values: dict[fx.Node, Tensor]) -> None:
         states = [self.current[s.prev] for s in loop.states]
         reset_to = None
         if self.reset_to and loop.states:
             reset_to = [self.reset_to[s.prev] for s in loop.states]
-        inputs = [values[n] for n in self.e.ran[loop].inputs]
+        inputs = [values[n] for n in self.e.widened[loop].inputs]
         runner = self.e.runners[loop]
         into: tuple[Any, ...] = ()
         if (self.places or self.outward or self.own) and runner.writes_into:
@@ -214,7 +214,7 @@ class SpanRunner:
         after, kept = runner(inputs, states, reset_to, span, self.e.down, self.sizes, *into)
         for state, value in zip(loop.states, after):
             self.after[state.prev] = value
-        for node, value in zip(self.e.ran[loop].kept, kept):
+        for node, value in zip(self.e.widened[loop].kept, kept):
             # Outside its loop a sum over rows is one over the rows of all steps.
             values[node] = value.sum(0) if node.meta["contracted"] is True else value
 

@@ -13,14 +13,14 @@ from ..errors import UnsupportedError
 from .ir.graph import shape_at, symbols_of
 from .ops.table import is_random
 from .printing import Source, call_text
-from .problem import State
+from .problem import StateNodes
 from .rowwise import Rowwise
 
 
 class StackedPiece:
     """Calls of a step without a known batch axis, for all steps: one `vmap` over T."""
 
-    def __init__(self, nodes: Sequence[fx.Node], results: Sequence[fx.Node], delayed: dict[fx.Node, State]):
+    def __init__(self, nodes: Sequence[fx.Node], results: Sequence[fx.Node], delayed: dict[fx.Node, StateNodes]):
         self.results = list(results)
         self.delays = [n for n in nodes if n in delayed]
         self.runs = _runs(nodes, delayed)
@@ -94,7 +94,7 @@ def _empty_stack(node: fx.Node, sizes: dict[str, int]) -> Any:
     return tree_map_only(Tensor, empty, node.meta["val"])
 
 
-def _runs(nodes: Sequence[fx.Node], delayed: dict[fx.Node, State]) -> list[Any]:
+def _runs(nodes: Sequence[fx.Node], delayed: dict[fx.Node, StateNodes]) -> list[Any]:
     runs: list[Any] = []
     for node in nodes:
         if node in delayed:

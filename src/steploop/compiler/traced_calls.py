@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import UnsupportedError
 from . import capture_store, foreign, forward_mode, pipeline
-from .capture import Capture, hint, lock, sizes_of
+from .capture import Capture, hint, lock, symbol_values
 from .conditions import condition
 from .dependencies import Dependencies
 from .exported import Exported, Options, from_text, to_text
@@ -101,7 +101,7 @@ def _hold_sizes(call: Call, capture: Capture, training: bool) -> None:
     """Tells the other tracer what a capture relies on, so that it refuses to keep sizes free that are not."""
     trace = capture.joint if training else capture.forward
     assert trace is not None
-    sizes = sizes_of(trace, call)
+    sizes = symbol_values(trace, call)
     if capture.batch is not None and call.batch != capture.batch:
         raise AssertionError("a capture for another batch size")
     for one in trace.conditions:

@@ -25,7 +25,7 @@ from .build import TRIAL, begin, compiler, problem, what_to_install, wide_vector
 from .cache import folder
 from .comparing import comparison
 from .emit_expressions import CTYPES
-from .language import Program
+from .language import RowProgram
 from .lower import lower
 from .runner import Runner
 from .stepper import Stepper
@@ -88,7 +88,7 @@ class Cpu(contract.Backend):
         return Stepper(runner, *arguments)
 
 
-def _lowered(loop: LoopProgram) -> tuple[Program | None, contract.Reasons]:
+def _lowered(loop: LoopProgram) -> tuple[RowProgram | None, contract.Reasons]:
     """Lowered once: asking for reasons and compiling share the work."""
     found = getattr(loop, "_native", None)
     if found is None:

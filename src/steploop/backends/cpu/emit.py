@@ -17,7 +17,7 @@ from .emit_call import CallPrinter
 from .emit_early import in_rows, sequence_row
 from .emit_expressions import CTYPES, size_text
 from .emit_nest import NestPrinter
-from .fuse import Phase, Plan
+from .fuse import Fused, Phase
 from .language import Buffer, Product
 from .reserved import HEADERS, KERNELS, REMARK, WORD
 
@@ -38,7 +38,7 @@ def prelude() -> str:
     return "\n".join((KERNELS / name).read_text() for name in HEADERS)
 
 
-def emit(plan: Plan, broken: bool = False) -> str:
+def emit(plan: Fused, broken: bool = False) -> str:
     """The body of the kernel. `broken` makes it wrong on purpose, for tests that must notice."""
     return Printer(plan, broken).text()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .emit_early import Early, in_rows
 from .emit_expressions import CTYPES, size_text
-from .fuse import Plan
+from .fuse import Fused
 from .language import Buffer, Load, Product, same
 
 NUMBERS = ("batch", "start", "stop", "down", "tile_rows", "threads", "first", "pack", "team", "ahead")
@@ -38,7 +38,7 @@ class Weight:
 class CallPrinter:
     """What all parts of a kernel's text are printed with. broken: see `emit`."""
 
-    def __init__(self, plan: Plan, broken: bool):
+    def __init__(self, plan: Fused, broken: bool):
         self.plan, self.program, self.broken = plan, plan.program, broken
         self.weights = _weights(plan)
         self.products = {w.products: w.ctype for w in self.weights}
@@ -167,7 +167,7 @@ class CallPrinter:
         return next(w for w in self.weights if w.right is product.right)
 
 
-def _weights(plan: Plan) -> list[Weight]:
+def _weights(plan: Fused) -> list[Weight]:
     found: dict[int, Weight] = {}
     for number, products in enumerate([*(phase.products for phase in plan.phases), plan.early]):
         for right in (product.right for product in products):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .emit_expressions import CTYPES, size_text
-from .fuse import Plan
+from .fuse import Fused
 from .language import Buffer, Product
 
 
@@ -24,7 +24,7 @@ def sequence_row(b: Buffer, at: str, here: str, row: str) -> str:
 class Early:
     """targets: what the products give.  staged: rows of sequences that are brought together for them."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Fused):
         self.products = plan.early
         self.targets = [p.target.buffer for p in plan.early]
         self.staged: dict[tuple[int, str], Buffer] = {}

@@ -23,9 +23,9 @@ from .language import (
     Load,
     Nested,
     Product,
-    Program,
     Reduce,
     Routine,
+    RowProgram,
     Scan,
     Scatter,
     Statement,
@@ -59,11 +59,11 @@ class Phase:
 
 
 @dataclass(eq=False)
-class Plan:
+class Fused:
     """`shared` temporaries hold all rows of a tile, `local` ones a single row; those of `early` products, of several
     steps."""
 
-    program: Program
+    program: RowProgram
     early: list[Product]
     phases: list[Phase]
     shared: list[Buffer]
@@ -71,7 +71,7 @@ class Plan:
     in_place: set[int]  # indices of states whose next value may overwrite the previous one
 
 
-def fuse(program: Program) -> Plan:
+def fuse(program: RowProgram) -> Fused:
     statements = _alive(program)
     for statement in statements:
         _squeeze(program.make, statement)
@@ -80,7 +80,7 @@ def fuse(program: Program) -> Plan:
     phases = _schedule([s for s in statements if not _is_early(s)])
     _silence(phases)
     shared, local = _scopes(program, phases, {id(p.target.buffer) for p in early})
-    return Plan(program, early, phases, shared, local, _in_place(program, phases))
+    return Fused(program, early, phases, shared, local, _in_place(program, phases))
 
 
 def _is_early(statement: Statement) -> TypeGuard[Product]:
@@ -90,7 +90,7 @@ def _is_early(statement: Statement) -> TypeGuard[Product]:
     return left.buffer.place == "step" and left.buffer.rows and left.buffer.order is None and same(left.shape[0], 1)
 
 
-def _in_place(program: Program, phases: list[Phase]) -> set[int]:
+def _in_place(program: RowProgram, phases: list[Phase]) -> set[int]:
     """States that are only read before, or at the very place where, their next value is written."""
     order: list[tuple[int, Nest | None, Statement]] = []
     number = 0
@@ -130,7 +130,7 @@ def _same_place(load: Load, store: Statement, nest: Nest | None) -> bool:
     return load.strides == target.strides and same(load.offset, target.offset)
 
 
-def _alive(program: Program) -> list[Statement]:
+def _alive(program: RowProgram) -> list[Statement]:
     """The statements that something wanted depends on."""
     wanted = {id(b) for b in (*program.nexts, *program.kept)}
     alive = []
@@ -315,7 +315,7 @@ def _silence(phases: list[Phase]) -> None:
                     nest.silent.add(id(statement))
 
 
-def _scopes(program: Program, phases: list[Phase], early: set[int]) -> tuple[list[Buffer], list[Buffer]]:
+def _scopes(program: RowProgram, phases: list[Phase], early: set[int]) -> tuple[list[Buffer], list[Buffer]]:
     """Which temporaries live across phases (or meet a product); early ones have a place of their own."""
     touched: dict[int, set[int]] = {}
     shared: set[int] = set()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.span import Span
-from .fuse import Plan
+from .fuse import Fused
 from .language import Buffer, Const, Dim, Expr, Iota, Load, Product, Reduce, Routine, Scan, Scatter, Statement
 from .ops_largest import meaning as _largest_places
 from .ops_linalg import MEANINGS as _LINALG
@@ -32,7 +32,7 @@ _SCAN = {"sum": torch.cumsum, "prod": torch.cumprod}
 
 
 class Interpreter:
-    def __init__(self, loop: LoopProgram, plan: Plan):
+    def __init__(self, loop: LoopProgram, plan: Fused):
         self.loop, self.program = loop, plan.program
         self.statements: list[Statement] = [*plan.early]
         for phase in plan.phases:
@@ -64,7 +64,7 @@ class Interpreter:
             if flags is not None and not down:
                 _reset(states, back, flags)
             memory = self._memory(inputs, states, rows, at)
-            one = Step(memory, rows, sizes)
+            one = StepOfRows(memory, rows, sizes)
             for statement in self.statements:
                 one.run(statement)
             for state, after in zip(states, self.program.nexts):
@@ -105,7 +105,7 @@ class Interpreter:
         return flat.reshape(-1, *shape[1:])
 
 
-class Step:
+class StepOfRows:
     """One step of all running rows."""
 
     def __init__(self, memory: dict[Buffer, Tensor], rows: int, sizes: dict[str, int]):

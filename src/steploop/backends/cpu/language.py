@@ -179,7 +179,7 @@ class Check:
 
 
 @dataclass(eq=False)
-class Program:
+class RowProgram:
     """One step of one row: inputs, states and kept values in the order of the loop, and temporaries.
 
     ends: the state, one bool, of which `LoopProgram.ends` tells; None: there is none.

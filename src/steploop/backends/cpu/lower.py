@@ -18,11 +18,11 @@ from . import (  # noqa: F401  (fill the table)
     ops_views,
 )
 from .decompose import decomposed
-from .language import Program
+from .language import RowProgram
 from .lowering import Lowering
 
 
-def lower(loop: LoopProgram) -> tuple[Program | None, list[tuple[str, str]]]:
+def lower(loop: LoopProgram) -> tuple[RowProgram | None, list[tuple[str, str]]]:
     """The row program of a loop, or the reasons why there is none."""
     lowering = Lowering(loop, decomposed)
     if loop.mixes_rows:

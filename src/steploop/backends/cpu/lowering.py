@@ -30,8 +30,8 @@ from .language import (
     Iota,
     Load,
     Op,
-    Program,
     Reduce,
+    RowProgram,
     Statement,
     Store,
     product,
@@ -69,7 +69,7 @@ class Lowering:
 
     def __init__(self, loop: LoopProgram, otherwise: Callable[[Lowering, fx.Node], Lowered]):
         self.loop, self.otherwise = loop, otherwise
-        self.program = Program()
+        self.program = RowProgram()
         self.make = Expressions()
         self.values: dict[fx.Node, Lowered] = {}
         self.reasons: list[tuple[str, str]] = []
@@ -236,7 +236,7 @@ class Lowering:
 
     # The walk
 
-    def run(self) -> Program:
+    def run(self) -> RowProgram:
         self._inputs()
         for node in self.loop.calls:
             self._call(node)

@@ -24,8 +24,8 @@ from .build import begin
 from .emit import Printer, canonical, prelude
 from .emit_call import TAIL
 from .emit_early import in_rows
-from .fuse import Plan, fuse
-from .language import Buffer, Dim, Program
+from .fuse import Fused, fuse
+from .language import Buffer, Dim, RowProgram
 from .show import show
 
 # Test-only: "cpu" builds kernels that are wrong on purpose; the oracle must notice.
@@ -46,10 +46,10 @@ class Runner(contract.Runner):
     reads_in_place = True  # takes sequences as the caller has them (`Unpacked`)
     _product: products.LongProduct | None = None
 
-    def __init__(self, loop: LoopProgram, program: Program, broken: bool = False):
+    def __init__(self, loop: LoopProgram, program: RowProgram, broken: bool = False):
         self.loop, self.program = loop, program
         self.stops = program.ends is not None  # by itself, where all rows have ended
-        self.plan: Plan = fuse(program)
+        self.plan: Fused = fuse(program)
         broken = broken or os.environ.get(BREAK) == "cpu"
         printer = Printer(self.plan, broken)
         self.text = printer.text()
@@ -239,7 +239,7 @@ class Runner(contract.Runner):
         return value.movedim(0, rows.dim + 1).flatten(rows.dim, rows.dim + 2)
 
 
-def first_of_tail(program: Program) -> int:
+def first_of_tail(program: RowProgram) -> int:
     """How many pointers stand before those of TAIL."""
     return len(program.inputs) + 3 * len(program.prevs) + len(program.kept)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .emit_expressions import size_text
-from .fuse import Nest, Plan
+from .fuse import Fused, Nest
 from .language import (
     Buffer,
     Const,
@@ -26,7 +26,7 @@ _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=",
           "eq": "==", "ne": "!=", "bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^"}  # fmt: skip
 
 
-def show(plan: Plan) -> str:
+def show(plan: Fused) -> str:
     """One row's program: its values, then phase by phase the products and the nests."""
     program = plan.program
     lines = [_declared("input", b) for b in program.inputs]
