@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..errors import UnsupportedError, message
 from ..marks import at_steps, latest, repeated, valid_at, wide
+from .ops.table import is_random
 from .program import Call, Program, Result, StepOutput, name_of
 from .row_trial import rows_see_each_other
 
@@ -26,7 +27,6 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
     valid = valid_at(call.steps, call.lengths, call.mask)
     if valid is None:
         valid = torch.ones(call.steps, cast(int, call.batch), dtype=torch.bool, device="cpu")
-    _check_rows_apart(program, call, valid)
     valid = valid.to(call.device)
     resets = torch.zeros_like(valid) if call.resets is None else call.resets.to(call.device)
     source = latest(valid, call.reverse)
@@ -49,10 +49,14 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
     return inner, new, finish
 
 
-def _check_rows_apart(program: Program, call: Call, valid: Tensor) -> None:
-    """UnsupportedError where rows that take no part would be seen by others."""
-    real = not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in (*call.xs, *call.initial, valid))
-    if real and not bool(valid.all()) and rows_see_each_other(program, call):
+def check_rows_apart(program: Program, call: Call, graph: fx.Graph) -> None:
+    """UnsupportedError where rows that take no part would be seen by others. graph: of the step, which may draw."""
+    marks = [m for m in (call.lengths, call.mask) if m is not None]
+    real = not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in (*call.xs, *call.initial, *marks))
+    if not real or any(is_random(node) for node in graph.nodes):
+        return
+    valid = valid_at(call.steps, call.lengths, call.mask)
+    if valid is not None and not bool(valid.all()) and rows_see_each_other(program, call):
         raise UnsupportedError(
             message(
                 f"{name_of(program)} fixes the number of rows, and its rows see each other.",

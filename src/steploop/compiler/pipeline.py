@@ -35,7 +35,7 @@ from .lower import (
     lower_forward,
     row_bytes,
 )
-from .masking import masked_call
+from .masking import check_rows_apart, masked_call
 from .passes.histories import use_whole_histories
 from .passes.manager import mixing_reasons
 from .program import Call, Program, Result
@@ -141,7 +141,10 @@ def is_ragged(call: Call) -> bool:
 
 def needs_masks(program: Program, call: Call, capture: Capture) -> bool:
     """Whether rows that take no part must be masked, as the capture can't run on fewer rows."""
-    return capture.forward.graph.batch is None and is_ragged(call) and program.batched
+    if capture.forward.graph.batch is not None or not is_ragged(call) or not program.batched:
+        return False
+    check_rows_apart(program, call, capture.forward.graph.graph)
+    return True
 
 
 def run_masked(program: Program, call: Call, backend: str, save: str) -> Result:
