@@ -25,12 +25,13 @@ def rows_see_each_other(program: Program, call: Call) -> bool:
         given = [*(x[0] for x in call.xs), *call.constants, *call.initial]
         begun = [_another(value) for value in given]
         batched = [True] * len(call.xs) + list(program.constant_batched) + [True] * len(call.initial)
+        everyone = torch.arange(batch, device="cpu")
         before = torch.get_rng_state()
         try:
             whole, again = _run(program, call, begun), _run(program, call, begun)
-            if not torch.equal(before, torch.get_rng_state()) or not _same(whole, again, torch.arange(batch)):
+            if not torch.equal(before, torch.get_rng_state()) or not _same(whole, again, everyone):
                 return False  # it draws
-            for rows in (torch.arange(batch - 1), torch.arange(1, batch)):
+            for rows in (everyone[:-1], everyone[1:]):
                 some = [v.index_select(0, rows.to(v.device)) if b else v for v, b in zip(begun, batched)]
                 if not _same(whole, _run(program, call, some), rows):
                     return True
