@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 MAKE = {
     "a loop with gradients": """
     sl.Loop(Cell(), backend=BACKEND)(torch.randn(5, 2, 8, requires_grad=True))[0].sum().backward()""",
@@ -114,3 +116,54 @@ def test_nothing_stays():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stdout, done.stdout
+
+
+MEMORY = """
+import gc, torch, steploop as sl
+from pathlib import Path
+from torch import nn
+
+torch.set_num_threads(1)
+calls = [0]
+
+
+class Cell(sl.Step):
+    def __init__(self, size):
+        super().__init__()
+        self.w, self.h, self.own = nn.Linear(8, 8), sl.State(8), [size]  # the list's number: no capture serves another
+
+    def step(self, x):
+        self.h.next = torch.tanh(self.w(x) + self.h.prev) * self.own[0]
+        return self.h.next
+
+
+def resident():
+    gc.collect()
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS")).split()[1])
+
+
+def run(count):
+    for _ in range(count):
+        calls[0] += 1
+        loop = sl.Loop(Cell(calls[0]), backend="eager")
+        loop(torch.randn(5, 2, 8, requires_grad=True))[0].sum().backward()
+
+
+run(100)
+before = resident()
+run(COUNT)
+grown = (resident() - before) / 1000
+assert grown < 20, f"COUNT loops made and dropped left {grown:.0f} MB"
+"""
+
+
+def memory_of(count):
+    script = MEMORY.replace("COUNT", str(count))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_thousand_loops_leave_little_memory():
+    done = memory_of(1000)
+    assert done.returncode == 0, done.stderr
