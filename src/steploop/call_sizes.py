@@ -26,15 +26,8 @@ class CallSizes:
         if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 0):
             raise InputError(message("`steps` is a number of steps.", expected="an int >= 0", found=describe(steps)))
         if of_xs is not None:
-            if steps is not None and steps != of_xs:
-                raise InputError(
-                    message(
-                        "`steps=` differs from the sequences' T.",
-                        expected=f"T={of_xs}",
-                        found=f"steps={steps}",
-                        fix="leave out steps=; it is for calls without sequences",
-                    )
-                )
+            fix = "leave out steps=; it is for calls without sequences"
+            _check_agrees("steps", steps, "T", of_xs, fix)
             return of_xs
         if steps is not None:
             return steps
@@ -47,15 +40,7 @@ class CallSizes:
 
     def batch(self, of_xs: Any, batch_size: Any) -> Any:
         if of_xs is not None:
-            if batch_size is not None and batch_size != of_xs:
-                raise InputError(
-                    message(
-                        "`batch_size=` differs from the sequences' B.",
-                        expected=f"B={of_xs}",
-                        found=f"batch_size={batch_size}",
-                        fix="leave out batch_size=, or check batch_first",
-                    )
-                )
+            _check_agrees("batch_size", batch_size, "B", of_xs, "leave out batch_size=, or check batch_first")
             return of_xs
         if batch_size is not None:
             return batch_size
@@ -78,3 +63,10 @@ class CallSizes:
             yield from ((value, 0) for value in self.state.values())
         pairs = zip(self.arguments.constants, self.arguments.constant_batched, strict=True)
         yield from ((constant, 0) for constant, batched in pairs if batched)
+
+
+def _check_agrees(name: str, given: Any, axis: str, of_xs: Any, fix: str) -> None:
+    """InputError where a size that is given as an argument is not that of the sequences."""
+    if given is not None and given != of_xs:
+        problem = f"`{name}=` differs from the sequences' {axis}."
+        raise InputError(message(problem, expected=f"{axis}={of_xs}", found=f"{name}={given}", fix=fix))

@@ -283,7 +283,7 @@ def begin(
         before = room_of(tree.states, values)
         room = _larger(_larger(_used(tree.states, values, before) + steps, before), room)
         if isinstance(given, Mapping):
-            met = [v if not s.unsized or not _is_unmet(v) else None for s, v in zip(tree.states, values, strict=True)]
+            met = [None if s.unsized and _is_unmet(v) else v for s, v in zip(tree.states, values, strict=True)]
             padded = with_room(tree.states, cast("list[Tensor]", met), room)
             given = {**given, **{n: v for n, v in zip(tree.names, padded, strict=True) if v is not None}}
     for i, state in enumerate(tree.states):

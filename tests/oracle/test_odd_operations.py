@@ -198,6 +198,33 @@ def test_rows_that_see_each_other_in_a_step_for_one_number_of_rows():
         sl.scan(by_hand, h, x, mask=some)
 
 
+class Switched(sl.Step):
+    """For one number of rows; whether they see each other can be changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixes, self.h = False, sl.State(4)
+
+    def step(self, x):
+        self.h.next = (by_hand if self.mixes else apart)(self.h.prev, x)[0]
+        return self.h.next
+
+
+def test_whether_rows_see_each_other_follows_the_step():
+    loop = sl.Loop(Switched())
+    lengths = torch.tensor([4, 2, 3])
+    for mixes in (False, True, False, True):
+        loop.step.mixes = mixes
+        for batch in (3, 1, 3):
+            x = torch.randn(4, batch, 4, requires_grad=True)
+            sl.verify(loop, x)
+            if mixes and batch > 1:
+                with pytest.raises(sl.UnsupportedError, match="its rows see each other"):
+                    loop(x, lengths=lengths)
+            else:
+                sl.verify(loop, x, lengths=lengths[:batch])
+
+
 def test_a_step_that_traces_a_function_itself():
     def step(h, x):
         return torch.tanh(torch.func.linearize(torch.tanh, h)[1](x)), h

@@ -24,8 +24,7 @@ def alone() -> Iterator[None]:
     with ExitStack() as stack:
         for surrounding in (
             _disable_current_modes, _quiet, _no_autocast_cache, _no_saved_tensors_hooks, without_checks, _no_anomalies,
-            _nothing_compiled, _nothing_checkpointed, forward_mode.switched_off, sizes_by_value,
-            symbolic_len,
+            _nothing_compiled, _nothing_checkpointed, forward_mode.switched_off, sizes_by_value, symbolic_len,
         ):  # fmt: skip
             stack.enter_context(surrounding())
         yield

@@ -54,6 +54,7 @@ class Made:
     streams: a step as one kernel call, by backend; None where the backend does not take it.
     rowwise: whether all that it gives has its rows in front and does not mix them; None: nobody asked.
     calls: how many there were; counted where kept captures are checked.
+    rows_apart: of a step for one number of rows, whether no row sees another; None: nobody asked.
     """
 
     invocations: dict[Hashable, Any] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Made:
     streams: dict[str, Any] = field(default_factory=dict)
     rowwise: bool | None = None
     calls: int = 0
+    rows_apart: bool | None = None
 
 
 # Where a captured tensor comes from: its number in the walk, itself, or free floats.

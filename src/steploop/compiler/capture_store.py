@@ -38,7 +38,6 @@ _CHECK = os.environ.get("STEPLOOP_CHECK", "") not in ("", "0")
 MOST = 64  # captures that are kept of one step for inputs of one kind
 MANY = 3  # captures because of a changed value, after which a warning says so
 
-
 _TORCH = ("aten", "prims")  # namespaces of operations
 _BY_ROOT: weakref.WeakKeyDictionary[Any, dict[Hashable, list[Capture]]] = weakref.WeakKeyDictionary()
 _OTHERS: dict[Hashable, list[Capture]] = {}
@@ -143,24 +142,42 @@ def _find_apart(
         signature = signature_of(program, call)
         family = (kind, program.key, program.batched, ambient(), _kinds(signature))
         known = [] if looking() else _store(program).setdefault(family, [])
-        same: list[Capture] = []  # those that differ in sizes only
-        for capture in reversed(known):
-            dependencies = walk_of(program, capture.reads)
-            if dependencies.key == capture.key and capture.has_floats(dependencies):
-                same.append(capture)
-                if _fits(capture, signature, call, program, dependencies):
-                    return capture, dependencies
+        kept, alike, _ = _among(known, signature, call, program)
+        if kept is not None:
+            return kept
         captured += 1
         if not fixed:
-            signature.dynamic = signature.dynamic.union(
-                *(c.signature.dynamic | _differences(c.signature, signature) for c in same)
-            )
+            _free_axes(signature, alike)
         with long_part(f"capturing {name_of(program)}"):
             found = making.make(program, signature, call, [c.reads for c in known], free, fixed=fixed)
-        if not same and len(known) >= MANY - 1:
+        if not alike and len(known) >= MANY - 1:
             _warn(program, known[-1], found[0])
         _keep(known, found[0])
         return found
+
+
+def _among(
+    known: list[Capture], signature: Signature, call: Call, program: Program
+) -> tuple[tuple[Capture, Dependencies] | None, list[Capture], list[tuple[Capture, Dependencies]]]:
+    """The newest capture that a call may use, those that differ in sizes at most, and those in sizes and floats."""
+    alike: list[Capture] = []
+    near: list[tuple[Capture, Dependencies]] = []
+    for capture in reversed(known):
+        dependencies = walk_of(program, capture.reads)
+        if dependencies.key != capture.key:
+            continue
+        near.append((capture, dependencies))
+        if capture.has_floats(dependencies):
+            alike.append(capture)
+            if _fits(capture, signature, call, program, dependencies):
+                return (capture, dependencies), alike, near
+    return None, alike, near
+
+
+def _free_axes(signature: Signature, alike: list[Capture]) -> None:
+    """Axes that captures of other sizes had free, or that differ from theirs, are free in the next."""
+    more = (c.signature.dynamic | _differences(c.signature, signature) for c in alike)
+    signature.dynamic = signature.dynamic.union(*more)
 
 
 def checking() -> bool:
@@ -203,27 +220,16 @@ def _find(
     signature = signature_of(program, call)
     family = (program.key, program.batched, settings, _kinds(signature))
     known = [] if looking() else _store(program).setdefault(family, [])
-    alike: list[Capture] = []  # those that differ in sizes only
-    near: list[tuple[Capture, Dependencies]] = []  # and those that differ in floats too
-    for capture in reversed(known):
-        dependencies = walk_of(program, capture.reads)
-        if dependencies.key != capture.key:
-            continue
-        near.append((capture, dependencies))
-        if capture.has_floats(dependencies):
-            alike.append(capture)
-            if _fits(capture, signature, call, program, dependencies):
-                return capture, dependencies
+    kept, alike, near = _among(known, signature, call, program)
+    if kept is not None:
+        return kept
     if (found := _of_an_equal_step(program, signature, call, family, known)) is not None:
         _keep(known, found[0])
         return found
     if before_making is not None:
         before_making()
     captured += 1
-    if alike:
-        signature.dynamic = signature.dynamic.union(
-            *(c.signature.dynamic | _differences(c.signature, signature) for c in alike)
-        )
+    _free_axes(signature, alike)
     if all_step_by_step():  # an exported program has no Python floats that could change
         near = []
     free = [] if not near else alike[0].free(near[0][1]) if alike else _changed_floats(*near[0])

@@ -178,7 +178,7 @@ class _Maker:
         """A step may compute a value once and keep it: then its first step changes something, and no later one does."""
         before.restore()
         if not _real(self.call):
-            raise changes_nothing(changed)
+            raise side_effect_of(changed)
         call = self.call
         xs = [x[0] if call.steps else x.new_zeros(x.shape[1:]) for x in call.xs]
         try:
@@ -189,10 +189,10 @@ class _Maker:
                 again = between.changes()
         except Exception:
             before.restore()
-            raise changes_nothing(changed) from None
+            raise side_effect_of(changed) from None
         if again:
             before.restore()
-            raise changes_nothing(changed)
+            raise side_effect_of(changed)
 
 
 def checked(before: Snapshot, recorder: Recorder, seed: int) -> list[str]:
@@ -210,11 +210,11 @@ def checked(before: Snapshot, recorder: Recorder, seed: int) -> list[str]:
     if tensors:
         raise SideEffect(f"the step changes {', '.join(tensors)} in place. {KEEP}")
     if moved:
-        raise changes_nothing(moved)
+        raise side_effect_of(moved)
     return changed
 
 
-def changes_nothing(changed: Sequence[str]) -> SideEffect:
+def side_effect_of(changed: Sequence[str]) -> SideEffect:
     return SideEffect(
         f"the step changes a Python value: {', '.join(changed)}. A step is captured once and not run again, so the "
         "change would happen once instead of at every step. Keep what changes from step to step in an "

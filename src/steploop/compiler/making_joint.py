@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .capture import Capture, hint, lock, symbol_values
 from .dependencies import Dependencies
 from .free_numbers import FreeNumber, NotFree
-from .making import changes_nothing, checked, read_by, settle, settled_floats, snapshot
+from .making import checked, read_by, settle, settled_floats, side_effect_of, snapshot
 from .memory_operator import calls_in, tracing
 from .passes.histories import use_whole_histories
 from .passes.manager import find_mixing, simplify
@@ -80,7 +80,7 @@ def _add_joint(capture: Capture, dependencies: Dependencies, call: Call) -> Depe
         if changed := checked(before, recorder, seed):
             before.restore()
             if not capture.by_tracing.issuperset(changed):
-                raise changes_nothing(changed)
+                raise side_effect_of(changed)
     check_same(capture.forward, joint)
     joint.keep_alive.extend(use_whole_histories(joint.graph))
     return _with_more_reads(capture, dependencies, joint, recorder)

@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..errors import UnsupportedError, message
 from ..marks import at_steps, latest, repeated, valid_at, wide
+from .capture import Capture
 from .ops.table import is_random
 from .program import Call, Program, Result, StepOutput, name_of
 from .row_trial import rows_see_each_other
@@ -49,14 +50,17 @@ def masked_call(program: Program, call: Call) -> tuple[Program, Call, Callable[[
     return inner, new, finish
 
 
-def check_rows_apart(program: Program, call: Call, graph: fx.Graph) -> None:
-    """UnsupportedError where rows that take no part would be seen by others. graph: of the step, which may draw."""
+def check_rows_apart(program: Program, call: Call, capture: Capture) -> None:
+    """UnsupportedError where rows that take no part would be seen by others. A step that draws is not tried."""
     marks = [m for m in (call.lengths, call.mask) if m is not None]
     real = not any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in (*call.xs, *call.initial, *marks))
-    if not real or any(is_random(node) for node in graph.nodes):
+    valid = valid_at(call.steps, call.lengths, call.mask) if real else None
+    if valid is None or bool(valid.all()):
         return
-    valid = valid_at(call.steps, call.lengths, call.mask)
-    if valid is not None and not bool(valid.all()) and rows_see_each_other(program, call):
+    if capture.made.rows_apart is None:
+        draws = any(is_random(node) for node in capture.forward.graph.graph.nodes)
+        capture.made.rows_apart = draws or not rows_see_each_other(program, call)
+    if not capture.made.rows_apart:
         raise UnsupportedError(
             message(
                 f"{name_of(program)} fixes the number of rows, and its rows see each other.",

@@ -143,7 +143,7 @@ def needs_masks(program: Program, call: Call, capture: Capture) -> bool:
     """Whether rows that take no part must be masked, as the capture can't run on fewer rows."""
     if capture.forward.graph.batch is not None or not is_ragged(call) or not program.batched:
         return False
-    check_rows_apart(program, call, capture.forward.graph.graph)
+    check_rows_apart(program, call, capture)
     return True
 
 
