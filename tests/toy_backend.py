@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 
 from steploop.backends import choose, contract, eager
-from steploop.backends.cpu.fuse import fuse
-from steploop.backends.cpu.interpret import Interpreter
-from steploop.backends.cpu.lower import lower
-from steploop.backends.cpu.show import show
+from steploop.backends.native.fuse import fuse
+from steploop.backends.native.interpret import Interpreter
+from steploop.backends.native.lower import lower
+from steploop.backends.native.show import show
 from steploop.compiler.ir.graph import LoopProgram, Rows, rows_of
 
 

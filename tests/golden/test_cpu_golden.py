@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from cpu_loops import make_case
 
-from steploop.backends.cpu.emit import emit
-from steploop.backends.cpu.fuse import fuse
-from steploop.backends.cpu.lower import lower
-from steploop.backends.cpu.show import show
+from steploop.backends.native.emit import emit
+from steploop.backends.native.fuse import fuse
+from steploop.backends.native.lower import lower
+from steploop.backends.native.show import show
 
 HERE = Path(__file__).parent / "cpu"
 T, B, H = 3, 4, 6

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from steploop.backends.cpu import lower  # noqa: F401  (fills the table of lowerings)
-from steploop.backends.cpu.lowering import TABLE as NATIVE
+from steploop.backends.native import lower  # noqa: F401  (fills the table of lowerings)
+from steploop.backends.native.lowering import TABLE as NATIVE
 from steploop.compiler import history_products, loop_operator, memory_operator  # noqa: F401  (they add rows)
 from steploop.compiler.ops.rules import pointwise
 from steploop.compiler.ops.table import TABLE, Operation

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import steploop as sl
-from steploop.backends.cpu.lowering import TABLE
+from steploop.backends.native.lowering import TABLE
 
 # Not about the numbers, or told by the result's own type and shape.
 ELSEWHERE = {

@@ -9,10 +9,10 @@ from cpu_loops import assert_same, both, make_case, run
 
 import steploop as sl
 from steploop.backends import cpu, eager
-from steploop.backends.cpu.fuse import fuse
-from steploop.backends.cpu.interpret import Interpreter
-from steploop.backends.cpu.lower import lower
-from steploop.backends.cpu.ops_linalg import LARGEST
+from steploop.backends.native.fuse import fuse
+from steploop.backends.native.interpret import Interpreter
+from steploop.backends.native.lower import lower
+from steploop.backends.native.ops_linalg import LARGEST
 from steploop.compiler.schedule import make_schedule
 
 T = 4

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from steploop.backends import eager
 from steploop.backends.cpu.build import build
-from steploop.backends.cpu.emit import prelude
-from steploop.backends.cpu.fuse import fuse
-from steploop.backends.cpu.interpret import Interpreter
-from steploop.backends.cpu.lower import lower
+from steploop.backends.cpu.headers import entry, prelude
 from steploop.backends.cpu.runner import Runner
+from steploop.backends.native.fuse import fuse
+from steploop.backends.native.interpret import Interpreter
+from steploop.backends.native.lower import lower
 from steploop.compiler.schedule import make_schedule
 
 T, B = 3, 4
@@ -143,7 +143,7 @@ def through_compiler(seeds) -> None:
     for number, seed in enumerate(seeds):
         case = random_case(seed)
         runner = Runner(case.loop, lowered(case))
-        text = runner.text.replace("steploop_run", f"steploop_run_{number}")
+        text = runner.text + entry().replace("steploop_run", f"steploop_run_{number}")
         texts.append(f"namespace graph{number} {{\n{text}\n}}")
         runners.append((seed, case, runner))
     library = build("\n".join(texts))

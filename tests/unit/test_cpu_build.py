@@ -17,7 +17,7 @@ from cpu_loops import assert_same, make_case
 import steploop as sl
 from steploop.backends import cpu
 from steploop.backends.cpu import build as building
-from steploop.backends.cpu import cache as keeping
+from steploop.backends.native import cache as keeping
 from steploop.compiler import capture_store
 from steploop.errors import BuildError
 

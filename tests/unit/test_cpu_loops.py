@@ -12,8 +12,9 @@ from cpu_loops import assert_same, both, make_case, run
 
 import steploop as sl
 from steploop.backends import cpu, eager
-from steploop.backends.cpu import build, emit
+from steploop.backends.cpu import build
 from steploop.backends.cpu import runner as native
+from steploop.backends.native import emit
 from steploop.compiler.schedule import make_schedule
 from steploop.compiler.span import Span
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steploop.backends.cpu.build import build
-from steploop.backends.cpu.emit import prelude
+from steploop.backends.cpu.headers import prelude
 
 # name: (C++ function, float64 meaning, bound in ulp, lowest x, highest x)
 FUNCTIONS = {

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from steploop.backends import cpu
 from steploop.backends.cpu import build, products
-from steploop.backends.cpu.emit import prelude
+from steploop.backends.cpu.headers import whole
 
 ARCHITECTURES = {
     "x86-64": [], "sandybridge": ["avx"], "haswell": ["avx2", "fma", "bmi2", "movbe", "f16c"],
@@ -59,7 +59,7 @@ def test_kernels(runs_here, dtype, tmp_path):
     if runs_here:
         assert_same(case, torch.randint(0, 10, (13,)), rtol=1e-4, atol=1e-4)
     else:
-        compiles(prelude() + "\n" + cpu.compile(case.loop).text, tmp_path)
+        compiles(whole(cpu.compile(case.loop).text), tmp_path)
         compiles(products.text(dtype), tmp_path)
 
 

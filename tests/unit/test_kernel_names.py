@@ -8,8 +8,8 @@ from torch import nn
 
 import steploop as sl
 from steploop.backends.cpu import runner as running
-from steploop.backends.cpu.emit import Printer, canonical
-from steploop.backends.cpu.reserved import reserved, words
+from steploop.backends.native.emit import Printer, canonical
+from steploop.backends.native.reserved import reserved, words
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_imports(path):
             assert target == "compiler.program", f"{name} must not import {target}"
 
 
-LONG = {"backends.cpu.ops_pointwise"}  # a table: one row per operation
+LONG = {"backends.native.ops_pointwise"}  # a table: one row per operation
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

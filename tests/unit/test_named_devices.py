@@ -18,7 +18,7 @@ MAKERS = {
     "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 # The native backend knows the CPU only; recipes move whole batches; the command line makes examples.
-LEFT_OUT = ("backends/cpu/", "recipes/", "cli.py")
+LEFT_OUT = ("backends/cpu/", "backends/native/", "recipes/", "cli.py")
 # A module's own tensors are made on torch's default device, as those of torch.nn.
 IN_CONSTRUCTORS = ("__init__", "_learn")
 FILES = [p for p in sorted(ROOT.rglob("*.py")) if not str(p.relative_to(ROOT)).startswith(LEFT_OUT)]

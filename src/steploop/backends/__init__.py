@@ -10,6 +10,7 @@ from __future__ import annotations
 BACKENDS: dict[str, str] = {
     "auto": "native where a loop can be taken natively, else eager; per loop",
     "cpu": "native C++ loops, on the CPU",
+    "cuda": "CUDA C++ loops, on NVIDIA GPUs; experimental, never chosen by \"auto\"",
     "eager": "batched pieces run by torch, a Python loop over the rest; any device",
     "reference": "the plain Python loop over the step",
 }

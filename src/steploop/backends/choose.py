@@ -45,6 +45,10 @@ def backend_of(name: str) -> Backend:
         from .cpu import Cpu, comparison
 
         _made[name], words.compare = Cpu(), comparison()
+    elif name == "cuda" and name not in _made:
+        from .cuda import Cuda
+
+        _made[name] = Cuda()
     elif name == "eager" and name not in _made:
         from .eager import Eager
 

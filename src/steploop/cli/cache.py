@@ -22,7 +22,7 @@ def cache(
     steploop cache
     steploop cache --clear
     """
-    from ..backends.cpu import cache as kept
+    from ..backends.native import cache as kept
 
     libraries, size = kept.contents()
     facts = {"path": str(kept.folder()), "loops": libraries, "bytes": size, "removed": clear}

@@ -6,7 +6,7 @@
       const Where w = where(s);
       if (!together || call.x_x0_at)
         for (long r = team.share(w.n); r < team.share(w.n, 1); ++r)
-          memcpy(rows0_x_x0_tile + (count + r) * scratch.rows0_x_x0_row, call.x_x0 + (call.x_x0_at ? call.x_x0_at[w.at + r] : w.here + r) * 4 + 0, 4 * sizeof(float));
+          copy(rows0_x_x0_tile + (count + r) * scratch.rows0_x_x0_row, call.x_x0 + (call.x_x0_at ? call.x_x0_at[w.at + r] : w.here + r) * 4 + 0, 4);
       count += w.n;
     }
     if (!count) return;
@@ -29,7 +29,7 @@
     const Where next = !early && step + 1 < call.stop - call.start ? where(step + 1) : Where{};
     if (n != loaded) {
       team.wait();
-      if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);
+      save_rows(n, loaded), load_rows(loaded, n);
       team.wait();
       loaded = n;
     }
@@ -38,7 +38,7 @@
     if (call.resets && !call.down)
       for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
-          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+          copy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6);
         }
     team.wait();
     multiply(h_tile + 0 * scratch.h_row + 0, scratch.h_row, n, call.weight0_captured_1, mm_default_1_tile, scratch.mm_default_1_row, team);  // test_cpu_golden.py:82
@@ -62,6 +62,6 @@
     if (call.resets && call.down)
       for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
-          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+          copy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6);
         }
   }

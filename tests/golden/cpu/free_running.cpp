@@ -3,7 +3,7 @@
     const long p = now.p, n = now.n, at = now.at, here = now.here;
     if (n != loaded) {
       team.wait();
-      if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);
+      save_rows(n, loaded), load_rows(loaded, n);
       team.wait();
       loaded = n;
     }
@@ -12,8 +12,8 @@
     if (call.resets && !call.down)
       for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
-          memcpy(token_tile + r * scratch.token_row, call.to_token + (row0 + r) * 1, 1 * sizeof(i64));
-          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+          copy(token_tile + r * scratch.token_row, call.to_token + (row0 + r) * 1, 1);
+          copy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6);
         }
     for (long r = from; r < end; ++r) {
       const i64* token = token_tile + r * scratch.token_row;
@@ -61,7 +61,7 @@
           argmax_argmax_default = choose(wins, mm_default_i, argmax_argmax_default);
           argmax_argmax_default_at = choose(wins, counting<W8>(i, 1), argmax_argmax_default_at);
         });
-        (argmax_default + 0)[0] = first_best(argmax_argmax_default, argmax_argmax_default_at, true);
+        put(argmax_default + 0, first_best(argmax_argmax_default, argmax_argmax_default_at, true));
       }
       // 1: test_cpu_golden.py:69
       span<D4>(1, [&](long i, auto m) ALWAYS {
@@ -73,7 +73,7 @@
     if (call.resets && call.down)
       for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
-          memcpy(token_tile + r * scratch.token_row, call.to_token + (row0 + r) * 1, 1 * sizeof(i64));
-          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+          copy(token_tile + r * scratch.token_row, call.to_token + (row0 + r) * 1, 1);
+          copy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6);
         }
   }

@@ -3,7 +3,7 @@
     const long p = now.p, n = now.n, at = now.at, here = now.here;
     if (n != loaded) {
       team.wait();
-      if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);
+      save_rows(n, loaded), load_rows(loaded, n);
       team.wait();
       loaded = n;
     }
@@ -12,8 +12,8 @@
     if (call.resets && !call.down)
       for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
-          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
-          memcpy(c_tile + r * scratch.c_row, call.to_c + (row0 + r) * 6, 6 * sizeof(float));
+          copy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6);
+          copy(c_tile + r * scratch.c_row, call.to_c + (row0 + r) * 6, 6);
         }
     team.wait();
     multiply(h_tile + 0 * scratch.h_row + 0, scratch.h_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row, team);  // test_cpu_golden.py:30
@@ -57,7 +57,7 @@
     if (call.resets && call.down)
       for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
-          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
-          memcpy(c_tile + r * scratch.c_row, call.to_c + (row0 + r) * 6, 6 * sizeof(float));
+          copy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6);
+          copy(c_tile + r * scratch.c_row, call.to_c + (row0 + r) * 6, 6);
         }
   }

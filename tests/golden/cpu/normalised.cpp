@@ -3,7 +3,7 @@
     const long p = now.p, n = now.n, at = now.at, here = now.here;
     if (n != loaded) {
       team.wait();
-      if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);
+      save_rows(n, loaded), load_rows(loaded, n);
       team.wait();
       loaded = n;
     }
@@ -12,7 +12,7 @@
     if (call.resets && !call.down)
       for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
-          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+          copy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6);
         }
     team.wait();
     multiply(h_tile + 0 * scratch.h_row + 0, scratch.h_row, n, call.weight0_captured_0, mm_default_tile, scratch.mm_default_row, team);  // test_cpu_golden.py:42
@@ -38,7 +38,7 @@
           store(native_layer_norm_default + i, add_tensor, m);
           sum_native_layer_norm_default_2 = sum_native_layer_norm_default_2 + only(m, add_tensor, every<W8>((float)0));
         });
-        (native_layer_norm_default_2 + 0)[0] = total(sum_native_layer_norm_default_2);
+        put(native_layer_norm_default_2 + 0, total(sum_native_layer_norm_default_2));
       }
       // 1: test_cpu_golden.py:42
       span<W4>(1, [&](long i, auto m) ALWAYS {
@@ -58,7 +58,7 @@
           auto x_2 = x * x;
           sum_native_layer_norm_default_3 = sum_native_layer_norm_default_3 + only(m, x_2, every<W8>((float)0));
         });
-        (native_layer_norm_default_3 + 0)[0] = total(sum_native_layer_norm_default_3);
+        put(native_layer_norm_default_3 + 0, total(sum_native_layer_norm_default_3));
       }
       // 1: test_cpu_golden.py:42
       span<W4>(1, [&](long i, auto m) ALWAYS {
@@ -88,6 +88,6 @@
     if (call.resets && call.down)
       for (long r = from; r < end; ++r)
         if (call.resets[at + r]) {
-          memcpy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6 * sizeof(float));
+          copy(h_tile + r * scratch.h_row, call.to_h + (row0 + r) * 6, 6);
         }
   }

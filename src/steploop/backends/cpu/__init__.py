@@ -1,12 +1,9 @@
-"""Loops as native code: one C++ function runs all steps for a tile of rows.
+"""Loops as native code: one C++ function runs all steps for a tile of rows (see `native` for its text).
 
-lower.py, ops_*.py   ATen calls on batches -> the loop language (language.py), one row's program
-fuse.py              statements -> phases of loop nests
-emit.py              phases -> C++;  kernels/ holds what every kernel includes
-build.py, cache.py   C++ -> a library, kept per user; what is safe to load
-runner.py            calls it
-stepper.py           calls it for one step at a time; comparing.py: what streams and guards need beside it
-interpret.py         what the loop language means, in plain torch
+kernels/, headers.py  what stands around a loop's text: vectors, functions on them, threads, products
+build.py              C++ -> a library, kept per user
+runner.py             calls it
+stepper.py            calls it for one step at a time; comparing.py: what streams and guards need beside it
 """
 
 from __future__ import annotations
@@ -20,13 +17,13 @@ import torch
 from ...compiler.ir.graph import LoopProgram
 from ...errors import BuildError
 from .. import contract
+from ..native.cache import folder
+from ..native.emit_expressions import CTYPES
+from ..native.language import RowProgram
+from ..native.lower import lower
 from . import products
 from .build import TRIAL, begin, compiler, problem, what_to_install, wide_vectors
-from .cache import folder
 from .comparing import comparison
-from .emit_expressions import CTYPES
-from .language import RowProgram
-from .lower import lower
 from .runner import Runner
 from .stepper import Stepper
 from .threads import runtime

@@ -22,8 +22,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ...errors import BuildError
-from . import cache
-from .cache import folder
+from ..native import cache
+from ..native.cache import folder
 
 FLAGS = (
     "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fwrapv",

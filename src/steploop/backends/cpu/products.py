@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ...compiler import blocks
+from ..native.emit_expressions import CTYPES
 from . import threads
 from .build import begin, build
-from .emit_expressions import CTYPES
-from .reserved import KERNELS
+from .headers import KERNELS
 
 FILES = ("vector.h", "tiles.h", "product.h", "products.cpp")
 

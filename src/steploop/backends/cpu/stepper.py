@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, comparing, threads
-from .emit_call import NUMBERS, TAIL
-from .runner import Runner, first_of_tail, in_memory, no_memory
+from ..native import checks
+from ..native.emit_call import NUMBERS, TAIL
+from ..native.runner import first_of_tail, in_memory, no_memory
+from . import comparing, threads
+from .runner import Runner
 
 try:
     from torch._C._dynamo.guards import (  # type: ignore[attr-defined]

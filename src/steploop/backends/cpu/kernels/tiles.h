@@ -39,6 +39,11 @@ struct Member {
   void wait() const {
     if (size > 1) barrier->wait(size);
   }
+  // Memory for the temporaries of a tile.
+  char* take(long bytes) const { return memory ? memory : (char*)aligned_alloc(64, bytes); }
+  void give_back(char* taken) const {
+    if (!memory) free(taken);
+  }
   long share(long n, long of = 0) const { return n * (me + of) / size; }  // where its part of n begins
 };
 

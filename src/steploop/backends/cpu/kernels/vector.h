@@ -183,6 +183,13 @@ template <int L> INLINE Vec<i64, L> counting(long first, long step) {
   return x;
 }
 
+template <class V> INLINE Elem<V> at0(V x) { return x[0]; }  // of a value that all lanes share
+
+// Numbers of a row: all of them, one of them, and what is computed one number after the other.
+template <class T> INLINE void copy(T* to, const T* from, long count) { memcpy(to, from, count * sizeof(T)); }
+template <class T, class V> INLINE void put(T* p, V x) { *p = (T)x; }
+template <class F> INLINE void alone(F f) { f(); }
+
 // Comparisons give masks; `choose` takes one.
 template <class V> INLINE MaskOf<V> less(V a, V b) { return __builtin_convertvector(a < b, MaskOf<V>); }
 template <class V> INLINE MaskOf<V> less_equal(V a, V b) { return __builtin_convertvector(a <= b, MaskOf<V>); }

@@ -6,8 +6,9 @@ import functools
 import re
 from pathlib import Path
 
-KERNELS = Path(__file__).parent / "kernels"
-HEADERS = ("vector.h", "math.h", "tiles.h", "product.h", "linalg.h", "largest.h")
+# The headers of all backends: a name stands in a loop's text, which each of them may compile.
+SHARED = [Path(__file__).parent / "kernels" / name for name in ("linalg.h", "largest.h")]
+HEADERS = sorted(Path(__file__).parents[1].glob("*/kernels/*.h"))
 
 # A word, or a text in quotes, in which there are none: extern "C".
 WORD = re.compile(r'"[^"]*"|\b[A-Za-z_]\w*')
@@ -23,7 +24,7 @@ _EMITTED = """Call Scratch prelude steploop_run run_tile run_tiles call scratch 
     n i m r t at from end loaded load_rows save_rows take_tiles join_team inside inside_from_end step where now next
     early used make_early together given count active half block to me free pow bytes padded packed packed_size
     aligned_alloc Work int8_t int16_t int32_t u8 i64 visibility __attribute__ float_products double_products members
-    whole row s w steps"""
+    whole row s w steps take give_back each_weight kPointers kNumbers f F"""
 
 
 def words(text: str) -> set[str]:
@@ -35,5 +36,5 @@ def words(text: str) -> set[str]:
 def reserved() -> frozenset[str]:
     """Of the headers' words all but single letters, which are variables inside their functions."""
     own = {*_CPP.split(), *_EMITTED.split()}
-    headers = set().union(*(words((KERNELS / name).read_text()) for name in HEADERS))
+    headers = set().union(*(words(path.read_text()) for path in HEADERS))
     return frozenset(own | {word for word in headers if len(word) > 1})

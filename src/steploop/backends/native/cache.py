@@ -29,7 +29,7 @@ except ImportError:  # Windows
 
 BUILDING = ".build-"  # how the names of folders begin in which a build is under way
 LOCK = ".lock"
-_BUILT = re.compile(r"[0-9a-f]{40}\.(so|cpp|sha256)")
+_BUILT = re.compile(r"[0-9a-f]{40}\.(so|cpp|cubin|cu|sha256)")
 OLD = 3600  # seconds after which no build can still be under way
 
 
@@ -126,7 +126,7 @@ def contents() -> tuple[int, int]:
             size += file.stat().st_size
         except FileNotFoundError:  # another process has removed it since
             continue
-        libraries += file.suffix == ".so"
+        libraries += file.suffix in (".so", ".cubin")
     return libraries, size
 
 

@@ -137,12 +137,12 @@ class NestPrinter(ExpressionPrinter):
 
     def _finish(self, reduce: Reduce, total: str) -> None:
         target = reduce.target
-        pointer = f"({self.base(target.buffer)} + {self._outer_address(target)})[0]"
+        pointer = f"{self.base(target.buffer)} + {self._outer_address(target)}"
         if reduce.kind.startswith("arg"):
             biggest = "true" if reduce.kind == "argmax" else "false"
-            self.line(f"{pointer} = first_best({total}, {total}_at, {biggest});")
+            self.line(f"put({pointer}, first_best({total}, {total}_at, {biggest}));")
         else:
-            self.line(f"{pointer} = {_FOLD[reduce.kind]}({total});")
+            self.line(f"put({pointer}, {_FOLD[reduce.kind]}({total}));")
 
     def _outer_address(self, target: Load) -> str:
         terms = [] if same(target.offset, 0) else [size_text(target.offset)]
@@ -192,7 +192,7 @@ class NestPrinter(ExpressionPrinter):
             arguments.append(f"{self.base(operand.buffer)} + {self.address(operand.strides[:lead], operand.offset)}")
             arguments += [size_text(n) for n in (*operand.strides[lead:], operand.shape[-1])]
         options = ", ".join(map(str, routine.options))
-        self.line(f"{routine.name}<{options}>({', '.join(arguments)});")
+        self.line(f"alone([&]() ALWAYS {{ {routine.name}<{options}>({', '.join(arguments)}); }});")
         self._close(opened)
 
     def _scan(self, scan: Scan) -> None:
@@ -210,8 +210,8 @@ class NestPrinter(ExpressionPrinter):
         target = scatter.target
         pointer = f"{self.base(target.buffer)} + {self.address(target.strides, target.offset)}"
         for index, step in target.at:
-            pointer += f" + {self.value(index)}[0] * {size_text(step)}"
-        number_ = f"({value}[0] != 0)" if target.dtype == torch.bool else f"{value}[0]"
+            pointer += f" + at0({self.value(index)}) * {size_text(step)}"
+        number_ = f"(at0({value}) != 0)" if target.dtype == torch.bool else f"at0({value})"
         self.line(f"({pointer})[0] {'+=' if scatter.add else '='} {number_};")
         self._end_span()
 

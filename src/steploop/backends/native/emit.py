@@ -1,4 +1,7 @@
-"""Prints a fused plan as one C++ function: all steps for a tile of rows.
+"""Prints a fused plan as C++: all steps of a loop for a tile of rows, `run_tile`, and what a call is given, `Call`.
+
+The text is the same for every backend. Each brings the words that it is written in (vectors, functions on them, a team
+of threads and its products) before it, and the function that calls `run_tile` after it.
 
     pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, an int64
               that becomes the number of a check which found an index outside its axis, and the libraries of
@@ -19,7 +22,7 @@ from .emit_expressions import CTYPES, size_text
 from .emit_nest import NestPrinter
 from .fuse import Fused, Phase
 from .language import Buffer, Product
-from .reserved import HEADERS, KERNELS, REMARK, WORD
+from .reserved import REMARK, WORD
 
 # Nests of a phase from which on they stand in functions of their own, so many in each: what a compiler knows of a
 # function's variables grows with the square of its length.
@@ -34,10 +37,6 @@ def canonical(text: str, names: set[str]) -> str:
     )
 
 
-def prelude() -> str:
-    return "\n".join((KERNELS / name).read_text() for name in HEADERS)
-
-
 def emit(plan: Fused, broken: bool = False) -> str:
     """The body of the kernel. `broken` makes it wrong on purpose, for tests that must notice."""
     return Printer(plan, broken).text()
@@ -48,9 +47,8 @@ class Printer(CallPrinter):
 
     def text(self) -> str:
         self._struct()
-        self._scratch()
+        self.lines += self.scratch.text()
         self._tile()
-        self._entry()
         return "\n".join(self.lines) + "\n"
 
     def _tile(self) -> None:
@@ -63,11 +61,11 @@ class Printer(CallPrinter):
         )
         for symbol in program.symbols:
             self.line(f"const long {symbol} = call.{symbol};", 1)
-        self.line(f"const Scratch scratch(rows, team.size, call.ahead{self._symbols()});", 1)
-        self.line("char* memory = team.memory ? team.memory : (char*)aligned_alloc(64, scratch.bytes);", 1)
-        for b in self._scratch_buffers():
+        self.line("const Scratch scratch(call, rows, team.size);", 1)
+        self.line("char* const memory = team.take(scratch.bytes);", 1)
+        for b in self.scratch.buffers:
             ctype = CTYPES[b.dtype]
-            mine = f" + team.me * scratch.{b.name}_row" if id(b) in self.local else ""
+            mine = f" + team.me * scratch.{b.name}_row" if id(b) in self.scratch.local else ""
             end = "early" if b in self.early.targets else "tile"
             self.line(f"{ctype}* {b.name}_{end} = ({ctype}*)(memory + scratch.{b.name}){mine};", 1)
         self._rows_function(
@@ -93,7 +91,7 @@ class Printer(CallPrinter):
         self.lines += self.early.step()
         self.line("if (n != loaded) {", 2)
         self.line("team.wait();", 3)
-        self.line("if (team.me == 0) save_rows(n, loaded), load_rows(loaded, n);", 3)
+        self.line("save_rows(n, loaded), load_rows(loaded, n);", 3)
         self.line("team.wait();", 3)
         self.line("loaded = n;", 3)
         self.line("}", 2)
@@ -108,8 +106,8 @@ class Printer(CallPrinter):
         self._stop()
         self.line("}", 1)
         self.line("team.wait();", 1)
-        self.line("if (team.me == 0) save_rows(0, loaded);", 1)
-        self.line("if (!team.memory) free(memory);", 1)
+        self.line("save_rows(0, loaded);", 1)
+        self.line("team.give_back(memory);", 1)
         self.line("}")
         self.line()
 
@@ -137,8 +135,7 @@ class Printer(CallPrinter):
         self.line("const long at = then.at, here = then.here;", 5)
         self.line("if (r >= then.n) break;", 5)
         for b in self.program.kept:
-            size = f"{size_text(b.numel)} * sizeof({CTYPES[b.dtype]})"
-            self.line(f"memcpy({self._row(b)}, {b.name}_last, {size});", 5)
+            self.line(f"copy({self._row(b)}, {b.name}_last, {size_text(b.numel)});", 5)
         self.line("}", 4)
         self.line("}", 3)
         self.line("break;", 3)
@@ -154,10 +151,10 @@ class Printer(CallPrinter):
 
     def _rows_function(self, name: str, ends: Callable[[Buffer], tuple[str, str]]) -> None:
         self.line(f"auto {name} = [&](long from, long stop) {{", 1)
-        self.line("for (long r = from; r < stop; ++r) {", 2)
+        self.line("for (long r = from + team.me; r < stop; r += team.size) {", 2)
         for b in self.program.prevs:
             to, source = ends(b)
-            self.line(f"memcpy({to}, {source}, {size_text(b.numel)} * sizeof({CTYPES[b.dtype]}));", 3)
+            self.line(f"copy({to}, {source}, {size_text(b.numel)});", 3)
         self.line("}", 2)
         self.line("};", 1)
 
@@ -169,8 +166,8 @@ class Printer(CallPrinter):
         self.line("if (call.resets[at + r]) {", 4)
         for b in self.program.prevs:
             self.line(
-                f"memcpy({b.name}_tile + r * scratch.{b.name}_row, call.to_{b.name} + "
-                f"(row0 + r) * {size_text(b.numel)}, {size_text(b.numel)} * sizeof({CTYPES[b.dtype]}));",
+                f"copy({b.name}_tile + r * scratch.{b.name}_row, call.to_{b.name} + "
+                f"(row0 + r) * {size_text(b.numel)}, {size_text(b.numel)});",
                 5,
             )
         self.line("}", 4)
@@ -197,7 +194,7 @@ class Printer(CallPrinter):
         used: dict[int, Buffer] = {}
         body: list[str] = []
         program = self.program
-        known = (*program.inputs, *program.kept, *program.nexts, *self._scratch_buffers())
+        known = (*program.inputs, *program.kept, *program.nexts, *self.scratch.buffers)
         taken = {b.name for b in known} | set(program.symbols)
 
         def base(buffer: Buffer) -> str:
@@ -228,12 +225,12 @@ class Printer(CallPrinter):
         wanted = [b for b in self.program.nexts if b.dtype.is_floating_point]
         done = {id(s.target.buffer) for n in phase.nests for s in n.statements}
         if self.broken and wanted and id(wanted[0]) in done:
-            self.line(f"{wanted[0].name}[0] += 0.001 + 0.01 * {wanted[0].name}[0];", 3)
+            self.line(f"put({wanted[0].name}, {wanted[0].name}[0] * 1.01 + 0.001);", 3)
 
     def _row(self, b: Buffer, row: str = "r") -> str:
         """The pointer to one row of a buffer."""
         size = size_text(b.numel)
-        if b.place == "temp" and id(b) in self.local:
+        if b.place == "temp" and id(b) in self.scratch.local:
             return f"{b.name}_tile"
         if b.place == "next" and b.index in self.plan.in_place:
             b = self.program.prevs[b.index]

@@ -22,9 +22,9 @@ from .language import RowProgram
 from .lowering import Lowering
 
 
-def lower(loop: LoopProgram) -> tuple[RowProgram | None, list[tuple[str, str]]]:
-    """The row program of a loop, or the reasons why there is none."""
-    lowering = Lowering(loop, decomposed)
+def lower(loop: LoopProgram, device: str = "cpu") -> tuple[RowProgram | None, list[tuple[str, str]]]:
+    """The row program of a loop whose tensors are on such a device, or the reasons why there is none."""
+    lowering = Lowering(loop, decomposed, device)
     if loop.mixes_rows:
         return None, [("the step mixes rows of the batch", "")]
     for node in (*(i.node for i in loop.inputs), *loop.kept):

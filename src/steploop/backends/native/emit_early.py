@@ -60,9 +60,9 @@ class Early:
             lines += [
                 f"      if (!together || call.{b.name}_at)",
                 "        for (long r = team.share(w.n); r < team.share(w.n, 1); ++r)",
-                f"          memcpy({to}_tile + (count + r) * scratch.{to}_row, "
+                f"          copy({to}_tile + (count + r) * scratch.{to}_row, "
                 f"{sequence_row(b, 'w.at', 'w.here', 'r')} + {size_text(left.offset)}, "
-                f"{size_text(left.shape[1])} * sizeof({CTYPES[b.dtype]}));",
+                f"{size_text(left.shape[1])});",
             ]
         lines += ["      count += w.n;", "    }", "    if (!count) return;", "    team.wait();"]
         for product in self.products:

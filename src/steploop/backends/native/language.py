@@ -204,6 +204,14 @@ def product(sizes: Sequence[Dim]) -> Dim:
     return total if isinstance(total, int) else sympy.expand(total)
 
 
+def at_least(shape: Sequence[Dim]) -> int:
+    """Elements, with symbols counted as 64."""
+    count = 1
+    for size in shape:
+        count *= size if isinstance(size, int) else 64
+    return count
+
+
 def same(a: Dim, b: Dim) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b

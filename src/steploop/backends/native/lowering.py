@@ -44,6 +44,8 @@ DTYPES = (
     torch.float32, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )  # fmt: skip
 
+_THE = {"cpu": "the CPU", "cuda": "CUDA devices here"}
+
 Lowered = Any  # Expr or a tuple of them
 TABLE: dict[str, Callable[[Lowering, fx.Node], Lowered]] = {}
 _Rule = TypeVar("_Rule", bound="Callable[[Lowering, fx.Node], Lowered]")
@@ -67,8 +69,8 @@ class Unsupported(Exception):
 class Lowering:
     """otherwise: what lowers an operation that is not in TABLE."""
 
-    def __init__(self, loop: LoopProgram, otherwise: Callable[[Lowering, fx.Node], Lowered]):
-        self.loop, self.otherwise = loop, otherwise
+    def __init__(self, loop: LoopProgram, otherwise: Callable[[Lowering, fx.Node], Lowered], device: str = "cpu"):
+        self.loop, self.otherwise, self.device = loop, otherwise, device
         self.program = RowProgram()
         self.make = Expressions()
         self.values: dict[fx.Node, Lowered] = {}
@@ -278,8 +280,8 @@ class Lowering:
         for tensor in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(tensor, Tensor) and tensor.dtype not in DTYPES:
                 raise Unsupported(f"the native loop has no {str(tensor.dtype).removeprefix('torch.')}")
-            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":  # it takes the addresses of tensors
-                raise Unsupported(f"its values are on {tensor.device}, and native loops run on the CPU")
+            if isinstance(tensor, Tensor) and tensor.device.type != self.device:  # a kernel takes addresses
+                raise Unsupported(f"its values are on {tensor.device}, and native loops run on {_THE[self.device]}")
 
     def _call(self, node: fx.Node) -> None:
         if any(a not in self.values for a in node.all_input_nodes):

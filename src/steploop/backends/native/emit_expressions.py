@@ -124,7 +124,7 @@ class ExpressionPrinter:
     def scalar(self, expr: Expr) -> str:
         """An index that all lanes share."""
         if id(expr) in self.values:  # it may be in a register only
-            return f"{self.values[id(expr)]}[0]"
+            return f"at0({self.values[id(expr)]})"
         if isinstance(expr, Const):
             return str(int(expr.value))
         if isinstance(expr, Iota):

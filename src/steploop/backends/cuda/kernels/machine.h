@@ -1,0 +1,47 @@
+// What a GPU is made of, in few words: lanes of a warp, warps of a block, blocks of a grid. All other headers are written
+// in these, so that another machine.h runs the same text elsewhere.
+typedef unsigned char u8;
+typedef signed char int8_t;
+typedef short int16_t;
+typedef int int32_t;
+typedef long i64;  // as long as a pointer, on all systems but Windows
+
+#define INLINE static __device__ __forceinline__
+#define INLINE_MEMBER __device__ __forceinline__
+#define ALWAYS
+#define APART
+#define NAN __int_as_float(0x7fffffff)
+#define INFINITY __int_as_float(0x7f800000)
+
+constexpr int WARP = 32;
+INLINE int lane() { return threadIdx.x % WARP; }
+INLINE long thread_of_block() { return threadIdx.x; }
+INLINE long threads_of_block() { return blockDim.x; }
+INLINE long number_of_block() { return blockIdx.x; }
+INLINE long number_of_blocks() { return gridDim.x; }
+INLINE void meet_lanes() { __syncwarp(); }
+INLINE void meet_block() { __syncthreads(); }
+template <class T> INLINE T from_lane(T x, int other) { return __shfl_sync(~0u, x, other); }
+
+// Memory that the threads of a block share.
+INLINE char* block_memory() {
+  extern __shared__ __align__(16) char shared[];
+  return shared;
+}
+
+// Numbers that blocks tell each other: what a thread wrote before `arrive` or `publish` is seen after a `look` that
+// found it.
+INLINE unsigned arrive(unsigned* p) {
+  __threadfence();
+  return atomicAdd(p, 1u);
+}
+INLINE void publish(unsigned* p, unsigned x) {
+  __threadfence();
+  atomicExch(p, x);
+}
+INLINE unsigned look(unsigned* p) {
+  const unsigned x = *(volatile unsigned*)p;
+  __threadfence();
+  return x;
+}
+INLINE void note(i64* p, i64 x) { *(volatile i64*)p = x; }

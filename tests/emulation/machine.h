@@ -1,0 +1,102 @@
+// A GPU made of a CPU, for kernels/machine.h of the backend "cuda": every lane is a fiber that runs until it has to wait,
+// or, with -DTHREADS, a thread of the system, so that a checker of races sees it.
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+typedef uint8_t u8;
+typedef int64_t i64;
+
+#define INLINE static inline
+#define INLINE_MEMBER inline
+#define ALWAYS
+#define APART
+
+#ifndef LANES
+#define LANES 4
+#endif
+constexpr int WARP = LANES, MOST = 64;  // lanes of a warp; threads of all blocks
+
+struct Fiber {
+  ucontext_t context;
+  long thread, block;
+  bool done;
+};
+
+#ifdef THREADS
+struct Meeting {
+  pthread_barrier_t barrier;
+  void begin(long size) { pthread_barrier_init(&barrier, 0, size); }
+  void end() { pthread_barrier_destroy(&barrier); }
+};
+static void meet(Meeting& m) { pthread_barrier_wait(&m.barrier); }
+#else
+struct Meeting {
+  long size, here, phase;
+  void begin(long all) { size = all, here = phase = 0; }
+  void end() {}
+};
+#endif
+
+struct Device {
+  long blocks, threads;  // of a block
+  Fiber fibers[MOST];
+  Meeting warps[MOST], together[MOST];
+  double slots[MOST];
+  char* memories[MOST];  // of the blocks
+  void (*work)(void*);
+  void* given;
+  ucontext_t home;
+  unsigned order;
+};
+static thread_local Device* device;
+static thread_local Fiber* here;
+
+#ifndef THREADS
+// Another fiber goes on, drawn by chance: what is right only in one order does not stay so.
+static void yield() {
+  const long all = device->blocks * device->threads;
+  Fiber* const from = here;
+  device->order = device->order * 1664525u + 1013904223u;
+  long next = (device->order >> 8) % all;
+  while (device->fibers[next].done) next = (next + 1) % all;
+  here = &device->fibers[next];
+  if (here != from) swapcontext(&from->context, &here->context);
+}
+static void meet(Meeting& m) {
+  const long now = m.phase;
+  if (++m.here == m.size) m.here = 0, ++m.phase;
+  else while (m.phase == now) yield();
+}
+#else
+static void yield() { sched_yield(); }
+#endif
+
+INLINE long thread_of_block() { return here->thread; }
+INLINE long threads_of_block() { return device->threads; }
+INLINE long number_of_block() { return here->block; }
+INLINE long number_of_blocks() { return device->blocks; }
+INLINE int lane() { return here->thread % WARP; }
+INLINE long number_of_thread() { return here->block * device->threads + here->thread; }
+INLINE void meet_lanes() { meet(device->warps[number_of_thread() / WARP]); }
+INLINE void meet_block() { meet(device->together[here->block]); }
+INLINE char* block_memory() { return device->memories[here->block]; }
+template <class T> INLINE T from_lane(T x, int other) {
+  const long me = number_of_thread();
+  memcpy(&device->slots[me], &x, sizeof x);
+  meet_lanes();
+  T y;
+  memcpy(&y, &device->slots[me / WARP * WARP + other], sizeof y);
+  meet_lanes();
+  return y;
+}
+INLINE unsigned arrive(unsigned* p) { return __atomic_fetch_add(p, 1u, __ATOMIC_ACQ_REL); }
+INLINE void publish(unsigned* p, unsigned x) { __atomic_store_n(p, x, __ATOMIC_RELEASE); }
+INLINE unsigned look(unsigned* p) {
+  yield();
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+INLINE void note(i64* p, i64 x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }
