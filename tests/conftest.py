@@ -10,6 +10,7 @@ from pathlib import Path
 import devices
 import pytest
 import torch
+from emulated_gpu import EmulatedCuda
 from pairs import left_out
 from spans import cut_time
 from toy_backend import Toy
@@ -22,12 +23,16 @@ from steploop.compiler import capture_store
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the long property tests")
     parser.addoption("--toy", action="store_true", help="also run the oracle tests on a backend from outside")
+    parser.addoption("--emulated", action="store_true", help='also run the oracle tests on an emulated "cuda"')
     parser.addoption("--device", choices=["cpu", "cuda", "pretended"], help="where tests run; see tests/devices.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--toy"):
         choose.register(Toy())
+    if config.getoption("--emulated"):
+        choose.register(EmulatedCuda())
+        choose._order.remove(EmulatedCuda.name)  # "auto" does not try it
     os.environ["STEPLOOP_CHECK_GRAPHS"] = "1"  # every graph is checked after every pass, in child processes too
     torch.set_num_threads(min(2, torch.get_num_threads()))
     torch.backends.cudnn.allow_tf32 = False  # products of float32 are not TF32 by torch's default; convolutions are

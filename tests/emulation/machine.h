@@ -23,16 +23,22 @@ constexpr int WARP = LANES, MOST = 64;  // lanes of a warp; threads of all block
 struct Fiber {
   ucontext_t context;
   long thread, block;
+  long met_lanes, met_block;  // how often
   bool done;
 };
 
 #ifdef THREADS
+// Two barriers in turn: for the checker a thread that leaves one late knows what those did that have come to it again.
 struct Meeting {
-  pthread_barrier_t barrier;
-  void begin(long size) { pthread_barrier_init(&barrier, 0, size); }
-  void end() { pthread_barrier_destroy(&barrier); }
+  pthread_barrier_t barriers[2];
+  void begin(long size) {
+    for (auto& b : barriers) pthread_barrier_init(&b, 0, size);
+  }
+  void end() {
+    for (auto& b : barriers) pthread_barrier_destroy(&b);
+  }
 };
-static void meet(Meeting& m) { pthread_barrier_wait(&m.barrier); }
+static void meet(Meeting& m, long& met) { pthread_barrier_wait(&m.barriers[met++ % 2]); }
 #else
 struct Meeting {
   long size, here, phase;
@@ -66,7 +72,7 @@ static void yield() {
   here = &device->fibers[next];
   if (here != from) swapcontext(&from->context, &here->context);
 }
-static void meet(Meeting& m) {
+static void meet(Meeting& m, long&) {
   const long now = m.phase;
   if (++m.here == m.size) m.here = 0, ++m.phase;
   else while (m.phase == now) yield();
@@ -81,8 +87,8 @@ INLINE long number_of_block() { return here->block; }
 INLINE long number_of_blocks() { return device->blocks; }
 INLINE int lane() { return here->thread % WARP; }
 INLINE long number_of_thread() { return here->block * device->threads + here->thread; }
-INLINE void meet_lanes() { meet(device->warps[number_of_thread() / WARP]); }
-INLINE void meet_block() { meet(device->together[here->block]); }
+INLINE void meet_lanes() { meet(device->warps[number_of_thread() / WARP], here->met_lanes); }
+INLINE void meet_block() { meet(device->together[here->block], here->met_block); }
 INLINE char* block_memory() { return device->memories[here->block]; }
 template <class T> INLINE T from_lane(T x, int other) {
   const long me = number_of_thread();

@@ -12,6 +12,7 @@ import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import emulated_gpu
 import pytest
@@ -52,20 +53,31 @@ class Recorded:
 def recorded(step, together: bool, **call) -> list[Recorded]:
     """The launches of a forward and a backward pass."""
     found: list[Recorded] = []
-    held: list[Tensor | None] = []
+    held: dict[int, Tensor] = {}
 
     def addresses(given):
-        held[:] = given
+        held.update((t.data_ptr(), t) for t in given if t is not None)
         return plain(given)
 
+    def laid_out(self, inputs, span):
+        held.update({t.data_ptr(): t for t in (span.schedule.source,) if t is not None})  # where the caller's rows are
+        return lay_out(self, inputs, span)
+
+    def zeros(*shape, **kind):
+        made = make(*shape, **kind)
+        held[made.data_ptr()] = made  # the number of a check that failed
+        return made
+
     def launch(self, words, memory, barrier, how):
-        known = [t if t is not None else 0 for t in held]
-        found.append(Recorded(self.text, [*known, *words[len(known) :]], how, self.machine.warps))
+        found.append(Recorded(self.text, [held[w].clone() if w in held else w for w in words], how, self.machine.warps))
         run(self, words, memory, barrier, how)
 
-    plain, run = runner.addresses, emulated_gpu.EmulatedKernel.launch
+    make = torch.zeros
+    plain, run, lay_out = runner.addresses, emulated_gpu.EmulatedKernel.launch, runner.Runner._laid_out
     with pytest.MonkeyPatch.context() as patch, registered(together=together, rows=2, lanes=LANES) as backend:
         patch.setattr(runner, "addresses", addresses)
+        patch.setattr(runner.Runner, "_laid_out", laid_out)
+        patch.setattr(runner, "torch", SimpleNamespace(**{**vars(torch), "zeros": zeros}))
         patch.setattr(emulated_gpu.EmulatedKernel, "launch", launch)
         x = torch.randn(T, B, 3, requires_grad=True)
         y = sl.Loop(step, backend=backend.name, save="all")(x, **call)[0]
@@ -142,11 +154,23 @@ class Solved(sl.Step):
         return self.h.next
 
 
+class Matrix(sl.Step):
+    def __init__(self):
+        super().__init__()
+        self.h = sl.State(3, 5)
+
+    def step(self, x):
+        self.h.next = (self.h.prev * 0.5 + x[:, :, None]).sin()
+        return self.h.next.sum(2)
+
+
 STEPS = {
     "lstm": (lambda: sl.nn.LSTMCell(3, 7), {}),
     "gru, lengths": (lambda: sl.nn.GRUCell(3, 7), {"lengths": torch.tensor([4, 1, 3, 0, 2])}),
     "layer norms, resets": (lambda: sl.nn.LayerNormLSTMCell(3, 7), {"resets": torch.rand(T, B) < 0.4}),
     "attention": (Attention, {"memory": torch.randn(B, 5, 4)}),
+    "matrix, resets": (Matrix, {"resets": torch.rand(T, B) < 0.4}),
+    "gru": (lambda: sl.nn.GRUCell(3, 7), {}),
     "best": (Best, {}),
     "solved": (Solved, {}),
 }
@@ -176,7 +200,7 @@ BARRIERS = r"(?m)^ *(meet_lanes|meet_block)\(\);|team\.wait\(\);|while \(look\(&
 def test_every_missing_barrier_is_found(tmp_path):
     launches = [
         launch
-        for name in ("gru, lengths", "best", "solved")
+        for name in ("gru", "gru, lengths", "matrix, resets", "best", "solved")
         for launch in recorded(STEPS[name][0](), True, **STEPS[name][1])
     ]
     seen: dict[str, bool] = {}

@@ -15,8 +15,7 @@ static INLINE_MEMBER void run_call(const Given& given, char* memory, long bytes,
   char *room = block_memory(), *const end = room + near_bytes;
   call.each_weight([&](auto& weight, bool early) {
     if (!early) weight.bring_near(team, room, end);
-  });
-  meet_block();
+  });  // (the team meets before it multiplies for the first time)
   const long tiles = (call.batch + call.tile_rows - 1) / call.tile_rows;
   for (long tile = together ? 0 : block; tile < tiles; tile += together ? 1 : blocks) run_tile(&call, tile, team);
 }

@@ -1,4 +1,4 @@
-"""Random steps through the loop language: its interpreter, and compiled kernels, against torch."""
+"""Random steps through the loop language: its interpreter, and compiled and emulated kernels, against torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_loops import Case, make_case, run
+from emulated_gpu import registered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steploop.backends import eager
+from steploop.backends import cuda, eager
 from steploop.backends.cpu.build import build
 from steploop.backends.cpu.headers import entry, prelude
 from steploop.backends.cpu.runner import Runner
@@ -162,11 +163,33 @@ def test_compiled(part):
     through_compiler(range(part * 1000, part * 1000 + 12))
 
 
+def through_emulation(seed: int) -> None:
+    """As a grid, then by blocks with tiles of two rows, then by what the costs say, with no memory for weights."""
+    case = random_case(seed)
+    for options in ({"together": True}, {"together": False, "rows": 2}, {"memory": 0}):
+        with registered(**options) as backend:
+            compare(case, cuda.Runner(case.loop, lowered(case), backend.machine).begin(), seed)
+            assert backend.machine.launches or sum(schedule_of(seed)[0].sizes) == 0
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_emulated_cuda(part):
+    for seed in range(part * 1000, part * 1000 + 12):
+        through_emulation(seed)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(20))
 def test_interpreter_long(part):
     for seed in range(10_000 + part * 500, 10_000 + (part + 1) * 500):
         through_interpreter(seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(10))
+def test_emulated_cuda_long(part):
+    for seed in range(10_000 + part * 100, 10_000 + part * 100 + 25):
+        through_emulation(seed)
 
 
 @pytest.mark.long
