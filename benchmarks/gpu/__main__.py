@@ -21,6 +21,7 @@ from .ways import WAYS, Blank, Compiled, Way
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 64
+PARTS = ("micro", "kernels", "suite", "times")
 COMPILED_WHEN_QUICK = {("lstm", "forward"), ("lnlstm", "forward")}  # it takes up to a minute for each
 
 
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "torch.compile and a CUDA graph. At most 25 minutes; writes docs/gpu-results/<gpu>.md and .json.",
     )
     made.add_argument("--quick", action="store_true", help="fewer sizes and tests: at most 4 minutes")
-    made.add_argument("--parts", nargs="+", choices=("micro", "suite", "times"), default=("micro", "suite", "times"))
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     made.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, help="only these are timed")
     made.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu-results", help="folder (docs/gpu-results)")
     made.add_argument("--minutes", type=float, help="for all parts together (25, or 4 with --quick)")
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         results["seconds"] = time.monotonic() - begin
         return report.write(results, options.out)
 
-    parts = {"micro": _micro, "suite": _suite, "times": _times}
+    parts = {"micro": _micro, "kernels": _kernels, "suite": _suite, "times": _times}
     for name in options.parts:
         print(f"-- {name}, at {time.monotonic() - begin:.0f} s", flush=True)
         try:
@@ -95,6 +96,13 @@ def _micro(results: dict[str, Any], options: argparse.Namespace, end: float, kee
 
     few = [(b, h) for b, h in micro.SIZES if h in (128, 512, 1024, 2048)]
     results["micro"] = micro.measure(few if options.quick else micro.SIZES)
+
+
+def _kernels(results: dict[str, Any], options: argparse.Namespace, end: float, keep: Any) -> None:
+    from . import kernels
+
+    results["kernels"] = kernels.check(0.2 * (end - time.monotonic()))
+    print(results["kernels"], flush=True)
 
 
 def _suite(results: dict[str, Any], options: argparse.Namespace, end: float, keep: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .nvrtc import Module
+from steploop.backends.cuda import nvrtc
+from steploop.backends.cuda.driver import Module
 
 ROUNDS = 5
 SIZES = [(b, h) for h in (128, 256, 512, 1024, 2048) for b in (1, 16, 64, 256)]
@@ -20,7 +21,9 @@ KINDS = ("fp32", "tf32", "bf16")
 
 def measure(sizes: list[tuple[int, int]] = SIZES) -> dict[str, Any]:
     """Seconds and bytes per second by name; "product" has seconds by kind and "B H", of (B, H) x (H, 4 H)."""
-    module = Module((Path(__file__).parent / "kernels.cu").read_text())
+    major, minor = torch.cuda.get_device_capability()
+    text = (Path(__file__).parent / "kernels.cu").read_text()
+    module = Module(nvrtc.compile_cubin(text, f"sm_{major}{minor}")[0], torch.device("cuda"))
     blocks = torch.cuda.get_device_properties().multi_processor_count
     return {
         "op": eager_op(),

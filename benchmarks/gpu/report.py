@@ -26,6 +26,8 @@ def lines(results: dict[str, Any]) -> list[str]:
     found += [f"- {name}: {value}" for name, value in machine.items()]
     if "micro" in results:
         found += ["", "## What things cost", "", *_micro(results["micro"])]
+    if "kernels" in results:
+        found += ["", "## Our own kernels", "", *_kernels(results["kernels"])]
     if "suite" in results:
         found += ["", "## The oracle tests", "", *_suite(results["suite"])]
     for mode, title in TITLES.items():
@@ -64,6 +66,17 @@ def _micro(micro: dict[str, Any]) -> list[str]:
         cells = [f"{(t := micro['product'][k][name]) * 1e6:.1f} ({8 * b * h * h / t / 1e12:.1f})" for k in kinds]
         found.append(f"| {h} | {b} | {' | '.join(cells)} |")
     return found
+
+
+def _kernels(kernels: dict[str, Any]) -> list[str]:
+    """Against the plain loop, in the order of CELLS; then what compute-sanitizer said, and the soak."""
+    found = ["The backend `cuda` beside the plain loop: the largest difference, of the largest value.", ""]
+    for cell, difference in kernels["differences"].items():
+        found.append(f"- {cell}: {difference if isinstance(difference, str) else format(difference, '.1e')}")
+    soak = kernels["soak"]
+    result = "WRONG" if soak["wrong"] else "always the same bits"
+    found += ["", f"{soak['steps']:,} steps beside another stream: {result}."]
+    return [*found, "", *(f"- {tool}: {words}" for tool, words in kernels["sanitizer"].items())]
 
 
 def _suite(suite: dict[str, Any]) -> list[str]:

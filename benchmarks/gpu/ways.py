@@ -157,5 +157,6 @@ class Graphed(Plain):
 
 
 WAYS: tuple[Way, ...] = (
-    Plain(), Steploop("steploop eager", "eager"), Steploop("steploop", "auto"), CuDNN(), Compiled(), Graphed(),
+    Plain(), Steploop("steploop eager", "eager"), Steploop("steploop", "auto"), Steploop("steploop kernels", "cuda"),
+    CuDNN(), Compiled(), Graphed(),
 )  # fmt: skip

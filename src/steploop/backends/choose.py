@@ -104,6 +104,7 @@ class Chosen:
         if (self.name, backend.name) == ("auto", "eager") and cuda_graphs.takes(loop):
             runner, loop.launched = cuda_graphs.recorded(loop), "in CUDA graphs"
         loop.backend, loop.reasons = backend.name, reasons
+        loop.launched = loop.launched or runner.launched
         return runner
 
     def plain(self, loop: LoopProgram) -> Runner:

@@ -28,6 +28,7 @@ class Runner(Protocol):
     stops: bool = False  # does next to nothing once all rows have ended (`LoopProgram.ends`)
     product: Callable[..., Tensor | None] | None = None  # for long products outside of loops
     text: str = ""  # the source of the kernel that it calls
+    launched: str = ""  # how it is launched, where there are several ways
     building: bool = False  # whether what it calls is still being built
     otherwise: Callable[[BuildError], None] | None = None  # told where that fails: it then runs on in another way
 

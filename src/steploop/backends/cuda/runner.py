@@ -51,6 +51,17 @@ class Runner(KernelRunner):
             self.otherwise(error)
         self._building = None
 
+    @property
+    def launched(self) -> str:  # type: ignore[override]
+        """In words, for 1 to 1024 rows, with sizes that only a call knows taken for 64."""
+        sizes = dict.fromkeys(self.program.symbols, 64)
+        words, before = "", ""
+        for rows in (1, 4, 16, 64, 256, 1024):
+            now = "as a grid" if self.way(rows, sizes).together else "by blocks"
+            words += "" if now == before else f", {now} from {rows} rows on" if before else now
+            before = now
+        return words
+
     def way(self, batch: int, sizes: dict[str, int]) -> ways.Way:
         """How it runs so many rows."""
         shapes = [([size_at(n, sizes) for n in w.shape], w.dtype.itemsize) for w in self._weights]
