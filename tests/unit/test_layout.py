@@ -6,10 +6,12 @@ import ast
 from pathlib import Path
 
 import pytest
+from where import WHERE, where_tested
 
 import steploop
 
 ROOT = Path(steploop.__file__).parent
+TESTS = Path(__file__).parents[1]
 FRONT = {
     "arguments", "call_sizes", "closed_over", "compare", "devices", "dispatch", "frame", "initial", "inputs", "kinds",
     "loop", "operation", "packed", "prepared", "scan", "replay", "share", "signature", "sizing", "state",
@@ -117,3 +119,15 @@ def test_no_module_is_imported_in_a_circle():
 
     for name in graph:
         visit(name, [])
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_every_module_has_tests_somewhere(path):
+    found = where_tested(name_of(path))
+    assert found is not None, f"say in tests/where.py which test fails first when {name_of(path)} is broken"
+    assert (TESTS / found).exists(), found
+
+
+def test_nothing_is_said_of_modules_that_are_gone():
+    names = {name_of(path) for path in FILES} | {name_of(path.parent / "__init__.py") for path in FILES}
+    assert set(WHERE) <= names

@@ -143,9 +143,12 @@ def _keep(cubin: bytes, source: str, place: Path, name: str) -> None:
 class _Loaded(Kernel):
     def __init__(self, module: driver.Module, threads: int):
         self.module, self.threads = module, threads
+        self._most: dict[int, int] = {}  # blocks, by their own memory; asking takes as long as a launch
 
     def most_blocks(self, near: int) -> int:
-        return self.module.most_blocks(ENTRY, self.threads, near)
+        if near not in self._most:
+            self._most[near] = self.module.most_blocks(ENTRY, self.threads, near)
+        return self._most[near]
 
     def launch(self, words: Sequence[int], memory: Tensor, barrier: Tensor, launch: Launch) -> None:
         long = ctypes.c_int64
