@@ -1,7 +1,8 @@
 """Where the tests of a module are. A module has no test file of its own where what it does shows only through others.
 
-Most of the compiler is such: whether a pass, a guard or a schedule is right, the oracle says, which compares a whole call
-with the plain loop. So its modules name the test that fails first when they are broken. A package stands for its modules.
+Most of the compiler is such: whether a pass, a guard or a schedule is right, the oracle says, which compares a whole
+call with the plain loop. So its modules name the test that fails first when they are broken. A package stands for its
+modules.
 """
 
 ORACLE = "oracle/test_cells.py"  # every cell in every situation, against the plain loop
