@@ -11,8 +11,8 @@ import steploop as sl
 from steploop.closed_over import trainable
 
 # Of each tensor's largest entry.
-VALUES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+VALUES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def situations(lengths, holes, resets):

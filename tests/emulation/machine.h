@@ -105,4 +105,25 @@ INLINE unsigned look(unsigned* p) {
   yield();
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
+INLINE unsigned bits_of(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+INLINE float from_bits(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+INLINE unsigned short bits_of_f16(float x) {
+  const _Float16 half = (_Float16)x;
+  unsigned short bits;
+  memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+INLINE float from_f16(unsigned short bits) {
+  _Float16 half;
+  memcpy(&half, &bits, sizeof half);
+  return half;
+}
 INLINE void note(i64* p, i64 x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }

@@ -5,6 +5,8 @@ Every test asserts that kernels were launched, so nothing passes because somethi
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from agree import agree, agree_scan, situations
@@ -62,6 +64,76 @@ def test_cells(gpu, cell):
 
 def test_single_precision(gpu):
     agree(sl.nn.LayerNormLSTMCell(3, 7), torch.randn(6, 5, 3, requires_grad=True), backend=gpu.name)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("cell", [sl.nn.LSTMCell, sl.nn.GRUCell, sl.nn.LayerNormLSTMCell])
+def test_half_precision(gpu, cell, dtype):
+    """As near to the loop in double precision as the plain loop in half precision is."""
+    step, x = cell(3, 7).to(dtype), torch.randn(6, 5, 3, dtype=dtype)
+
+    def results(name, step, x):
+        x = x.clone().requires_grad_()
+        y = sl.Loop(step, backend=name)(x, lengths=LENGTHS)[0]
+        weights = torch.arange(y.numel()).view(y.shape).sin().to(y.dtype)
+        return [v.double() for v in (y, *torch.autograd.grad(y, [x, *step.parameters()], weights))]
+
+    exact = results("reference", copy.deepcopy(step).double(), x.double())
+    plain, found = (results(name, step, x) for name in ("reference", gpu.name))
+    for a, b, c in zip(exact, plain, found, strict=True):
+        largest, ulp = a.abs().max(), torch.finfo(dtype).eps
+        assert (c - a).abs().max() <= 2 * (b - a).abs().max() + 2 * ulp * largest
+
+
+class Glance(sl.Step):
+    """Looks numbers up, normalises and compares them."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.table, self.mix = nn.Embedding(5, 6, dtype=dtype), nn.Linear(6, 6, dtype=dtype)
+        self.h, self.best = sl.State(6, dtype=dtype), sl.State(dtype=torch.int64)
+
+    def step(self, x):
+        h = self.mix(self.h.prev) + self.table((x[:, 0] > 0) + self.best.prev % 4)
+        self.h.next = torch.where(h > x, h.softmax(1), h.tanh()) - h.mean(1, keepdim=True)
+        self.best.next = h.argmax(1)
+        return self.h.next.square().sum(1)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_beside_others(gpu, dtype):
+    """The table is a power of two, so that no rounding decides what is largest."""
+    step = Glance(dtype)
+    with torch.no_grad():
+        step.table.weight.copy_(torch.randn(5, 6).sign() * torch.tensor([8.0, 2.0, 0.5, 4.0, 1.0, 0.25]))
+    agree(step, torch.randn(6, 5, 6, dtype=dtype), backend=gpu.name)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_roundings_are_torchs(gpu, dtype):
+    """Operations without products give torch's bits, halfway cases, subnormal numbers and infinities included."""
+    values = torch.tensor([1.0, 1 + 2.0**-9, 3e38, 7e4, 6e-8, 1e-40, -65519.0, 1.00390625, 0.1, torch.inf, torch.nan])
+
+    def step(carry, x):
+        y = (carry + x * 3) / 7 - x
+        return y, y.exp()
+
+    start = values.to(dtype)
+    xs = torch.stack([start.flip(0), start * 1.5])
+    found, expected = (sl.scan(step, start, xs, backend=name) for name in (gpu.name, "reference"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_autocast(gpu):
+    step, x = sl.nn.LSTMCell(3, 7), torch.randn(6, 5, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = (sl.Loop(step, backend=name)(x)[0] for name in (gpu.name, "reference"))
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    found, expected = (torch.autograd.grad(y.float().sum(), x)[0] for y in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
 
 
 def test_attention(gpu):

@@ -18,9 +18,9 @@ from ...compiler.ir.graph import LoopProgram
 from ...errors import BuildError
 from .. import contract
 from ..native.cache import folder
-from ..native.emit_expressions import CTYPES
 from ..native.language import RowProgram
 from ..native.lower import lower
+from ..native.lowering import DTYPES
 from . import products
 from .build import TRIAL, begin, compiler, problem, what_to_install, wide_vectors
 from .comparing import comparison
@@ -78,7 +78,7 @@ class Cpu(contract.Backend):
     def prepare(self, dtypes: set[torch.dtype]) -> None:
         if compiler() is not None:
             begin(TRIAL)
-            for dtype in dtypes & CTYPES.keys():
+            for dtype in dtypes & set(DTYPES):
                 products.under_way(dtype)
 
     def stepper(self, runner: Any, *arguments: Any) -> Stepper:

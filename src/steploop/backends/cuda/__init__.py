@@ -43,7 +43,7 @@ class Cuda(contract.Backend):
         """Lowered once: asking for reasons and compiling share the work."""
         found = getattr(loop, "_for_cuda", None)
         if found is None:
-            found = loop._for_cuda = lower(loop, self.machine.device)  # type: ignore[attr-defined]
+            found = loop._for_cuda = lower(loop, self.machine.device, halves=True)  # type: ignore[attr-defined]
         return found
 
 

@@ -27,7 +27,8 @@ from .scalars import SCALARS
 
 CTYPES = {
     torch.float32: "float", torch.float64: "double", torch.int64: "i64", torch.int32: "int32_t",
-    torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "u8", torch.bool: "u8",
+    torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "u8", torch.bool: "u8", torch.bfloat16: "bf16",
+    torch.float16: "f16",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import sympy
+from torch import Tensor
 
 from .language import Dim, product, same
 
@@ -102,6 +103,15 @@ def reshaped_strides(shape: Shape, strides: Shape, target: Shape) -> Shape:
         found += reversed(split)
     rest = iter(found)
     return tuple(0 if same(n, 1) else next(rest) for n in target)
+
+
+def memory_order(value: Tensor) -> tuple[int, ...] | None:
+    """The order of the axes in memory where that is not the usual one: a transposed weight stays as it is."""
+    strides = value.stride()
+    if not all(isinstance(n, int) for n in (*value.shape, *strides)) or 0 in strides:
+        return None
+    order = tuple(sorted(range(value.dim()), key=lambda d: -strides[d]))
+    return None if order == tuple(range(value.dim())) else order
 
 
 def _smaller(a: Dim, b: Dim) -> bool:

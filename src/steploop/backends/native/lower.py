@@ -7,6 +7,9 @@ several. Operations without a row are lowered by torch's own decomposition.
 
 from __future__ import annotations
 
+import torch
+from torch import fx
+
 from ...compiler.ir.graph import LoopProgram, line_of
 from . import (  # noqa: F401  (fill the table)
     ops_index,
@@ -18,13 +21,22 @@ from . import (  # noqa: F401  (fill the table)
     ops_views,
 )
 from .decompose import decomposed
+from .halves import has_halves, in_single
 from .language import RowProgram
 from .lowering import Lowering
 
 
-def lower(loop: LoopProgram, device: str = "cpu") -> tuple[RowProgram | None, list[tuple[str, str]]]:
-    """The row program of a loop whose tensors are on such a device, or the reasons why there is none."""
-    lowering = Lowering(loop, decomposed, device)
+def lower(
+    loop: LoopProgram, device: str = "cpu", halves: bool = False
+) -> tuple[RowProgram | None, list[tuple[str, str]]]:
+    """The row program of a loop whose tensors are on such a device, or the reasons why there is none.
+
+    halves: whether the backend's kernels read and write half precision (`halves.py`).
+    """
+    rounded: dict[fx.Node, torch.dtype] = {}
+    if halves and has_halves(loop):
+        loop, rounded = in_single(loop)
+    lowering = Lowering(loop, decomposed, device, rounded)
     if loop.mixes_rows:
         return None, [("the step mixes rows of the batch", "")]
     for node in (*(i.node for i in loop.inputs), *loop.kept):

@@ -21,6 +21,7 @@ from ...compiler.ir.graph import LoopProgram, Size, expression, line_of, op_name
 from ...compiler.ops.table import is_view
 from . import geometry
 from .expressions import Expressions, is_contiguous, same_shape
+from .halves import ROUNDED
 from .language import (
     Buffer,
     Check,
@@ -69,8 +70,11 @@ class Unsupported(Exception):
 class Lowering:
     """otherwise: what lowers an operation that is not in TABLE."""
 
-    def __init__(self, loop: LoopProgram, otherwise: Callable[[Lowering, fx.Node], Lowered], device: str = "cpu"):
-        self.loop, self.otherwise, self.device = loop, otherwise, device
+    def __init__(
+        self, loop: LoopProgram, otherwise: Callable[[Lowering, fx.Node], Lowered], device: str,
+        halves: dict[fx.Node, torch.dtype],
+    ):  # fmt: skip
+        self.loop, self.otherwise, self.device, self.halves = loop, otherwise, device, halves
         self.program = RowProgram()
         self.make = Expressions()
         self.values: dict[fx.Node, Lowered] = {}
@@ -270,11 +274,12 @@ class Lowering:
         self.check_dtype(node.meta["val"])
         rows = place == "prev" or self.loop.inputs[index].rows is not None
         hint = self.loop.names[index] if place == "prev" else self.loop.inputs[index].name
-        buffer = Buffer(self.unique(hint), node.meta["val"].dtype, self.shape(node), place, rows, index)
+        held = node.meta["val"].dtype
+        buffer = Buffer(self.unique(hint), self.halves.get(node, held), self.shape(node), place, rows, index)
         if not rows and place == "once":
-            buffer.order = _memory_order(node.meta["val"])
+            buffer.order = geometry.memory_order(node.meta["val"])
         (self.program.prevs if place == "prev" else self.program.inputs)[index] = buffer
-        self.values[node] = self.make.load(whole(buffer))
+        self.values[node] = self.make.cast(self.make.load(whole(buffer)), held)
 
     def check_dtype(self, value: Any) -> None:
         for tensor in value if isinstance(value, (tuple, list)) else [value]:
@@ -338,6 +343,8 @@ class Lowering:
 
     def _settle(self, node: fx.Node, value: Expr) -> Expr:
         """Writes a value to a buffer where recomputing it would cost more."""
+        if node in self.halves and not is_view(node):
+            value = self.make.op(ROUNDED[self.halves[node]], [value], value.dtype)
         if isinstance(value, Op):
             self.make.names.setdefault(id(value), node.name)
             if self._uses(node) > 1:
@@ -377,18 +384,10 @@ class Lowering:
             raise Unsupported("a value with several results is wanted from every step")
         if self.loop.batch is not None and not self._carries_batch(node.meta["val"]):
             raise Unsupported("a value without batch axis is wanted from every step")
-        buffer = Buffer(self.unique(f"all_{node.name}"), value.dtype, self.shape(node), "kept", True, index)
+        dtype = self.halves.get(node, value.dtype)
+        buffer = Buffer(self.unique(f"all_{node.name}"), dtype, self.shape(node), "kept", True, index)
         self.program.kept.append(buffer)
-        self.store_parts(whole(buffer), value)
-
-
-def _memory_order(value: Tensor) -> tuple[int, ...] | None:
-    """The order of the axes in memory where that is not the usual one: a transposed weight stays as it is."""
-    strides = value.stride()
-    if not all(isinstance(n, int) for n in (*value.shape, *strides)) or 0 in strides:
-        return None
-    order = tuple(sorted(range(value.dim()), key=lambda d: -strides[d]))
-    return None if order == tuple(range(value.dim())) else order
+        self.store_parts(whole(buffer), self.make.cast(value, dtype))
 
 
 def _ratio(part: Dim, total: Dim) -> float:

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from . import geometry
-from .language import Const, Dim, Expr, Load, Scatter
+from .halves import ROUNDED
+from .language import Const, Dim, Expr, Load, Op, Scatter
 from .lowering import Lowering, Unsupported, lowers
 from .ops_pointwise import Point, node_arg
 
@@ -27,11 +28,14 @@ def checked(low: Lowering, index: Expr, size: Dim, from_end: bool = False, copy:
 
 def lookup(
     low: Lowering, table: Expr, dim: int, index: Expr, index_axes: tuple[int, ...], shape: Any
-) -> Load:
+) -> Expr:
     """out[i...] = table[.., index, ..] with `index` (`checked`, of `shape`) along `dim`.
 
     index_axes: for every other axis of the table, the axis of `shape` that runs along it.
     """
+    if isinstance(table, Op) and table.name == "cast" and table.args[0].dtype in ROUNDED:
+        # of half precision only what is looked up is made float32
+        return low.make.cast(lookup(low, table.args[0], dim, index, index_axes, shape), table.dtype)
     table = low.realise(table)
     if not isinstance(table, Load):
         table = low.copy(table)

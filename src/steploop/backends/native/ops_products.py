@@ -8,7 +8,8 @@ from torch import fx
 
 from . import geometry
 from .expressions import is_contiguous
-from .language import Dim, Expr, Load, Product, same, whole
+from .halves import ROUNDED
+from .language import Dim, Expr, Load, Op, Product, same, whole
 from .lowering import Lowering, lowers
 from .ops_pointwise import Point, node_arg
 
@@ -18,17 +19,20 @@ def is_weight(expr: Any) -> TypeGuard[Load]:
     return isinstance(expr, Load) and expr.buffer.place == "once" and not expr.buffer.rows and not expr.at
 
 
-def varies(expr: Any) -> bool:
-    return not is_weight(expr)
+def as_stored(expr: Expr) -> Expr:
+    """A weight in half precision as it is kept, which products read, where `expr` is its numbers in float32."""
+    cast = isinstance(expr, Op) and expr.name == "cast" and expr.args[0].dtype in ROUNDED
+    return expr.args[0] if cast and is_weight(expr.args[0]) else expr  # type: ignore[union-attr]
 
 
 def matmul(low: Lowering, left: Expr, right: Expr) -> Expr:
     """(M, K) @ (K, N) of one row."""
-    if is_weight(right) and varies(left):
-        return weighted(low, left, right)
-    if is_weight(left) and varies(right):
+    stands_left, stands_right = is_weight(as_stored(left)), is_weight(as_stored(right))
+    if stands_right and not stands_left:
+        return weighted(low, left, as_stored(right))
+    if stands_left and not stands_right:
         swap = geometry.permute((1, 0))
-        found = weighted(low, low.view(right, swap), low.view(left, swap))
+        found = weighted(low, low.view(right, swap), low.view(as_stored(left), swap))
         return low.view(found, swap)
     return contract(low, left, right)
 
@@ -41,7 +45,7 @@ def weighted(low: Lowering, left: Expr, right: Any) -> Load:
         left = low.copy(left)
     elif not same(rows, 1) and not is_contiguous(left):
         left = low.copy(left)
-    target = whole(low.temp((rows, right.shape[1]), right.dtype))
+    target = whole(low.temp((rows, right.shape[1]), left.dtype))
     low.emit(Product(target, left, right))
     return low.make.load(target)
 
@@ -111,7 +115,7 @@ def _linear(low: Lowering, node: fx.Node) -> Expr:
 
 def batched(low: Lowering, left_node: fx.Node, left: Expr, right_node: fx.Node, right: Expr) -> Expr:
     """(G, M, K) @ (G, K, N) where G is the batch, the batch times heads, or heads."""
-    if same(left.shape[0], 1) and (is_weight(right) or is_weight(left)):
+    if same(left.shape[0], 1) and (is_weight(as_stored(right)) or is_weight(as_stored(left))):
         flat = matmul(low, low.view(left, geometry.select(0, 0)), low.view(right, geometry.select(0, 0)))
         return low.view(flat, geometry.unsqueeze(0))
     return contract(low, left, right)

@@ -104,5 +104,7 @@ SCALARS: dict[str, Scalar] = {
     "shift_left": Scalar(_call("shift_left", 2), torch.bitwise_left_shift),
     "inside": Scalar("inside({0}, {1}, {2}, call.fault, m)", _inside),  # (index, size, number of the check)
     "inside_from_end": Scalar("inside_from_end({0}, {1}, {2}, call.fault, m)", _inside_from_end),
+    "round_bf16": Scalar("round_to<bf16>({0})", lambda x: x.to(torch.bfloat16).to(x.dtype)),
+    "round_f16": Scalar("round_to<f16>({0})", lambda x: x.to(torch.float16).to(x.dtype)),
     "shift_right": Scalar(_call("shift_right", 2), torch.bitwise_right_shift),
 }

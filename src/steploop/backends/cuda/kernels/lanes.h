@@ -12,6 +12,24 @@ SMALL_2(+) SMALL_2(-) SMALL_2(*) SMALL_2(&) SMALL_2(|) SMALL_2(^)
 template <class T> INLINE Small<T> operator-(Small<T> a) { return {(T)-a.x}; }
 template <class T> INLINE Small<T> operator~(Small<T> a) { return {(T)~a.x}; }
 
+// Half precision is what is read and written; what is computed with is float.
+struct bf16 {
+  unsigned short bits;
+  bf16() = default;
+  INLINE_MEMBER explicit bf16(float x) {
+    const unsigned all = ::bits_of(x);  // to the nearest, of two as near the even one; NaN stays NaN
+    bits = x != x ? 0x7fc0 : (all + 0x7fff + (all >> 16 & 1)) >> 16;
+  }
+  INLINE_MEMBER operator float() const { return from_bits((unsigned)bits << 16); }
+};
+struct f16 {
+  unsigned short bits;
+  f16() = default;
+  INLINE_MEMBER explicit f16(float x) : bits(bits_of_f16(x)) {}
+  INLINE_MEMBER operator float() const { return from_f16(bits); }
+};
+template <class H> INLINE float round_to(float x) { return H(x); }
+
 template <class T> struct Holds { typedef T type; typedef T number; };
 template <> struct Holds<u8> { typedef Small<u8> type; };
 template <> struct Holds<int8_t> { typedef Small<int8_t> type; };

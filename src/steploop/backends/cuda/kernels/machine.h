@@ -44,4 +44,17 @@ INLINE unsigned look(unsigned* p) {
   __threadfence();
   return x;
 }
+// A float as 16 bits of IEEE's kind, and back.
+INLINE unsigned short bits_of_f16(float x) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+INLINE float from_f16(unsigned short bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+INLINE unsigned bits_of(float x) { return __float_as_uint(x); }
+INLINE float from_bits(unsigned bits) { return __uint_as_float(bits); }
 INLINE void note(i64* p, i64 x) { *(volatile i64*)p = x; }

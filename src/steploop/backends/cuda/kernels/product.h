@@ -49,8 +49,9 @@ template <int N, int APART_BY, class T> INLINE int add_up(T* sums, int& begin) {
 }
 
 // Lanes along k, ROWS rows and COLUMNS columns at a time: for weights whose columns stand one number after the other.
-template <int ROWS, int COLUMNS, class T>
-INLINE void along_k(const T* a, long a_stride, long rows, const T* w, long apart, long k, long columns, T* out, long out_stride) {
+// T is what is computed with, W what the weight is kept in.
+template <int ROWS, int COLUMNS, class T, class W>
+INLINE void along_k(const T* a, long a_stride, long rows, const W* w, long apart, long k, long columns, T* out, long out_stride) {
   for (long c = 0; c < columns; c += COLUMNS)
     for (long r = 0; r < rows; r += ROWS) {
       T sums[ROWS * COLUMNS] = {};
@@ -58,7 +59,7 @@ INLINE void along_k(const T* a, long a_stride, long rows, const T* w, long apart
         T left[ROWS];
         for (int x = 0; x < ROWS; ++x) left[x] = a[(r + x < rows ? r + x : rows - 1) * a_stride + i];
         for (int y = 0; y < COLUMNS; ++y) {
-          const T right = w[(c + y < columns ? c + y : columns - 1) * apart + i];
+          const T right = (T)w[(c + y < columns ? c + y : columns - 1) * apart + i];
           for (int x = 0; x < ROWS; ++x) sums[x * COLUMNS + y] += left[x] * right;
         }
       }
@@ -72,15 +73,15 @@ INLINE void along_k(const T* a, long a_stride, long rows, const T* w, long apart
 }
 
 // Lanes along the columns, ROWS rows at a time: for weights whose rows stand one number after the other.
-template <int ROWS, class T>
-INLINE void along_n(const T* a, long a_stride, long rows, const Weight<T>& w, T* out, long out_stride, const Member& team) {
+template <int ROWS, class T, class W>
+INLINE void along_n(const T* a, long a_stride, long rows, const Weight<W>& w, T* out, long out_stride, const Member& team) {
   const long wide = (w.n + WARP - 1) / WARP, all = wide * ((rows + ROWS - 1) / ROWS);
   for (long part = team.share(all); part < team.share(all, 1); ++part) {
     const long r = part / wide * ROWS, c = part % wide * WARP + lane();
     if (c >= w.n) continue;
     T sums[ROWS] = {};
     for (long i = 0; i < w.k; ++i) {
-      const T right = w.w[i * w.down + c * w.across];
+      const T right = (T)w.w[i * w.down + c * w.across];
       for (int x = 0; x < ROWS; ++x) sums[x] += a[(r + x < rows ? r + x : rows - 1) * a_stride + i] * right;
     }
     for (int x = 0; x < ROWS; ++x)
@@ -89,21 +90,21 @@ INLINE void along_n(const T* a, long a_stride, long rows, const Weight<T>& w, T*
 }
 
 // out[r, :n] = a[r, :k] @ weight for all rows of a tile; the team shares the columns.
-template <class T>
-INLINE void multiply(const T* a, long a_stride, long rows, const Weight<T>& w, T* out, long out_stride, const Member& team) {
+template <class T, class W>
+INLINE void multiply(const T* a, long a_stride, long rows, const Weight<W>& w, T* out, long out_stride, const Member& team) {
   if (rows <= 0) return;
   if (!w.packed && w.down != 1) return along_n<8>(a, a_stride, rows, w, out, out_stride, team);
   const long c = team.share(w.n), columns = team.share(w.n, 1) - c;
   const long apart = w.packed ? w.k : w.across;
-  const T* columns_of_warp = w.packed ? w.packed + (c - w.first) * w.k : w.w + c * w.across;
+  const W* columns_of_warp = w.packed ? w.packed + (c - w.first) * w.k : w.w + c * w.across;
   if (rows == 1) along_k<1, 8>(a, a_stride, rows, columns_of_warp, apart, w.k, columns, out + c, out_stride);
   else if (columns <= 2) along_k<8, 2>(a, a_stride, rows, columns_of_warp, apart, w.k, columns, out + c, out_stride);
   else along_k<8, 4>(a, a_stride, rows, columns_of_warp, apart, w.k, columns, out + c, out_stride);
 }
 
 // The same for each of `count` matrices of `rows` rows, `apart` numbers from one to the next.
-template <class T>
-INLINE void multiply_each(const T* a, long apart, long a_stride, long rows, long count, const Weight<T>& w, T* out, long out_apart, long out_stride, const Member& team) {
+template <class T, class W>
+INLINE void multiply_each(const T* a, long apart, long a_stride, long rows, long count, const Weight<W>& w, T* out, long out_apart, long out_stride, const Member& team) {
   if (apart == rows * a_stride && out_apart == rows * out_stride) return multiply(a, a_stride, rows * count, w, out, out_stride, team);
   for (long i = 0; i < count; ++i) multiply(a + i * apart, a_stride, rows, w, out + i * out_apart, out_stride, team);
 }
