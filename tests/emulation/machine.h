@@ -18,7 +18,7 @@ typedef int64_t i64;
 #ifndef LANES
 #define LANES 4
 #endif
-constexpr int WARP = LANES, MOST = 64;  // lanes of a warp; threads of all blocks
+constexpr int WARP = LANES, MOST = 128;  // lanes of a warp; threads of all blocks
 
 struct Fiber {
   ucontext_t context;
@@ -52,6 +52,7 @@ struct Device {
   Fiber fibers[MOST];
   Meeting warps[MOST], together[MOST];
   double slots[MOST];
+  unsigned parts[MOST][6];  // of products on tensor cores: a, then b
   char* memories[MOST];  // of the blocks
   void (*work)(void*);
   void* given;
@@ -125,5 +126,24 @@ INLINE float from_f16(unsigned short bits) {
   _Float16 half;
   memcpy(&half, &bits, sizeof half);
   return half;
+}
+INLINE float of_half(unsigned part, int number, bool brain) {
+  const unsigned short bits = part >> 16 * number;
+  return brain ? from_bits((unsigned)bits << 16) : from_f16(bits);
+}
+// As PTX has mma.m16n8k16: which lane holds which part.
+template <bool BF16> INLINE void multiply_add(float* d, const unsigned* a, const unsigned* b) {
+  const long me = number_of_thread(), warp = me / WARP * WARP;
+  for (int i = 0; i < 6; ++i) device->parts[me][i] = i < 4 ? a[i] : b[i - 4];
+  meet_lanes();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const unsigned* left = device->parts[warp + row % 8 * 4 + k % 8 / 2];
+      const unsigned* right = device->parts[warp + column * 4 + k % 8 / 2];
+      d[i] += of_half(left[row / 8 + k / 8 * 2], k % 2, BF16) * of_half(right[4 + k / 8], k % 2, BF16);
+    }
+  }
+  meet_lanes();
 }
 INLINE void note(i64* p, i64 x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }

@@ -22,12 +22,16 @@ PAGE = Path(__file__).parent / "cuda" / "usage.md"
 VERSION = "13.0"  # of NVRTC, whose numbers the page has
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 REGISTERS, SHARED = 255, 227 << 10
-CELLS = {"LSTM": sl.nn.LSTMCell, "GRU": sl.nn.GRUCell, "layer-norm LSTM": sl.nn.LayerNormLSTMCell}
+CELLS = {
+    "LSTM": (sl.nn.LSTMCell, torch.float32), "GRU": (sl.nn.GRUCell, torch.float32),
+    "layer-norm LSTM": (sl.nn.LayerNormLSTMCell, torch.float32), "LSTM in bfloat16": (sl.nn.LSTMCell, torch.bfloat16),
+    "layer-norm LSTM in float16": (sl.nn.LayerNormLSTMCell, torch.float16),
+}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(bool(nvrtc.problem()), reason='no NVRTC; pip install "steploop[cuda-check]" brings it')
 
 
-def of_cell(make, monkeypatch) -> dict[str, str]:
+def of_cell(make, dtype, monkeypatch) -> dict[str, str]:
     """The loops of a cell's forward and backward pass, as text."""
     texts: list[str] = []
     plain = Emulated.begin
@@ -38,7 +42,8 @@ def of_cell(make, monkeypatch) -> dict[str, str]:
 
     monkeypatch.setattr(Emulated, "begin", begin)
     with registered() as backend:
-        y = sl.Loop(make(3, 7), backend=backend.name)(torch.randn(2, 2, 3, requires_grad=True))[0]
+        x = torch.randn(2, 2, 3, dtype=dtype, requires_grad=True)
+        y = sl.Loop(make(3, 7).to(dtype), backend=backend.name)(x)[0]
         y.sum().backward()
     monkeypatch.setattr(Emulated, "begin", plain)
     return dict(zip(("forward", "backward"), texts, strict=True))
@@ -49,8 +54,8 @@ def texts(monkeypatch) -> dict[str, str]:
     for name in CASES:
         printer = Printer(plan_of(name)[0], False)
         found[name] = canonical(printer.text(), printer.names)
-    for name, make in CELLS.items():
-        found |= {f"{name}, {way}": text for way, text in of_cell(make, monkeypatch).items()}
+    for name, (make, dtype) in CELLS.items():
+        found |= {f"{name}, {way}": text for way, text in of_cell(make, dtype, monkeypatch).items()}
     return found
 
 

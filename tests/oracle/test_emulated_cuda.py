@@ -88,6 +88,20 @@ def test_half_precision(gpu, cell, dtype):
         assert (c - a).abs().max() <= 2 * (b - a).abs().max() + 2 * ulp * largest
 
 
+@pytest.mark.parametrize("together", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("memory", [1 << 14, 0], ids=["kept", "read"])
+def test_tensor_cores(together, dtype, memory):
+    """Warps of 32 lanes, 21 rows, 19 units: tiles of 16 rows and 8 columns of which some are not full."""
+    with registered(together=together, lanes=32, memory=memory) as gpu:
+        torch.manual_seed(1)
+        step, x = sl.nn.GRUCell(3, 19).to(dtype), torch.randn(3, 21, 3, dtype=dtype)
+        lengths = torch.randint(0, 4, (21,))
+        found, plain = (sl.Loop(step, backend=name)(x, lengths=lengths)[0] for name in (gpu.name, "reference"))
+        torch.testing.assert_close(found, plain, rtol=0, atol=4 * torch.finfo(dtype).eps)
+        assert {launch.near > 0 for launch in gpu.machine.launches} == {memory > 0}
+
+
 class Glance(sl.Step):
     """Looks numbers up, normalises and compares them."""
 

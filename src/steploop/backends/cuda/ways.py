@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROWS = 16  # of a block
+GAP = 16  # bytes between the columns of a weight in a block's memory (kernels/product.h)
 GRID_BARRIER = 1.16e-6  # seconds
 BLOCK_BARRIER = 0.05e-6
 PROCESSORS = 132  # that the next two are of
 L2 = 7.1e12  # bytes a second to all
-RATE = 20e12  # float32 operations a second of all, without tensor cores; half of what products of cuBLAS reach
+# Operations a second of all: float32 without tensor cores, and half precision on them. Of what cuBLAS reaches a half.
+RATE, HALVES = 20e12, 300e12
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,17 @@ class Work:
     groups: int
 
     @property
+    def seconds(self) -> float:
+        """That all processors together compute for one row."""
+        return sum(2 * k * n / (HALVES if size == 2 else RATE) for k, n, size in self.weights)
+
+    @property
     def bytes(self) -> int:
         return sum(k * n * size for k, n, size in self.weights)
 
     def near(self, blocks: int) -> int:
         """Bytes of a block's share of all weights, where `blocks` share them."""
-        return sum(-(-(-(-n // blocks) * k * size) // 16) * 16 for k, n, size in self.weights)
+        return sum(-(-(-(-n // blocks) * (k * size + GAP)) // 16) * 16 for k, n, size in self.weights)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def by_blocks(work: Work, batch: int, processors: int, near: int) -> Way:
     kept = kept if kept <= near else 0
     share = processors / PROCESSORS
     reading = 0.0 if kept else blocks * work.bytes / (L2 * share)
-    computing = 2 * rows * _numbers(work) / (RATE / PROCESSORS)
+    computing = rows * work.seconds * PROCESSORS
     step = 2 * max(work.groups, 1) * BLOCK_BARRIER + max(reading, computing)
     return Way(False, rows, blocks, kept, step * -(-tiles // blocks))
 
@@ -79,9 +86,6 @@ def as_grid(work: Work, batch: int, processors: int, near: int) -> Way:
     kept = kept if kept <= near else 0
     share = processors / PROCESSORS
     reading = 0.0 if kept else work.bytes / (L2 * share)
-    computing = 2 * batch * _numbers(work) / (RATE * share)
+    computing = batch * work.seconds / share
     return Way(True, batch, processors, kept, 2 * max(work.groups, 1) * GRID_BARRIER + max(reading, computing))
 
-
-def _numbers(work: Work) -> int:
-    return sum(k * n for k, n, _ in work.weights)

@@ -29,6 +29,9 @@ struct f16 {
   INLINE_MEMBER operator float() const { return from_f16(bits); }
 };
 template <class H> INLINE float round_to(float x) { return H(x); }
+template <class T> struct Half { static constexpr bool is = false, brain = false; };
+template <> struct Half<bf16> { static constexpr bool is = true, brain = true; };
+template <> struct Half<f16> { static constexpr bool is = true, brain = false; };
 
 template <class T> struct Holds { typedef T type; typedef T number; };
 template <> struct Holds<u8> { typedef Small<u8> type; };

@@ -57,4 +57,14 @@ INLINE float from_f16(unsigned short bits) {
 }
 INLINE unsigned bits_of(float x) { return __float_as_uint(x); }
 INLINE float from_bits(unsigned bits) { return __uint_as_float(bits); }
+// d += a b on tensor cores: a (16, 16), b (16, 8), d (16, 8), of which every lane holds a part (PTX: mma.m16n8k16). A register
+// of a and b has two numbers of 16 bits.
+template <bool BF16> INLINE void multiply_add(float* d, const unsigned* a, const unsigned* b) {
+  if constexpr (BF16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 INLINE void note(i64* p, i64 x) { *(volatile i64*)p = x; }

@@ -3,26 +3,30 @@
 
 template <class T> struct Products {};
 
-// A weight (k, n): where it is, and its columns from `first` on in the block's memory, k numbers each (or null).
+// A weight (k, n): where it is, and its columns from `first` on in the block's memory, `pitch` numbers apart (or null).
 template <class T> struct Weight {
   const Products<T>* by;
   const T* w;
   long down, across, k, n;
   const T* packed;
-  long first;
+  long first, pitch;
+
+  // With 16 bytes between columns, lanes that read the same place of several columns read other banks of memory.
+  INLINE_MEMBER static long pitch_of(long k) { return k + 16 / (long)sizeof(T); }
 
   // Copies the columns of this block into its memory, if they fit between `room` and `end`.
   INLINE_MEMBER void bring_near(const Member& team, char*& room, char* end) {
     first = team.share_of_block(n, 0);
     const long columns = team.share_of_block(n, 1) - first;
-    const long bytes = (columns * k * (long)sizeof(T) + 15) / 16 * 16;
+    pitch = pitch_of(k);
+    const long bytes = (columns * pitch * (long)sizeof(T) + 15) / 16 * 16;
     if (bytes == 0 || bytes > end - room) return;
     T* const to = (T*)room;
     room += bytes;
     for (long i = thread_of_block(); i < columns * k; i += threads_of_block()) {
       // threads side by side read numbers side by side
       const long c = down == 1 ? i / k : i % columns, at = down == 1 ? i % k : i / columns;
-      to[c * k + at] = w[at * down + (first + c) * across];
+      to[c * pitch + at] = w[at * down + (first + c) * across];
     }
     packed = to;
   }
@@ -89,14 +93,50 @@ INLINE void along_n(const T* a, long a_stride, long rows, const Weight<W>& w, T*
   }
 }
 
+// Two numbers of a row as halves side by side, as tensor cores read them; what is beyond k is zero.
+template <class W, class A> INLINE unsigned pair_of(const A* row, long i, long k) {
+  const unsigned low = i < k ? W((float)row[i]).bits : 0, high = i + 1 < k ? W((float)row[i + 1]).bits : 0;
+  return low | high << 16;
+}
+
+// On tensor cores: the warps of a block take tiles of 16 rows and 8 of its columns. w: the first of these.
+template <class W>
+INLINE void by_tiles(const float* a, long a_stride, long rows, const W* w, long apart, long k, long columns, float* out, long out_stride, const Member& team) {
+  const long across = (columns + 7) / 8, all = across * ((rows + 15) / 16);
+  const int group = lane() / 4, in_group = lane() % 4;
+  for (long tile = team.warp_of_block(); tile < all; tile += threads_of_block() / WARP) {
+    const long r = tile / across * 16, c = tile % across * 8;
+    const float* upper = a + (r + group < rows ? r + group : rows - 1) * a_stride;
+    const float* lower = a + (r + group + 8 < rows ? r + group + 8 : rows - 1) * a_stride;
+    const W* column = w + (c + group < columns ? c + group : columns - 1) * apart;
+    float sums[4] = {};
+    for (long i = 2 * in_group; i < k + 2 * in_group; i += 16) {
+      const unsigned left[4] = {pair_of<W>(upper, i, k), pair_of<W>(lower, i, k), pair_of<W>(upper, i + 8, k), pair_of<W>(lower, i + 8, k)};
+      const unsigned right[2] = {pair_of<W>(column, i, k), pair_of<W>(column, i + 8, k)};
+      multiply_add<Half<W>::brain>(sums, left, right);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const long row = r + group + i / 2 * 8, place = c + 2 * in_group + i % 2;
+      if (row < rows && place < columns) out[row * out_stride + place] = sums[i];
+    }
+  }
+}
+
 // out[r, :n] = a[r, :k] @ weight for all rows of a tile; the team shares the columns.
 template <class T, class W>
 INLINE void multiply(const T* a, long a_stride, long rows, const Weight<W>& w, T* out, long out_stride, const Member& team) {
   if (rows <= 0) return;
+  if constexpr (Half<W>::is && WARP == 32) {
+    if (rows >= 8 && (w.packed || w.down == 1)) {
+      const long first = team.share_of_block(w.n, 0), columns = team.share_of_block(w.n, 1) - first;
+      const W* begin = w.packed ? w.packed : w.w + first * w.across;
+      return by_tiles(a, a_stride, rows, begin, w.packed ? w.pitch : w.across, w.k, columns, out + first, out_stride, team);
+    }
+  }
   if (!w.packed && w.down != 1) return along_n<8>(a, a_stride, rows, w, out, out_stride, team);
   const long c = team.share(w.n), columns = team.share(w.n, 1) - c;
-  const long apart = w.packed ? w.k : w.across;
-  const W* columns_of_warp = w.packed ? w.packed + (c - w.first) * w.k : w.w + c * w.across;
+  const long apart = w.packed ? w.pitch : w.across;
+  const W* columns_of_warp = w.packed ? w.packed + (c - w.first) * w.pitch : w.w + c * w.across;
   if (rows == 1) along_k<1, 8>(a, a_stride, rows, columns_of_warp, apart, w.k, columns, out + c, out_stride);
   else if (columns <= 2) along_k<8, 2>(a, a_stride, rows, columns_of_warp, apart, w.k, columns, out + c, out_stride);
   else along_k<8, 4>(a, a_stride, rows, columns_of_warp, apart, w.k, columns, out + c, out_stride);

@@ -29,6 +29,7 @@ struct Member {
   INLINE_MEMBER char* take(long) const { return memory; }
   INLINE_MEMBER void give_back(char*) const {}
   INLINE_MEMBER long share(long n, long of = 0) const { return n * (me + of) / size; }  // where its part of n begins
+  INLINE_MEMBER long warp_of_block() const { return me % (threads_of_block() / WARP); }
   // Where the part of its block begins (of = 0) or ends (1).
   INLINE_MEMBER long share_of_block(long n, long of) const {
     const long warps = threads_of_block() / WARP;
