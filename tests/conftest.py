@@ -12,7 +12,7 @@ import devices
 import pytest
 import torch
 from emulated_gpu import EmulatedCuda
-from pairs import left_out
+from pairs import beyond, left_out
 from spans import cut_time
 from toy_backend import Toy
 
@@ -23,6 +23,7 @@ from steploop.compiler import capture_store
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also run the long property tests")
+    parser.addoption("--few", action="store_true", help="of each test two sets of parameters at most")
     parser.addoption("--toy", action="store_true", help="also run the oracle tests on a backend from outside")
     parser.addoption("--emulated", action="store_true", help='also run the oracle tests on an emulated "cuda"')
     parser.addoption("--device", choices=["cpu", "cuda", "pretended"], help="where tests run; see tests/devices.py")
@@ -42,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--long"):
         return
-    fewer = left_out(items)
+    fewer = left_out(items) | (beyond(2, items) if config.getoption("--few") else set())
     config.hook.pytest_deselected(items=[item for item in items if item in fewer])
     items[:] = [item for item in items if item not in fewer]
     skip = pytest.mark.skip(reason="long: only with --long")

@@ -7,7 +7,8 @@ mistakes that hang on parameters hang on one or two (Kuhn, Wallace, Gallo 2004).
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import combinations
 
 import pytest
@@ -32,3 +33,15 @@ def _left_out_of(items: list[pytest.Item]) -> list[pytest.Item]:
         if not new and len(values) > 2:
             out.append(item)
     return out
+
+
+def beyond(count: int, items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Of every test all sets of parameters but the first so many."""
+    seen: Counter[str] = Counter()
+    found = set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        seen[name] += 1
+        if seen[name] > count:
+            found.add(item)
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from ...compiler.ir.graph import LoopProgram
 from ...compiler.span import Span
-from ...errors import BuildError
 from ..native import checks
 from ..native.emit_call import TAIL
 from ..native.language import RowProgram, at_least
@@ -37,7 +35,6 @@ class Runner(KernelRunner):
 
     def __init__(self, loop: LoopProgram, program: RowProgram, broken: bool = False):
         super().__init__(loop, program, broken)
-        self._building: Future[ctypes.CDLL] | None = None
         self.products: list[int] = []  # addresses of the libraries
         count = first_of_tail(program) + len(TAIL) + len(self._dtypes) + sum(self._in_rows) + sum(self._kept_in_rows)
         self._pointers = ctypes.c_void_p * count
@@ -58,27 +55,15 @@ class Runner(KernelRunner):
         self._kernel = kernel
         return self
 
+    def _take(self, built: ctypes.CDLL) -> None:
+        self.bind(built.steploop_run)
+
     def begin(self) -> Runner:
         """Starts building the kernel, together with the libraries that it needs."""
         for dtype in self._dtypes:
             products.under_way(dtype)
         self._building = begin(whole(self._canonical))
         return self
-
-    @property  # (an attribute that has to be worked out)
-    def building(self) -> bool:  # type: ignore[override]
-        return self._building is not None and not self._building.done()
-
-    def settle(self) -> None:
-        if self._building is None:
-            return
-        try:
-            self.bind(self._building.result().steploop_run)
-        except BuildError as error:
-            if self.otherwise is None:
-                raise
-            self.otherwise(error)
-        self._building = None
 
     @property
     def product(self) -> products.LongProduct | None:  # type: ignore[override]

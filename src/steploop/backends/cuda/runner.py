@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..native.emit_call import NUMBERS, TAIL
 from ..native.language import RowProgram
 from ..native.runner import KernelRunner, addresses
 from . import ways
-from .machine import Kernel, Launch, Machine
+from .machine import Launch, Machine
 
 
 class Runner(KernelRunner):
@@ -28,28 +27,12 @@ class Runner(KernelRunner):
         super().__init__(loop, program, broken)
         self.machine = machine
         self._device = device_of(loop)
-        self._building: Future[Kernel] | None = None
         self._weights = [w.right for w in self.printer.weights if not w.early]
         self._groups = sum(bool(phase.products) for phase in self.plan.phases)
 
     def begin(self) -> Runner:
         self._building = self.machine.begin(self._canonical, self._device)
         return self
-
-    @property
-    def building(self) -> bool:  # type: ignore[override]
-        return self._building is not None and not self._building.done()
-
-    def settle(self) -> None:
-        if self._building is None:
-            return
-        try:
-            self._kernel = self._building.result()
-        except BuildError as error:
-            if self.otherwise is None:
-                raise
-            self.otherwise(error)
-        self._building = None
 
     @property
     def launched(self) -> str:  # type: ignore[override]

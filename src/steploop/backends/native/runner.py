@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ...compiler import blocks
 from ...compiler.ir.graph import LoopProgram, Rows, rows_of, size_at
 from ...compiler.span import Span, Unpacked
-from ...errors import InputError, without_memory
+from ...errors import BuildError, InputError, without_memory
 from .. import contract, eager
 from . import checks
 from .emit import Printer, canonical
@@ -29,8 +30,7 @@ BREAK = "STEPLOOP_TEST_BREAK"
 
 
 class KernelRunner(contract.Runner):
-    """One loop as a kernel. A backend says how it is built (`settle`, which sets `_kernel`) and called (`_numbers`,
-    `_call`)."""
+    """One loop as a kernel. A backend says how it is built (`_building`) and called (`_numbers`, `_call`)."""
 
     backend = ""  # its name
     writes_into = True  # takes memory for kept values, see __call__
@@ -50,10 +50,30 @@ class KernelRunner(contract.Runner):
         self._arrange = [_arrangement(i.rows, b) for i, b in zip(loop.inputs, program.inputs)]
         self._kept_rows = [rows_of(n) or Rows(0) for n in loop.kept]
         self._kernel: Any = None
+        self._building: Future[Any] | None = None
 
     def show(self) -> str:
         """One row's program, in the loop language."""
         return show(self.plan)
+
+    @property  # (an attribute that has to be worked out)
+    def building(self) -> bool:  # type: ignore[override]
+        return self._building is not None and not self._building.done()
+
+    def settle(self) -> None:
+        if self._building is None:
+            return
+        try:
+            self._take(self._building.result())
+        except BuildError as error:
+            if self.otherwise is None:
+                raise
+            self.otherwise(error)
+        self._building = None
+
+    def _take(self, built: Any) -> None:
+        """What was built becomes what is called."""
+        self._kernel = built
 
     def _numbers(self, span: Span, batch: int, full: bool, down: bool, sizes: dict[str, int]) -> list[int]:
         """The numbers of a call, see `emit`."""
