@@ -1,9 +1,9 @@
 """A step whose random numbers are inputs: every way of running it then computes with the same ones.
 
-One step is run to see what it draws. The numbers are drawn for all steps and given to the step as further
-sequences; inside it the k-th draw is answered with the k-th sequence's slice, so that masks, resets and rows
-are treated as those of any input. Where the distribution depends on the step's values a standard draw is
-given, and the arithmetic of torch's own draw follows.
+One step is run to see what it draws. The numbers are drawn for all steps and given to the step as further sequences.
+Inside it the k-th draw gives a slice of the k-th sequence. So masks, resets and rows apply to draws as to any input.
+Where the distribution depends on the step's values, a standard draw is given, and the arithmetic of torch's own draw
+follows.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The system gives large blocks page by page, at their first touch, and takes them back at once: that costs more than
 computing what stands in them. So blocks that nobody refers to any more are kept here, KEPT bytes at most, for the next
-call. A block is free when the count of references to its storage says that only this list has one; so nothing that
-anyone still reads, a view or a numpy array of it included, is ever written.
+call. A block is free when the count of references to its storage says that only this list has one. So nothing is ever
+written that anyone still reads, through a view or a numpy array either.
 
 STEPLOOP_KEEP_MB sets how much is kept (512; 0: nothing).
 """

@@ -1,8 +1,8 @@
 """Python floats that are inputs of a graph, because they change from call to call: a temperature, a schedule.
 
-While the step is traced each stands in its place as a symbol, so that torch records what it is computed with, and every
-condition that Python code puts on it. Afterwards an operation that takes the symbol as a number takes a tensor without
-axes, which every call makes of the float's value then. Where an operation knows no such form the float stays a number
+While the step is traced, a symbol stands in the place of each. So torch records what is computed with it, and every
+condition that Python code puts on it. Afterwards an operation that took the symbol as a number takes a tensor without
+axes, which every call makes of the float's value then. Where an operation knows no such form, the float stays a number
 of the capture.
 """
 

@@ -81,8 +81,8 @@ class Profile:
 class Plan:
     """What one call runs. before and after: batched over all steps (or once); loops: one step after the other.
 
-    An op that some loop waits for is in `before`, also where it stands between two loops; the others, and all
-    of them when nothing loops after them, are in `after` (in `before` when there is no loop at all).
+    An operation that some loop waits for is in `before`, also where it stands between two loops. All others are in
+    `after`. Without any loop all operations are in `before`.
     backward: the plan of the gradient, None where nothing asks for one.
     sources: the functions of the user's that its lines are in.  profile: what it took, from `Loop.profile`.
     again: what `stages` runs.

@@ -183,8 +183,9 @@ def _is_mask(index: Any) -> bool:
 
 
 def _split(tensor: Tensor, index: Any) -> tuple[tuple[Any, ...], int, Any] | None:
-    """(the index with the one tensor that is read as the full slice, the axis of that, the tensor); None where there is
-    none, or something else that torch has to look at with it."""
+    """(the index with a full slice in the place of its one tensor, the axis of that tensor, the tensor).
+
+    None where the index holds no tensor, several, or lists, which torch has to look at together."""
     parts = list(index) if isinstance(index, tuple) else [index]
     chosen = [i for i, part in enumerate(parts) if isinstance(part, Tensor)]
     if len(chosen) != 1 or any(isinstance(part, (list, tuple)) for part in parts):

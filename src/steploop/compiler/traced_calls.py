@@ -1,8 +1,9 @@
 """A call of a Loop that somebody else traces (torch.export, make_fx): it becomes one operator, which carries the loop.
 
-What is captured for it is not what runs here. Every remembering operation is traced by its one-step form, for its whole
-sequence is Python; sizes that the tracer keeps free are free from the first capture on; and what the capture relies on
-is told to the tracer. The operator gets the loop as text (`exported.py`) and reads it when it first runs.
+What is captured for it differs from what runs here in three ways. Every remembering operation is traced by its one-step
+form: its form for a whole sequence is Python. Sizes that the tracer keeps free are free from the first capture on. And
+the tracer is told what the capture relies on. The operator gets the loop as text (`exported.py`) and reads it when it
+first runs.
 """
 
 from __future__ import annotations

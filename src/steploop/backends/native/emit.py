@@ -1,7 +1,7 @@
 """Prints a fused plan as C++: all steps of a loop for a tile of rows, `run_tile`, and what a call is given, `Call`.
 
-The text is the same for every backend. Each brings the words that it is written in (vectors, functions on them, a team
-of threads and its products) before it, and the function that calls `run_tile` after it.
+The text is the same for every backend. Before it a backend puts the words that it is written in: vectors, functions on
+them, a team of threads, its products. After it stands the function that calls `run_tile`.
 
     pointers  inputs, states before, reset values, states after, kept arrays, sizes, offsets, resets, an int64
               that becomes the number of a check which found an index outside its axis, and the libraries of
