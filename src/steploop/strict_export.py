@@ -1,9 +1,9 @@
 """Whole-sequence calls under torch.export.export(..., strict=True).
 
-There dynamo reads the Python of a model. It can't read steploop's own: a loop is captured, not traced. So the call becomes
-one function of tensors, which dynamo writes into its graph unread. Then torch.export runs that function under its other
-tracer, which records an operator, as without strict=True. (torch.compile leaves its graph for a loop instead: see
-`Loop.forward`.) This module is imported when dynamo asks for it: it brings in all of dynamo.
+There dynamo reads the Python of a model. It can't read steploop's own: a loop is captured, not traced. So the call
+becomes one function of tensors, which dynamo writes into its graph unread. Then torch.export runs that function under
+its other tracer, which records an operator, as without strict=True. (torch.compile leaves its graph for a loop instead:
+see `Loop.forward`.) This module is imported when dynamo asks for it: it brings in all of dynamo.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Loops that end by themselves: a row takes no step after the one that set the loop's `until` State.
 
 How many steps there will be is known only when they have run, but everything outside the loops runs for many steps at
-once. So a call runs in pieces of some steps. Within a piece the step itself freezes rows that have ended (`freezing`). Between
-pieces they are left out, as rows of length 0 are. The call ends when no row is left. A piece
-is at most as long as all that has run before it, which bounds what is computed for nothing. Native loops look
-themselves, at every step, whether any row of a tile is left (`Program.ends`): then pieces are long. What is the same at
-every step is computed by the first piece, and held for the others (`Call.held`).
+once. So a call runs in pieces of some steps. Within a piece the step itself freezes rows that have ended (`freezing`).
+Between pieces they are left out, as rows of length 0 are. The call ends when no row is left. A piece is at most as long
+as all that has run before it, which bounds what is computed for nothing. Native loops look themselves, at every step,
+whether any row of a tile is left (`Program.ends`): then pieces are long. What is the same at every step is computed by
+the first piece, and held for the others (`Call.held`).
 
 Gradients: the pieces only find out which steps run. Then the call runs once more as one with a mask, with everything
-that holds for those: what stands at a step that no row took reaches no gradient. A step that draws random numbers
-would draw others then; it is differentiated through its pieces.
+that holds for those: what stands at a step that no row took reaches no gradient. A step that draws random numbers would
+draw others then; it is differentiated through its pieces.
 """
 
 from __future__ import annotations
