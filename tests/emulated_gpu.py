@@ -84,6 +84,7 @@ class Emulated(Machine):
     device = "cpu"
 
     def __init__(self, blocks: int = 2, warps: int = 2, lanes: int = 4, memory: int = 4096):
+        assert blocks * warps * lanes <= 128, "machine.h has room for 128 threads"
         self.blocks, self.warps, self.lanes, self.memory = blocks, warps, lanes, memory
         self.launches: list[Launch] = []
 

@@ -141,6 +141,24 @@ def test_roundings_are_torchs(gpu, dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "work", [lambda h: h == 0.1, lambda h: h <= torch.tensor(0.1), lambda h: h.nan_to_num()], ids=["eq", "0-d", "nan"]
+)
+def test_what_means_something_else_in_single_precision_is_refused(work):
+    start = torch.tensor([0.1, 0.5, torch.inf]).bfloat16()
+    with registered() as backend, pytest.raises(sl.UnsupportedError, match="half precision"):
+        sl.scan(lambda h, x: (h * 0.5 + work(h), h), start, start[None], backend=backend.name)
+
+
+def test_a_number_that_halves_hold_is_compared(gpu):
+    def step(h, x):
+        return torch.where(h > 0.5, h - x, h + x), h == 1.5
+
+    start, xs = torch.tensor([0.1, 0.5, 1.5]).bfloat16(), torch.ones(3, 3).bfloat16()
+    found, expected = (sl.scan(step, start, xs, backend=name) for name in (gpu.name, "reference"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_autocast(gpu):
     step, x = sl.nn.LSTMCell(3, 7), torch.randn(6, 5, 3, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -500,6 +500,32 @@ class WithoutAutocast(Cell):
             return super().step(x)
 
 
+class Normed(sl.Step):
+    """Its norm has weights in float32 and, under autocast, an input in bfloat16: then torch's mean is float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.h, self.mix, self.norm = sl.State(5, dtype=torch.float32), nn.Linear(5, 5), nn.LayerNorm(5)
+
+    def step(self, x):
+        y = self.mix(self.h.prev) + x.to(torch.bfloat16)
+        self.h.next = torch.tanh(self.norm(y)).float()
+        return y.float()
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_norm_of_two_dtypes_under_autocast(backend):
+    devices.skip_on("pretended", why="it has no autocast")
+    step, x = Normed().float(), torch.randn(4, 3, 5, dtype=torch.float32, requires_grad=True)
+    results = []
+    for name in ("reference", backend):
+        with torch.autocast(devices.here().type, torch.bfloat16):
+            y = sl.Loop(step, backend=name)(x)[0]
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *step.parameters()])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-2 * float(expected.abs().max()))
+
+
 def test_a_region_without_autocast_inside_the_step():
     devices.skip_on("pretended", why="it has no autocast")
     cell, xs = WithoutAutocast().float(), torch.randn(T, B, INPUT, dtype=torch.float32)

@@ -1,23 +1,28 @@
 """Dtypes that torch's tracer lets pass and torch itself refuses: a product of float32 and float64, for example.
 
 The tracer computes shapes, and many of its rules do not look at dtypes. So every call of a captured step whose
-arguments are not all of one floating dtype is tried once on real zeros, each combination once per process.
+arguments are not all of one floating dtype is tried once on real zeros, each combination once per process. Where a
+result has another dtype than the tracer thought, the graph is told: the mean of a layer norm of bfloat16 whose weights
+are float32.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .ir.graph import Size, StepGraph, expression, size_at
 
 _OF_DTYPES = re.compile(r"dtype|scalar type|[Ee]xpected .* type|not implemented for|of type|operator, with two bool")
-_known: dict[Any, str] = {}
+# What a trial gave: why torch refuses the call, or the dtypes of its results.
+_known: dict[Any, tuple[str, list[torch.dtype | None]]] = {}
 
 
 def refused_dtypes(step: StepGraph, sizes: Mapping[str, int]) -> tuple[fx.Node, str] | None:
@@ -28,9 +33,24 @@ def refused_dtypes(step: StepGraph, sizes: Mapping[str, int]) -> tuple[fx.Node, 
             continue
         if key not in _known:
             _known[key] = _try(node, sizes)
-        if _known[key]:
-            return node, _known[key]
+        refused, dtypes = _known[key]
+        if refused:
+            return node, refused
+        _correct(node, dtypes)
     return None
+
+
+def _correct(node: fx.Node, dtypes: list[torch.dtype | None]) -> None:
+    """Gives the results of a call the dtypes that they have in truth."""
+    values, structure = tree_flatten(node.meta["val"])
+    if len(values) != len(dtypes) or all(d is None or v.dtype == d for v, d in zip(values, dtypes)):
+        return
+    with _disable_current_modes(), torch.no_grad():
+        true = [v if d is None else v.to(d) for v, d in zip(values, dtypes)]
+    node.meta["val"] = tree_unflatten(true, structure)
+    for user in node.users:
+        if user.target is operator.getitem:
+            user.meta["val"] = node.meta["val"][user.args[1]]
 
 
 def _key(node: fx.Node) -> Any:
@@ -51,7 +71,7 @@ def _key(node: fx.Node) -> Any:
     return node.target, dtypes, tuple(t.dim() for t in tensors), tuple(map(type, plain))
 
 
-def _try(node: fx.Node, sizes: Mapping[str, int]) -> str:
+def _try(node: fx.Node, sizes: Mapping[str, int]) -> tuple[str, list[torch.dtype | None]]:
     def real(argument: fx.Node) -> Tensor:
         value = argument.meta["val"]
         shape = [size_at(expression(n), sizes) for n in value.shape]
@@ -61,7 +81,7 @@ def _try(node: fx.Node, sizes: Mapping[str, int]) -> str:
     args, kwargs = tree_map_only(Size, lambda size: size_at(size.expr, sizes), (args, kwargs))
     try:
         with torch.no_grad():
-            cast("Callable[..., Any]", node.target)(*args, **kwargs)
+            found = cast("Callable[..., Any]", node.target)(*args, **kwargs)
     except Exception as error:
-        return str(error) if _OF_DTYPES.search(str(error)) else ""
-    return ""
+        return str(error) if _OF_DTYPES.search(str(error)) else "", []
+    return "", [v.dtype if isinstance(v, Tensor) else None for v in tree_flatten(found)[0]]

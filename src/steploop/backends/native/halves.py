@@ -6,6 +6,7 @@ that is lowered every value is float32, and what was half is rounded after each 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...compiler.ir.graph import LoopProgram
+from ...compiler.ir.graph import LoopProgram, line_of, op_name
 
 ROUNDED = {torch.bfloat16: "round_bf16", torch.float16: "round_f16"}  # -> the operation (scalars.py)
 
@@ -38,6 +39,35 @@ def in_single(loop: LoopProgram) -> tuple[LoopProgram, dict[fx.Node, torch.dtype
     inputs = [replace(i, node=copies[i.node]) for i in loop.inputs]
     prevs, nexts, kept = ([copies[n] for n in nodes] for nodes in (loop.prevs, loop.nexts, loop.kept))
     return replace(loop, graph=graph, prevs=prevs, nexts=nexts, kept=kept, inputs=inputs), halves
+
+
+# What compares numbers. torch takes a number beside halves for a half too, but not in every kernel.
+_COMPARE = {"eq", "ne", "lt", "le", "gt", "ge", "threshold", "threshold_backward", "hardshrink", "hardshrink_backward",
+            "softshrink", "softshrink_backward", "hardtanh", "hardtanh_backward"}  # fmt: skip
+_BY_DTYPE = {"nan_to_num", "frexp", "nextafter", "ldexp"}  # what depends on which numbers a dtype has
+
+
+def reasons_against(loop: LoopProgram) -> list[tuple[str, str]]:
+    """Calls that mean something else in float32, as (reason, source line)."""
+    found = []
+    for node in loop.calls:
+        tensors = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        kinds = {t.dtype for t in tensors if t.dtype in ROUNDED}
+        name = op_name(node)
+        if kinds and name in _BY_DTYPE:
+            found.append((f"no native form of {name} in half precision", line_of(node)))
+        if kinds and name in _COMPARE:
+            numbers = [a for a in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(a, (int, float))]
+            lone = any(t.dim() == 0 and t.dtype.is_floating_point and t.dtype not in ROUNDED for t in tensors)
+            if lone or any(not _holds(dtype, n) for dtype in kinds for n in numbers):
+                found.append((f"{name} of half precision and a number that it does not hold", line_of(node)))
+    return found
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    """Whether a number is one of the dtype's."""
+    with _disable_current_modes():
+        return math.isnan(number) or torch.tensor(number, dtype=torch.float64, device="cpu").to(dtype).item() == number
 
 
 def _is_half(value: Any) -> bool:

@@ -21,7 +21,7 @@ from . import (  # noqa: F401  (fill the table)
     ops_views,
 )
 from .decompose import decomposed
-from .halves import has_halves, in_single
+from .halves import has_halves, in_single, reasons_against
 from .language import RowProgram
 from .lowering import Lowering
 
@@ -35,6 +35,9 @@ def lower(
     """
     rounded: dict[fx.Node, torch.dtype] = {}
     if halves and has_halves(loop):
+        against = reasons_against(loop)
+        if against:
+            return None, against
         loop, rounded = in_single(loop)
     lowering = Lowering(loop, decomposed, device, rounded)
     if loop.mixes_rows:
