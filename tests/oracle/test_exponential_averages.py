@@ -122,3 +122,26 @@ def test_equals_the_plain_loop(kind, backend):
         agree(step, x, backend=backend, **given)
     state = sl.States({"s": torch.randn(BATCH, SIZE, dtype=torch.float64, requires_grad=True)})
     agree(step, x, backend=backend, loop={"reverse": True}, state=state, resets=RESETS)
+
+
+class Window(sl.Step):
+    """The last frames, the newest at the end."""
+
+    def __init__(self, frames):
+        super().__init__()
+        self.w = sl.State(frames, 3, dtype=torch.float64)
+
+    def step(self, x):
+        self.w.next = torch.cat([self.w.prev[:, 1:], x[:, None]], 1)
+        return self.w.next.cumsum(1)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_a_window_of_frames(frames):
+    x = torch.randn(6, 3, 3, dtype=torch.float64, requires_grad=True)
+    lengths, resets = torch.tensor([6, 2, 0]), torch.rand(6, 3) < 0.3
+    for call in ({}, {"lengths": lengths}, {"resets": resets}, {"mask": torch.rand(6, 3) < 0.6}):
+        agree(Window(frames), x, backend="auto", **call)
+    agree(Window(frames), x[:1], backend="auto", loop={"reverse": True})
+    loops = sl.Loop(Window(frames)).plan(x).loops
+    assert frames == 1 or [loop.backend for loop in loops] == ["window"]
