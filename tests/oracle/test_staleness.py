@@ -526,6 +526,22 @@ def test_a_norm_of_two_dtypes_under_autocast(backend):
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-2 * float(expected.abs().max()))
 
 
+def test_calls_of_one_kind_keep_their_own_dtypes():
+    """What one call was tried for says nothing of another whose arguments ask for another dtype."""
+
+    def step(h, x):
+        for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float32):
+            h = h.to(dtype) * 0.5
+        counts = (x * 7).long()
+        parts = torch.div(counts, 2, rounding_mode="floor"), torch.div(counts, 2, rounding_mode=None)
+        sums = counts.sum(0, dtype=torch.float64), counts.sum(0, dtype=torch.int32), counts.sum(0)
+        return h.to(torch.float32) + x, (*parts, *sums, h.softmax(0), h.half().softmax(0, dtype=torch.float32))
+
+    start, xs = torch.randn(5, dtype=torch.float32), torch.randn(3, 5, dtype=torch.float32)
+    found, expected = (sl.scan(step, start, xs, backend=name) for name in ("auto", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_region_without_autocast_inside_the_step():
     devices.skip_on("pretended", why="it has no autocast")
     cell, xs = WithoutAutocast().float(), torch.randn(T, B, INPUT, dtype=torch.float32)

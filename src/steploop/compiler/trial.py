@@ -36,17 +36,24 @@ def refused_dtypes(step: StepGraph, sizes: Mapping[str, int]) -> tuple[fx.Node, 
         refused, dtypes = _known[key]
         if refused:
             return node, refused
-        _correct(node, dtypes)
+        if _differ(node, dtypes):  # of this very call: another of its kind may have had other arguments
+            _correct(node, _try(node, sizes)[1])
     return None
+
+
+def _differ(node: fx.Node, dtypes: list[torch.dtype | None]) -> bool:
+    values = tree_flatten(node.meta["val"])[0]
+    pairs = zip(values, dtypes) if len(values) == len(dtypes) else ()
+    return any(d is not None and isinstance(v, Tensor) and v.dtype != d for v, d in pairs)
 
 
 def _correct(node: fx.Node, dtypes: list[torch.dtype | None]) -> None:
     """Gives the results of a call the dtypes that they have in truth."""
-    values, structure = tree_flatten(node.meta["val"])
-    if len(values) != len(dtypes) or all(d is None or v.dtype == d for v, d in zip(values, dtypes)):
+    if not _differ(node, dtypes):
         return
+    values, structure = tree_flatten(node.meta["val"])
     with _disable_current_modes(), torch.no_grad():
-        true = [v if d is None else v.to(d) for v, d in zip(values, dtypes)]
+        true = [v.to(d) if isinstance(v, Tensor) and d is not None else v for v, d in zip(values, dtypes)]
     node.meta["val"] = tree_unflatten(true, structure)
     for user in node.users:
         if user.target is operator.getitem:
@@ -67,8 +74,9 @@ def _key(node: fx.Node) -> Any:
         return None
     if not dtypes or (len(set(dtypes)) == 1 and dtypes[0] in (torch.float32, torch.float64)):
         return None
-    plain = [a for a in tree_flatten((node.args, node.kwargs))[0] if isinstance(a, (bool, float, torch.dtype))]
-    return node.target, dtypes, tuple(t.dim() for t in tensors), tuple(map(type, plain))
+    plain = [a for a in tree_flatten((node.args, node.kwargs))[0] if isinstance(a, (bool, float, complex, torch.dtype))]
+    kinds = tuple(a if isinstance(a, (bool, torch.dtype)) else type(a) for a in plain)
+    return node.target, dtypes, tuple(t.dim() for t in tensors), kinds
 
 
 def _try(node: fx.Node, sizes: Mapping[str, int]) -> tuple[str, list[torch.dtype | None]]:
