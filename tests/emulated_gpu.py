@@ -25,7 +25,7 @@ from torch import Tensor
 from steploop.backends import choose
 from steploop.backends.cuda import Cuda, ways
 from steploop.backends.cuda.headers import whole
-from steploop.backends.cuda.machine import Kernel, Launch, Machine
+from steploop.backends.cuda.machine import Kernel, Machine
 from steploop.errors import BuildError
 
 HERE = Path(__file__).parent / "emulation"
@@ -69,12 +69,12 @@ class EmulatedKernel(Kernel):
     def most_blocks(self, near: int) -> int:
         return self.machine.blocks
 
-    def launch(self, words: Sequence[int], memory: Tensor, barrier: Tensor, launch: Launch) -> None:
-        self.machine.launches.append(launch)
+    def launch(self, words: Sequence[int], memory: Tensor, barrier: Tensor, way: ways.Way) -> None:
+        self.machine.launches.append(way)
         array = (ctypes.c_int64 * len(words))(*[w - (1 << 64) if w >= 1 << 63 else w for w in words])
         self._run(
-            array, memory.data_ptr(), launch.bytes, barrier.data_ptr(), launch.together, launch.near, launch.blocks,
-            self.machine.warps,
+            array, memory.data_ptr(), memory.numel() // way.teams, barrier.data_ptr(), way.together, way.near,
+            way.blocks, self.machine.warps,
         )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ class Emulated(Machine):
     def __init__(self, blocks: int = 2, warps: int = 2, lanes: int = 4, memory: int = 4096):
         assert blocks * warps * lanes <= 128, "machine.h has room for 128 threads"
         self.blocks, self.warps, self.lanes, self.memory = blocks, warps, lanes, memory
-        self.launches: list[Launch] = []
+        self.launches: list[ways.Way] = []
 
     def problem(self) -> str:
         return ""

@@ -21,7 +21,7 @@ from emulated_gpu import HERE, registered, source
 from torch import Tensor, nn
 
 import steploop as sl
-from steploop.backends.cuda import machine, runner
+from steploop.backends.cuda import runner, ways
 
 FLAGS = ("-std=c++17", "-w", "-g", "-O1", "-fwrapv", "-DTHREADS", "-fsanitize=thread")
 LANES = 4
@@ -34,12 +34,15 @@ class Recorded:
 
     text: str
     words: list[Tensor | int]
-    launch: machine.Launch
+    way: ways.Way
+    bytes: int  # of the temporaries of one team
     warps: int
 
     def file(self, path: Path) -> Path:
-        l = self.launch
-        data = struct.pack("7q", len(self.words), l.bytes, l.near, l.teams, l.together, l.blocks, self.warps)
+        way = self.way
+        data = struct.pack(
+            "7q", len(self.words), self.bytes, way.near, way.teams, way.together, way.blocks, self.warps
+        )
         for word in self.words:
             if isinstance(word, Tensor):
                 held = word.contiguous().flatten().view(torch.uint8).numpy().tobytes() if word.numel() else b""
@@ -68,9 +71,10 @@ def recorded(step, together: bool, **call) -> list[Recorded]:
         held[made.data_ptr()] = made  # the number of a check that failed
         return made
 
-    def launch(self, words, memory, barrier, how):
-        found.append(Recorded(self.text, [held[w].clone() if w in held else w for w in words], how, self.machine.warps))
-        run(self, words, memory, barrier, how)
+    def launch(self, words, memory, barrier, way):
+        given = [held[w].clone() if w in held else w for w in words]
+        found.append(Recorded(self.text, given, way, memory.numel() // way.teams, self.machine.warps))
+        run(self, words, memory, barrier, way)
 
     make = torch.zeros
     plain, run, lay_out = runner.addresses, emulated_gpu.EmulatedKernel.launch, runner.Runner._laid_out

@@ -8,30 +8,18 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ...errors import BuildError
 from ..native import cache
 from . import driver, nvrtc
 from .headers import whole
+from .ways import Way
 
 ENTRY = "steploop_run"
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is launched. together: all blocks are one team.  near: bytes of its own memory for each block."""
-
-    blocks: int
-    together: bool
-    near: int
-    bytes: int  # of the temporaries of one team
-    teams: int
 
 
 class Kernel(Protocol):
@@ -41,8 +29,8 @@ class Kernel(Protocol):
         """How many blocks can run at once where each has so many bytes of its own memory."""
         ...
 
-    def launch(self, words: Sequence[int], memory: Tensor, barrier: Tensor, launch: Launch) -> None:
-        """Runs it, or queues it. words: the pointers and numbers of its call."""
+    def launch(self, words: Sequence[int], memory: Tensor, barrier: Tensor, way: Way) -> None:
+        """Runs it, or queues it. words: the pointers and numbers of its call.  memory: of all teams."""
         ...
 
 
@@ -98,7 +86,7 @@ class Gpu(Machine):
 
         def loaded(cubin: Future[bytes]) -> None:
             try:
-                found.set_result(_Loaded(driver.Module(cubin.result(), device), 32 * self.warps))
+                found.set_result(_Loaded(driver.Module(cubin.result(), device), self.lanes * self.warps))
             except Exception as error:
                 found.set_exception(error)
 
@@ -150,18 +138,13 @@ class _Loaded(Kernel):
             self._most[near] = self.module.most_blocks(ENTRY, self.threads, near)
         return self._most[near]
 
-    def launch(self, words: Sequence[int], memory: Tensor, barrier: Tensor, launch: Launch) -> None:
+    def launch(self, words: Sequence[int], memory: Tensor, barrier: Tensor, way: Way) -> None:
         long = ctypes.c_int64
-        arguments: list[Any] = [
-            (long * len(words))(*words), memory, long(launch.bytes), barrier, long(launch.together), long(launch.near),
-        ]  # fmt: skip
-        self.module.launch(
-            ENTRY, launch.blocks, self.threads, arguments, shared=launch.near, cooperative=launch.together
-        )
+        numbers = long(memory.numel() // way.teams), long(way.together), long(way.near)
+        arguments: list[Any] = [(long * len(words))(*words), memory, numbers[0], barrier, *numbers[1:]]
+        self.module.launch(ENTRY, way.blocks, self.threads, arguments, shared=way.near, cooperative=way.together)
 
 
 def _number(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
-
-__all__ = ["BuildError", "Gpu", "Kernel", "Launch", "Machine", "kept_cubin"]

@@ -11,11 +11,11 @@ from ...compiler.ir.graph import LoopProgram, size_at
 from ...compiler.span import Span
 from ...errors import BuildError
 from ..native import checks
-from ..native.emit_call import NUMBERS, TAIL
+from ..native.emit_call import NUMBERS
 from ..native.language import RowProgram
 from ..native.runner import KernelRunner, addresses
 from . import ways
-from .machine import Launch, Machine
+from .machine import Machine
 
 
 class Runner(KernelRunner):
@@ -36,7 +36,7 @@ class Runner(KernelRunner):
 
     @property
     def launched(self) -> str:  # type: ignore[override]
-        """In words, for 1 to 1024 rows, with sizes that only a call knows taken for 64."""
+        """In words, for 1 to 1024 rows. Sizes that only a call knows are taken for 64."""
         sizes = dict.fromkeys(self.program.symbols, 64)
         words, before = "", ""
         for rows in (1, 4, 16, 64, 256, 1024):
@@ -48,7 +48,7 @@ class Runner(KernelRunner):
     def way(self, batch: int, sizes: dict[str, int]) -> ways.Way:
         """How it runs so many rows."""
         shapes = [([size_at(n, sizes) for n in w.shape], w.dtype.itemsize) for w in self._weights]
-        work = ways.Work([(k, n, size) for (k, n), size in shapes], self._groups)
+        work = ways.Work(tuple((k, n, size) for (k, n), size in shapes), self._groups)
         device = self._device
         return ways.best(work, batch, self.machine.processors(device), self.machine.near(device))
 
@@ -62,24 +62,21 @@ class Runner(KernelRunner):
     def _call(
         self, held: list[Tensor | None], places: list[int | None], numbers: list[int], sizes: dict[str, int]
     ) -> None:
-        launch = self._launch(dict(zip(NUMBERS, numbers)), sizes)
-        device = next((t.device for t in held if t is not None), self._device)
-        memory = torch.empty(launch.bytes * launch.teams, dtype=torch.uint8, device=device)
-        barrier = torch.zeros(2, dtype=torch.int32, device=device)
-        fault = torch.zeros(1, dtype=torch.int64, device=device) if self.program.checks else None
-        assert TAIL[-1] == "fault"
-        pointers = [*addresses(held), None if fault is None else fault.data_ptr(), *[0 for _ in self._dtypes], *places]
-        self._kernel.launch([*(p or 0 for p in pointers), *numbers], memory, barrier, launch)
-        if fault is not None and (found := int(fault)):  # (this waits for the kernel)
-            raise checks.error(self.program.checks[found - 1], sizes)
-
-    def _launch(self, numbers: dict[str, int], sizes: dict[str, int]) -> Launch:
-        way = self.way(numbers["batch"], sizes)
+        of = dict(zip(NUMBERS, numbers))
+        way = self.way(of["batch"], sizes)
         most = self._kernel.most_blocks(way.near)
         if most < way.blocks and way.together:
             raise BuildError(f"a grid of {way.blocks} blocks does not fit on the device, where {most} run at once")
-        bytes_ = self.printer.scratch.bytes(way.rows, numbers["threads"], numbers["ahead"], sizes)
-        return Launch(way.blocks, way.together, way.near, bytes_, 1 if way.together else way.blocks)
+        size = self.printer.scratch.bytes(way.rows, of["threads"], of["ahead"], sizes)
+        device = next((t.device for t in held if t is not None), self._device)
+        memory = torch.empty(size * way.teams, dtype=torch.uint8, device=device)
+        barrier = torch.zeros(2, dtype=torch.int32, device=device)
+        fault = torch.zeros(1, dtype=torch.int64, device=device) if self.program.checks else None
+        # As `Call.take` reads them: `held` ends with all of TAIL but its last, the fault.
+        pointers = [*addresses(held), None if fault is None else fault.data_ptr(), *[0 for _ in self._dtypes], *places]
+        self._kernel.launch([*(p or 0 for p in pointers), *numbers], memory, barrier, way)
+        if fault is not None and (found := int(fault)):  # (this waits for the kernel)
+            raise checks.error(self.program.checks[found - 1], sizes)
 
 
 def device_of(loop: LoopProgram) -> torch.device:

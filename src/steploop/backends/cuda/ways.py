@@ -11,14 +11,14 @@ ways themselves have not been timed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 ROWS = 16  # of a block
 GAP = 16  # bytes between the columns of a weight in a block's memory (kernels/product.h)
 GRID_BARRIER = 1.16e-6  # seconds
 BLOCK_BARRIER = 0.05e-6
-PROCESSORS = 132  # that the next two are of
+PROCESSORS = 132  # that what follows is of
 L2 = 7.1e12  # bytes a second to all
 # Operations a second of all: float32 without tensor cores, and half precision on them. Of what cuBLAS reaches a half.
 RATE, HALVES = 20e12, 300e12
@@ -28,7 +28,7 @@ RATE, HALVES = 20e12, 300e12
 class Work:
     """What a step does. weights: (k, n, bytes of a number) of each.  groups: of products that run side by side."""
 
-    weights: Sequence[tuple[int, int, int]]
+    weights: tuple[tuple[int, int, int], ...]
     groups: int
 
     @property
@@ -56,12 +56,13 @@ class Way:
     near: int
     seconds: float
 
-    def __str__(self) -> str:
-        if self.together:
-            return f"as a grid of {self.blocks} blocks"
-        return f"by {self.blocks} blocks of {self.rows} row{'s' if self.rows > 1 else ''}"
+    @property
+    def teams(self) -> int:
+        """How many work at once, each with temporaries of its own."""
+        return 1 if self.together else self.blocks
 
 
+@functools.lru_cache(maxsize=256)  # every call asks twice
 def best(work: Work, batch: int, processors: int, near: int) -> Way:
     """The way that takes least. near: bytes of its own memory that a block may have."""
     found = by_blocks(work, batch, processors, near), as_grid(work, batch, processors, near)

@@ -206,10 +206,7 @@ def product(sizes: Sequence[Dim]) -> Dim:
 
 def at_least(shape: Sequence[Dim]) -> int:
     """Elements, with symbols counted as 64."""
-    count = 1
-    for size in shape:
-        count *= size if isinstance(size, int) else 64
-    return count
+    return int(product([size if isinstance(size, int) else 64 for size in shape]))
 
 
 def same(a: Dim, b: Dim) -> bool:

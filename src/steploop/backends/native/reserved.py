@@ -24,7 +24,8 @@ _EMITTED = """Call Scratch prelude steploop_run run_tile run_tiles call scratch 
     n i m r t at from end loaded load_rows save_rows take_tiles join_team inside inside_from_end step where now next
     early used make_early together given count active half block to me free pow bytes padded packed packed_size
     aligned_alloc Work int8_t int16_t int32_t u8 i64 visibility __attribute__ float_products double_products members
-    whole row s w steps take give_back each_weight kPointers kNumbers f F"""
+    whole row s w steps take give_back each_weight kPointers kNumbers f F
+    bf16_products f16_products"""
 
 
 def words(text: str) -> set[str]:
