@@ -81,3 +81,16 @@ def test_a_gradient_that_needs_the_number_keeps_what_needs_none():
         for value in VALUES[:3]:
             loop.step.temperature = value
             sl.verify(loop, torch.randn(3, 2, 4, requires_grad=training))
+
+
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_the_loop_stays_where_it_ran(name):
+    """What runs natively with one number does so with those after it, forward and backward."""
+    loop, x = sl.Loop(Cell(INPUTS[name])), torch.randn(3, 2, 4, requires_grad=True)
+    ran = []
+    for value in VALUES[:3]:
+        loop.step.temperature = value
+        sl.verify(loop, x)
+        plan = loop.plan(x)
+        ran.append([piece.backend for piece in (*plan.loops, *plan.backward.loops)])
+    assert ran[1] == ran[0] and ran[2] == ran[0]

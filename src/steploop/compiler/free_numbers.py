@@ -189,7 +189,7 @@ def lift(graph: fx.Graph, symbols: Symbols, first: fx.Node | None) -> tuple[list
                 anchor = first if first is not None else next(iter(graph.nodes))
                 with graph.inserting_before(anchor):
                     made = graph.placeholder(f"number_{len(nodes)}")
-                made.meta.update(val=torch.empty((), dtype=found.dtype, device="meta"), line="")
+                made.meta.update(val=torch.empty((), dtype=found.dtype, device=found.device), line="")
                 known[found] = made
                 nodes.append(made)
                 numbers.append(found)
